@@ -1,0 +1,65 @@
+//! Token embedding: rows of a table by id, and the sum of their gradients.
+
+use crate::multiversion;
+use crate::panel::PanelSource;
+use crate::parallel::{self, SharedMut};
+
+/// Writes the rows `ids` of `table: [V, D]` to `y: [T, D]`. Every id must be less than V.
+pub fn forward(table: &dyn PanelSource, ids: &[u32], y: &mut [f32]) {
+    let d = table.cols();
+    let shared = SharedMut::new(y);
+    parallel::for_each(ids.len(), |t| {
+        let row = ids[t] as usize;
+        // SAFETY: one token, one row of y.
+        table.panel_f32(row..row + 1, 0..d, unsafe { shared.slice(t * d, d) });
+    });
+}
+
+multiversion! {
+    fn add_row(to: &mut [f32], from: &[f32]) {
+        for (t, f) in to.iter_mut().zip(from) {
+            *t += f;
+        }
+    }
+}
+
+/// Adds the rows of `dy: [T, D]` to the rows `ids` of `dtable: [V, D]`, in token order.
+pub fn backward(ids: &[u32], dy: &[f32], d: usize, dtable: &mut [f32]) {
+    const COLUMNS: usize = 128;
+    let shared = SharedMut::new(dtable);
+    // Cut by columns: the same id may come twice, and its rows must add up in one order.
+    parallel::for_each(d.div_ceil(COLUMNS), |piece| {
+        let start = piece * COLUMNS;
+        let width = COLUMNS.min(d - start);
+        for (t, &id) in ids.iter().enumerate() {
+            let from = &dy[t * d + start..t * d + start + width];
+            // SAFETY: pieces own disjoint columns, and one piece holds one row at a time.
+            add_row(unsafe { shared.slice(id as usize * d + start, width) }, from);
+        }
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::panel::F32Panel;
+    use crate::testing::random;
+
+    #[test]
+    fn rows_come_out_and_gradients_add_up_where_ids_repeat() {
+        let (v, d) = (5, 130);
+        let table = random(1, v * d);
+        let ids = [3, 0, 3, 4];
+        let mut y = vec![0.0; ids.len() * d];
+        forward(&F32Panel::new(&table, d), &ids, &mut y);
+        for (t, &id) in ids.iter().enumerate() {
+            assert_eq!(y[t * d..(t + 1) * d], table[id as usize * d..(id as usize + 1) * d]);
+        }
+        let mut dtable = vec![0.0; v * d];
+        backward(&ids, &y, d, &mut dtable);
+        for j in 0..d {
+            assert_eq!(dtable[3 * d + j], 2.0 * table[3 * d + j]);
+            assert_eq!(dtable[d + j], 0.0);
+        }
+    }
+}

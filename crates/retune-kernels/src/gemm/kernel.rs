@@ -1,0 +1,300 @@
+//! The register tile of the matrix product, written once over a vector type and compiled for each instruction set.
+
+use crate::isa::Isa;
+
+/// Rows of a register tile.
+pub const MR: usize = 6;
+/// Vectors across a register tile: 6 × 4 accumulators leave room for the operands in 32 registers, 6 × 2 in 16.
+const WIDE: usize = 4;
+const NARROW: usize = 2;
+
+/// A SIMD vector of f32.
+trait Vector: Copy {
+    const LANES: usize;
+    /// # Safety
+    /// For every method: the machine has the instruction set, and pointers are valid for the lanes touched.
+    unsafe fn zero() -> Self;
+    unsafe fn splat(value: f32) -> Self;
+    unsafe fn load(from: *const f32) -> Self;
+    unsafe fn load_first(from: *const f32, lanes: usize) -> Self;
+    unsafe fn store(self, to: *mut f32);
+    unsafe fn store_first(self, to: *mut f32, lanes: usize);
+    /// `self + a * b`
+    unsafe fn add_product(self, a: Self, b: Self) -> Self;
+}
+
+/// One register tile `C[mr, cols] (+)= A[mr, k] · B[k, cols]`.
+pub struct Tile {
+    /// Length of the contraction.
+    pub k: usize,
+    pub a: *const f32,
+    pub a_row_stride: usize,
+    pub a_k_stride: usize,
+    /// Packed panel: `k` rows of [`panel_width`] elements.
+    pub b: *const f32,
+    pub c: *mut f32,
+    pub c_stride: usize,
+    /// Whether to add to what C holds.
+    pub accumulate: bool,
+    pub cols: usize,
+}
+
+/// Columns of a packed panel of the right operand.
+pub fn panel_width(isa: Isa) -> usize {
+    match isa {
+        Isa::Avx512 => 16 * WIDE,
+        Isa::Avx2 => 8 * NARROW,
+        Isa::Portable => 8 * NARROW,
+    }
+}
+
+#[inline(always)]
+unsafe fn tile<V: Vector, const ROWS: usize, const VECTORS: usize>(t: &Tile, width: usize) {
+    // SAFETY (whole body): the caller of `run` promises that the tile's pointers cover its shape.
+    unsafe {
+        let full = t.cols == VECTORS * V::LANES;
+        let last = t.cols - (VECTORS - 1) * V::LANES;
+        let mut acc = [[V::zero(); VECTORS]; ROWS];
+        let mut a = t.a;
+        let mut b = t.b;
+        for _ in 0..t.k {
+            let mut columns = [V::zero(); VECTORS];
+            for (j, column) in columns.iter_mut().enumerate() {
+                *column = V::load(b.add(j * V::LANES));
+            }
+            for (i, row) in acc.iter_mut().enumerate() {
+                let value = V::splat(*a.add(i * t.a_row_stride));
+                for (sum, &column) in row.iter_mut().zip(&columns) {
+                    *sum = sum.add_product(value, column);
+                }
+            }
+            a = a.add(t.a_k_stride);
+            b = b.add(width);
+        }
+        let one = V::splat(1.0);
+        for (i, row) in acc.iter().enumerate() {
+            for (j, &sum) in row.iter().enumerate() {
+                let to = t.c.add(i * t.c_stride + j * V::LANES);
+                if full || j + 1 < VECTORS {
+                    let sum = if t.accumulate { V::load(to).add_product(sum, one) } else { sum };
+                    sum.store(to);
+                } else {
+                    let sum = if t.accumulate { V::load_first(to, last).add_product(sum, one) } else { sum };
+                    sum.store_first(to, last);
+                }
+            }
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn rows<V: Vector, const VECTORS: usize>(t: &Tile, mr: usize, width: usize) {
+    // SAFETY: passed on from the caller.
+    unsafe {
+        match mr {
+            1 => tile::<V, 1, VECTORS>(t, width),
+            2 => tile::<V, 2, VECTORS>(t, width),
+            3 => tile::<V, 3, VECTORS>(t, width),
+            4 => tile::<V, 4, VECTORS>(t, width),
+            5 => tile::<V, 5, VECTORS>(t, width),
+            _ => tile::<V, 6, VECTORS>(t, width),
+        }
+    }
+}
+
+/// Computes one tile of `mr` ≤ [`MR`] rows and at most [`panel_width`] columns.
+///
+/// # Safety
+/// `isa` is one this machine has; `t.a` covers `mr` rows and `t.k` steps at its strides, `t.b` covers `t.k` packed rows, `t.c` covers
+/// `mr` rows of `t.cols` elements at its stride; `1 <= mr <= MR` and `1 <= t.cols <= panel_width(isa)`.
+#[inline]
+pub unsafe fn run(isa: Isa, t: &Tile, mr: usize) {
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: the machine has the features, the caller promises the rest.
+        Isa::Avx512 => unsafe { x86::avx512(t, mr) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: as above.
+        Isa::Avx2 => unsafe { x86::avx2(t, mr) },
+        // SAFETY: as above.
+        _ => unsafe {
+            match t.cols.div_ceil(8) {
+                1 => rows::<Portable, 1>(t, mr, 8 * NARROW),
+                _ => rows::<Portable, 2>(t, mr, 8 * NARROW),
+            }
+        },
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Portable([f32; 8]);
+
+impl Vector for Portable {
+    const LANES: usize = 8;
+
+    #[inline(always)]
+    unsafe fn zero() -> Self {
+        Self([0.0; 8])
+    }
+
+    #[inline(always)]
+    unsafe fn splat(value: f32) -> Self {
+        Self([value; 8])
+    }
+
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self {
+        // SAFETY: eight readable elements, unaligned reads allowed.
+        Self(unsafe { from.cast::<[f32; 8]>().read_unaligned() })
+    }
+
+    #[inline(always)]
+    unsafe fn load_first(from: *const f32, lanes: usize) -> Self {
+        let mut values = [0.0; 8];
+        for (i, value) in values.iter_mut().enumerate().take(lanes) {
+            // SAFETY: `lanes` readable elements.
+            *value = unsafe { *from.add(i) };
+        }
+        Self(values)
+    }
+
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32) {
+        // SAFETY: eight writable elements, unaligned writes allowed.
+        unsafe { to.cast::<[f32; 8]>().write_unaligned(self.0) }
+    }
+
+    #[inline(always)]
+    unsafe fn store_first(self, to: *mut f32, lanes: usize) {
+        for (i, &value) in self.0.iter().enumerate().take(lanes) {
+            // SAFETY: `lanes` writable elements.
+            unsafe { *to.add(i) = value };
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn add_product(self, a: Self, b: Self) -> Self {
+        let mut sum = self.0;
+        for ((sum, x), y) in sum.iter_mut().zip(a.0).zip(b.0) {
+            *sum += x * y;
+        }
+        Self(sum)
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use super::{Tile, Vector, rows};
+    use std::arch::x86_64::*;
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")]
+    pub unsafe fn avx512(t: &Tile, mr: usize) {
+        // SAFETY: passed on from the caller.
+        unsafe {
+            match t.cols.div_ceil(16) {
+                1 => rows::<__m512, 1>(t, mr, 64),
+                2 => rows::<__m512, 2>(t, mr, 64),
+                3 => rows::<__m512, 3>(t, mr, 64),
+                _ => rows::<__m512, 4>(t, mr, 64),
+            }
+        }
+    }
+
+    #[target_feature(enable = "avx2,fma")]
+    pub unsafe fn avx2(t: &Tile, mr: usize) {
+        // SAFETY: passed on from the caller.
+        unsafe {
+            match t.cols.div_ceil(8) {
+                1 => rows::<__m256, 1>(t, mr, 16),
+                _ => rows::<__m256, 2>(t, mr, 16),
+            }
+        }
+    }
+
+    // SAFETY (both impls): only reached from the functions above, whose callers have checked the features.
+    impl Vector for __m512 {
+        const LANES: usize = 16;
+
+        #[inline(always)]
+        unsafe fn zero() -> Self {
+            unsafe { _mm512_setzero_ps() }
+        }
+
+        #[inline(always)]
+        unsafe fn splat(value: f32) -> Self {
+            unsafe { _mm512_set1_ps(value) }
+        }
+
+        #[inline(always)]
+        unsafe fn load(from: *const f32) -> Self {
+            unsafe { _mm512_loadu_ps(from) }
+        }
+
+        #[inline(always)]
+        unsafe fn load_first(from: *const f32, lanes: usize) -> Self {
+            unsafe { _mm512_maskz_loadu_ps(((1u32 << lanes) - 1) as u16, from) }
+        }
+
+        #[inline(always)]
+        unsafe fn store(self, to: *mut f32) {
+            unsafe { _mm512_storeu_ps(to, self) }
+        }
+
+        #[inline(always)]
+        unsafe fn store_first(self, to: *mut f32, lanes: usize) {
+            unsafe { _mm512_mask_storeu_ps(to, ((1u32 << lanes) - 1) as u16, self) }
+        }
+
+        #[inline(always)]
+        unsafe fn add_product(self, a: Self, b: Self) -> Self {
+            unsafe { _mm512_fmadd_ps(a, b, self) }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn first(lanes: usize) -> __m256i {
+        unsafe {
+            let index = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+            _mm256_cmpgt_epi32(_mm256_set1_epi32(lanes as i32), index)
+        }
+    }
+
+    impl Vector for __m256 {
+        const LANES: usize = 8;
+
+        #[inline(always)]
+        unsafe fn zero() -> Self {
+            unsafe { _mm256_setzero_ps() }
+        }
+
+        #[inline(always)]
+        unsafe fn splat(value: f32) -> Self {
+            unsafe { _mm256_set1_ps(value) }
+        }
+
+        #[inline(always)]
+        unsafe fn load(from: *const f32) -> Self {
+            unsafe { _mm256_loadu_ps(from) }
+        }
+
+        #[inline(always)]
+        unsafe fn load_first(from: *const f32, lanes: usize) -> Self {
+            unsafe { _mm256_maskload_ps(from, first(lanes)) }
+        }
+
+        #[inline(always)]
+        unsafe fn store(self, to: *mut f32) {
+            unsafe { _mm256_storeu_ps(to, self) }
+        }
+
+        #[inline(always)]
+        unsafe fn store_first(self, to: *mut f32, lanes: usize) {
+            unsafe { _mm256_maskstore_ps(to, first(lanes), self) }
+        }
+
+        #[inline(always)]
+        unsafe fn add_product(self, a: Self, b: Self) -> Self {
+            unsafe { _mm256_fmadd_ps(a, b, self) }
+        }
+    }
+}

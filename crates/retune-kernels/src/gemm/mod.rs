@@ -1,0 +1,582 @@
+//! f32 matrix product `C[m, n] (+)= Σ A·B` over one or several terms, the right operand read by panels whatever its storage.
+//!
+//! Several terms share one pass over C: a linear and its low-rank adapter are `[x, u]·[W, B]ᵀ`, and the input gradients of q, k and v
+//! with their adapters are one product. The right operand is packed into panels as wide as a register tile; the left one is read in
+//! place when its rows are contiguous and packed otherwise. M and N are cut among threads freely, K only at term ends and at multiples
+//! of [`KC`], so every element is summed in the same order whatever the number of threads.
+//!
+//! Blocking after Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication" (2008).
+
+mod kernel;
+
+use crate::isa::isa;
+use crate::panel::PanelSource;
+use crate::parallel::{self, SharedMut};
+use crate::scratch::{self, Purpose};
+use kernel::{MR, Tile};
+
+/// Longest run of the contraction between two visits of a tile of C.
+const KC: usize = 1024;
+/// Elements of packed right operand held at once (8 MB: a share of the last-level cache).
+const PACKED: usize = 2 << 20;
+/// Columns decoded at once where the storage's blocks lie along them.
+const DECODE_COLS: usize = 256;
+
+/// A strided view of f32 values: element (i, j) is `data[i * row_stride + j * col_stride]`.
+#[derive(Clone, Copy)]
+pub struct MatRef<'a> {
+    data: &'a [f32],
+    row_stride: usize,
+    col_stride: usize,
+}
+
+impl<'a> MatRef<'a> {
+    /// Row-major rows that start `stride` elements apart.
+    pub fn rows(data: &'a [f32], stride: usize) -> Self {
+        Self { data, row_stride: stride, col_stride: 1 }
+    }
+
+    /// The transpose.
+    pub fn t(self) -> Self {
+        Self { data: self.data, row_stride: self.col_stride, col_stride: self.row_stride }
+    }
+
+    fn covers(&self, rows: usize, cols: usize) -> bool {
+        rows == 0 || cols == 0 || (rows - 1) * self.row_stride + (cols - 1) * self.col_stride < self.data.len()
+    }
+}
+
+/// The right operand `B[k, n]` of a term.
+#[derive(Clone, Copy)]
+pub enum Rhs<'a> {
+    /// Values in memory.
+    View(MatRef<'a>),
+    /// A weight `W[n, k]`: the product is with Wᵀ (a linear's forward).
+    Transposed(&'a dyn PanelSource),
+    /// A weight `W[k, n]`: the product is with W (a linear's input gradient).
+    Plain(&'a dyn PanelSource),
+}
+
+/// One term `scale · A[m, k] · B[k, n]` of a product.
+#[derive(Clone, Copy)]
+pub struct Term<'a> {
+    pub k: usize,
+    pub a: MatRef<'a>,
+    pub b: Rhs<'a>,
+    pub scale: f32,
+}
+
+impl<'a> Term<'a> {
+    /// A term with scale 1.
+    pub fn new(k: usize, a: MatRef<'a>, b: Rhs<'a>) -> Self {
+        Self { k, a, b, scale: 1.0 }
+    }
+}
+
+/// Where a product's result goes: row-major, rows `stride` apart.
+pub struct Out<'a> {
+    pub data: &'a mut [f32],
+    pub stride: usize,
+    /// Add to what is there instead of overwriting it.
+    pub accumulate: bool,
+}
+
+impl<'a> Out<'a> {
+    /// Overwrites dense rows of `stride` columns.
+    pub fn set(data: &'a mut [f32], stride: usize) -> Self {
+        Self { data, stride, accumulate: false }
+    }
+
+    /// Adds to dense rows of `stride` columns.
+    pub fn add(data: &'a mut [f32], stride: usize) -> Self {
+        Self { data, stride, accumulate: true }
+    }
+}
+
+/// Computes the product on the threads of the pool.
+///
+/// # Panics
+/// When an operand is too small for the shape: a fault of the caller, never of a file.
+pub fn gemm(m: usize, n: usize, terms: &[Term], out: Out) {
+    product(m, n, terms, out, true);
+}
+
+/// Computes the product on the calling thread alone, for pieces of an operation that is itself cut among threads.
+///
+/// # Panics
+/// As [`gemm`].
+pub fn gemm_serial(m: usize, n: usize, terms: &[Term], out: Out) {
+    product(m, n, terms, out, false);
+}
+
+fn for_each(parallel: bool, n: usize, f: impl Fn(usize) + Sync) {
+    if parallel { parallel::for_each(n, f) } else { (0..n).for_each(f) }
+}
+
+fn product(m: usize, n: usize, terms: &[Term], out: Out, parallel: bool) {
+    if m == 0 || n == 0 {
+        return;
+    }
+    assert!((m - 1) * out.stride + n <= out.data.len(), "C is smaller than [{m}, {n}]");
+    for term in terms {
+        assert!(term.a.covers(m, term.k), "A is smaller than [{m}, {}]", term.k);
+        let fits = match term.b {
+            Rhs::View(view) => view.covers(term.k, n),
+            Rhs::Transposed(w) => w.rows() == n && w.cols() == term.k,
+            Rhs::Plain(w) => w.rows() == term.k && w.cols() == n,
+        };
+        assert!(fits, "B is not [{}, {n}]", term.k);
+    }
+    let k_total: usize = terms.iter().map(|t| t.k).sum();
+    if k_total == 0 {
+        if !out.accumulate {
+            for row in out.data.chunks_mut(out.stride).take(m) {
+                row[..n].fill(0.0);
+            }
+        }
+        return;
+    }
+    let packed_a: usize = terms.iter().filter(|t| t.a.col_stride != 1).map(|t| t.k).sum();
+    let m_padded = m.next_multiple_of(MR);
+    scratch::with(Purpose::PackedA, packed_a * m_padded, |packed| {
+        let mut from = 0;
+        for term in terms.iter().filter(|t| t.a.col_stride != 1) {
+            let to = from + term.k * m_padded;
+            pack_a(term.a, m, term.k, &mut packed[from..to], parallel);
+            from = to;
+        }
+        let width = kernel::panel_width(isa());
+        let n_chunk = (PACKED / k_total / width * width).clamp(width, n.next_multiple_of(width));
+        for n0 in (0..n).step_by(n_chunk) {
+            let cols = n_chunk.min(n - n0);
+            let panels = cols.div_ceil(width);
+            scratch::with(Purpose::PackedB, panels * width * k_total, |packed_b| {
+                pack_b(terms, k_total, n0, cols, packed_b, parallel);
+                let c = SharedMut::new(out.data);
+                let job = Job { m, n0, cols, k_total, terms, packed_a: packed, packed_b };
+                job.run(c, out.stride, out.accumulate, parallel);
+            });
+        }
+    });
+}
+
+/// A product whose right operand is packed for the columns `n0..n0 + cols`.
+struct Job<'a> {
+    m: usize,
+    n0: usize,
+    cols: usize,
+    k_total: usize,
+    terms: &'a [Term<'a>],
+    packed_a: &'a [f32],
+    packed_b: &'a [f32],
+}
+
+impl Job<'_> {
+    fn run(&self, c: SharedMut, stride: usize, accumulate: bool, parallel: bool) {
+        let width = kernel::panel_width(isa());
+        let panels = self.cols.div_ceil(width);
+        let threads = if parallel { rayon::current_num_threads() } else { 1 };
+        // Rows are cut into as many equal pieces as keep all threads busy, near 128 each so that a piece of A stays in the second-level
+        // cache; where there are too few rows, columns are cut as well.
+        let tiles = self.m.div_ceil(MR);
+        let pieces = tiles.div_ceil(20).next_multiple_of(threads).min(tiles);
+        let tiles_per_piece = tiles.div_ceil(pieces);
+        let row_pieces = tiles.div_ceil(tiles_per_piece);
+        let column_pieces = if row_pieces.is_multiple_of(threads) { 1 } else { (4 * threads).min(panels) };
+        let panels_per_piece = panels.div_ceil(column_pieces);
+        for_each(parallel, row_pieces * column_pieces, |piece| {
+            let (rows, columns) = (piece / column_pieces, piece % column_pieces);
+            let tile_range = rows * tiles_per_piece..((rows + 1) * tiles_per_piece).min(tiles);
+            let first = columns * panels_per_piece;
+            for panel in first..((columns + 1) * panels_per_piece).min(panels) {
+                self.panel(panel, width, tile_range.clone(), c, stride, accumulate);
+            }
+        });
+    }
+
+    fn panel(
+        &self,
+        panel: usize,
+        width: usize,
+        tiles: std::ops::Range<usize>,
+        c: SharedMut,
+        stride: usize,
+        accumulate: bool,
+    ) {
+        let cols = width.min(self.cols - panel * width);
+        let mut b = &self.packed_b[panel * width * self.k_total..];
+        let m_padded = self.m.next_multiple_of(MR);
+        let mut packed_a = self.packed_a;
+        let mut accumulate = accumulate;
+        for term in self.terms {
+            let in_place = term.a.col_stride == 1;
+            for k0 in (0..term.k).step_by(KC) {
+                let k = KC.min(term.k - k0);
+                for tile in tiles.clone() {
+                    let row = tile * MR;
+                    let mr = MR.min(self.m - row);
+                    let (a, a_row_stride, a_k_stride) = if in_place {
+                        (&term.a.data[row * term.a.row_stride + k0..], term.a.row_stride, 1)
+                    } else {
+                        (&packed_a[row * term.k + k0 * MR..], 1, MR)
+                    };
+                    let start = row * stride + self.n0 + panel * width;
+                    // SAFETY: pieces own disjoint tiles of C, and `product` checked that every operand covers its shape.
+                    unsafe {
+                        let t = Tile {
+                            k,
+                            a: a.as_ptr(),
+                            a_row_stride,
+                            a_k_stride,
+                            b: b.as_ptr(),
+                            c: c.pointer(start),
+                            c_stride: stride,
+                            accumulate,
+                            cols,
+                        };
+                        kernel::run(isa(), &t, mr);
+                    }
+                }
+                b = &b[k * width..];
+                accumulate = true;
+            }
+            if !in_place {
+                packed_a = &packed_a[term.k * m_padded..];
+            }
+        }
+    }
+}
+
+/// A right operand `B[k, n]` packed once for several products on one thread.
+pub struct Packed<'a> {
+    k: usize,
+    n: usize,
+    data: &'a [f32],
+}
+
+impl<'a> Packed<'a> {
+    /// Elements of memory that [`Packed::new`] needs.
+    pub fn len(k: usize, n: usize) -> usize {
+        k * n.next_multiple_of(kernel::panel_width(isa()))
+    }
+
+    /// Packs `b` into `memory`, of [`Packed::len`] elements, on the calling thread.
+    pub fn new(k: usize, n: usize, b: MatRef, memory: &'a mut [f32]) -> Self {
+        assert!(b.covers(k, n), "B is smaller than [{k}, {n}]");
+        let len = Self::len(k, n);
+        pack_b(&[Term::new(k, b, Rhs::View(b))], k, 0, n, &mut memory[..len], false);
+        Self { k, n, data: memory }
+    }
+
+    /// `C[m, cols] (+)= A[m, rows] · B[rows, cols]` for a range of B's rows and a range of its columns that starts at a panel, on the
+    /// calling thread. A's rows are contiguous.
+    pub fn product(&self, m: usize, rows: std::ops::Range<usize>, cols: std::ops::Range<usize>, a: MatRef, out: Out) {
+        let width = kernel::panel_width(isa());
+        let k = rows.len();
+        assert!(m > 0 && k > 0 && !cols.is_empty(), "an empty product");
+        assert!(rows.end <= self.k && cols.end <= self.n && cols.start % width == 0, "outside B");
+        assert!(a.covers(m, k) && a.col_stride == 1, "A is not rows of [{m}, {k}]");
+        assert!((m - 1) * out.stride + cols.len() <= out.data.len(), "C is smaller than [{m}, {}]", cols.len());
+        let first = cols.start / width;
+        for panel in first..cols.end.div_ceil(width) {
+            let b = &self.data[(panel * self.k + rows.start) * width..];
+            let wide = width.min(cols.end - panel * width);
+            for row in (0..m).step_by(MR) {
+                // SAFETY: the shapes were checked above.
+                unsafe {
+                    let t = Tile {
+                        k,
+                        a: a.data[row * a.row_stride..].as_ptr(),
+                        a_row_stride: a.row_stride,
+                        a_k_stride: 1,
+                        b: b.as_ptr(),
+                        c: out.data[row * out.stride + (panel - first) * width..].as_mut_ptr(),
+                        c_stride: out.stride,
+                        accumulate: out.accumulate,
+                        cols: wide,
+                    };
+                    kernel::run(isa(), &t, MR.min(m - row));
+                }
+            }
+        }
+    }
+}
+
+/// Columns to which [`Packed::product`] aligns the start of a range.
+pub fn panel_width() -> usize {
+    kernel::panel_width(isa())
+}
+
+/// Packs a left operand whose rows are not contiguous: tiles of [`MR`] rows, `k` steps each.
+fn pack_a(a: MatRef, m: usize, k: usize, packed: &mut [f32], parallel: bool) {
+    const GROUP: usize = 16;
+    let tiles = m.div_ceil(MR);
+    let shared = SharedMut::new(packed);
+    for_each(parallel, tiles.div_ceil(GROUP), |group| {
+        let first = group * GROUP;
+        let last = (first + GROUP).min(tiles);
+        // SAFETY: groups own disjoint tiles.
+        let packed = unsafe { shared.slice(first * MR * k, (last - first) * MR * k) };
+        let rows = (last * MR).min(m) - first * MR;
+        for step in 0..k {
+            let start = first * MR * a.row_stride + step * a.col_stride;
+            if a.row_stride == 1 {
+                let source = &a.data[start..start + rows];
+                let mut tiles = source.chunks_exact(MR);
+                for (tile, values) in tiles.by_ref().enumerate() {
+                    let to = tile * MR * k + step * MR;
+                    packed[to..to + MR].copy_from_slice(values);
+                }
+                for (i, &value) in tiles.remainder().iter().enumerate() {
+                    packed[rows / MR * MR * k + step * MR + i] = value;
+                }
+            } else {
+                for row in 0..rows {
+                    packed[row / MR * MR * k + step * MR + row % MR] = a.data[start + row * a.row_stride];
+                }
+            }
+        }
+    });
+}
+
+/// Packs the columns `n0..n0 + cols` of every term's right operand: panels of [`kernel::panel_width`] columns, padded with zeros, each
+/// holding all terms one after the other.
+fn pack_b(terms: &[Term], k_total: usize, n0: usize, cols: usize, packed: &mut [f32], parallel: bool) {
+    let width = kernel::panel_width(isa());
+    let panels = cols.div_ceil(width);
+    let group = (DECODE_COLS / width).max(1);
+    let shared = SharedMut::new(packed);
+    let mut k_before = 0;
+    for term in terms {
+        let blocks = term.k.div_ceil(KC);
+        let groups = panels.div_ceil(group);
+        for_each(parallel, groups * blocks, |piece| {
+            let k0 = piece % blocks * KC;
+            let k = KC.min(term.k - k0);
+            let first = piece / blocks * group;
+            let panels_here = group.min(panels - first);
+            let start = n0 + first * width;
+            let columns = (panels_here * width).min(n0 + cols - start);
+            let fill = |panel: usize, source: MatRef| {
+                let from = ((first + panel) * k_total + k_before + k0) * width;
+                // SAFETY: pieces own disjoint panels or disjoint runs of K within them.
+                let to = unsafe { shared.slice(from, k * width) };
+                let wide = width.min(columns - panel * width);
+                pack_panel(source, wide, width, to);
+                if term.scale != 1.0 {
+                    to.iter_mut().for_each(|v| *v *= term.scale);
+                }
+            };
+            match term.b {
+                Rhs::View(view) => {
+                    for panel in 0..panels_here {
+                        let offset = k0 * view.row_stride + (start + panel * width) * view.col_stride;
+                        fill(panel, MatRef { data: &view.data[offset..], ..view });
+                    }
+                }
+                Rhs::Transposed(w) => {
+                    if let Some(values) = w.as_f32() {
+                        for panel in 0..panels_here {
+                            let offset = (start + panel * width) * w.cols() + k0;
+                            fill(panel, MatRef::rows(&values[offset..], w.cols()).t());
+                        }
+                        return;
+                    }
+                    for panel in 0..panels_here {
+                        let row = start + panel * width;
+                        let wide = width.min(columns - panel * width);
+                        scratch::with(Purpose::Panel, wide * k, |decoded| {
+                            w.panel_f32(row..row + wide, k0..k0 + k, decoded);
+                            fill(panel, MatRef::rows(decoded, k).t());
+                        });
+                    }
+                }
+                Rhs::Plain(w) => {
+                    if let Some(values) = w.as_f32() {
+                        for panel in 0..panels_here {
+                            let offset = k0 * w.cols() + start + panel * width;
+                            fill(panel, MatRef::rows(&values[offset..], w.cols()));
+                        }
+                        return;
+                    }
+                    scratch::with(Purpose::Panel, columns * k, |decoded| {
+                        w.panel_f32(k0..k0 + k, start..start + columns, decoded);
+                        for panel in 0..panels_here {
+                            fill(panel, MatRef::rows(&decoded[panel * width..], columns));
+                        }
+                    });
+                }
+            }
+        });
+        k_before += term.k;
+    }
+}
+
+crate::multiversion! {
+    /// Copies `[k, wide]` of `source` into a panel `[k, width]`, the rest of each row zero.
+    fn pack_panel(source: MatRef<'_>, wide: usize, width: usize, to: &mut [f32]) {
+        /// Rows transposed at a time: their cache lines stay in the first-level cache.
+        const STEP: usize = 16;
+        if source.col_stride == 1 {
+            for (step, row) in to.chunks_exact_mut(width).enumerate() {
+                let from = step * source.row_stride;
+                row[..wide].copy_from_slice(&source.data[from..from + wide]);
+                row[wide..].fill(0.0);
+            }
+            return;
+        }
+        for (block, rows) in to.chunks_mut(STEP * width).enumerate() {
+            let steps = rows.len() / width;
+            let from = block * STEP * source.row_stride;
+            if wide < width {
+                rows.fill(0.0);
+            }
+            if steps == STEP && source.row_stride == 1 {
+                for column in 0..wide {
+                    let start = from + column * source.col_stride;
+                    let Some(values) = source.data[start..].first_chunk::<STEP>() else { return };
+                    for (step, &value) in values.iter().enumerate() {
+                        rows[step * width + column] = value;
+                    }
+                }
+                continue;
+            }
+            for column in 0..wide {
+                for step in 0..steps {
+                    rows[step * width + column] =
+                        source.data[from + step * source.row_stride + column * source.col_stride];
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::panel::F32Panel;
+    use crate::testing::{random, relative_error};
+
+    /// A source that is not stored as f32, so that the decoding paths run.
+    struct Hidden<'a>(F32Panel<'a>);
+
+    impl PanelSource for Hidden<'_> {
+        fn rows(&self) -> usize {
+            self.0.rows()
+        }
+        fn cols(&self) -> usize {
+            self.0.cols()
+        }
+        fn panel_f32(&self, rows: std::ops::Range<usize>, cols: std::ops::Range<usize>, dst: &mut [f32]) {
+            self.0.panel_f32(rows, cols, dst);
+        }
+    }
+
+    fn reference(
+        m: usize,
+        n: usize,
+        k: usize,
+        a: impl Fn(usize, usize) -> f32,
+        b: impl Fn(usize, usize) -> f32,
+    ) -> Vec<f64> {
+        let mut c = vec![0.0; m * n];
+        for i in 0..m {
+            for j in 0..n {
+                c[i * n + j] = (0..k).map(|p| f64::from(a(i, p)) * f64::from(b(p, j))).sum();
+            }
+        }
+        c
+    }
+
+    const SHAPES: [(usize, usize, usize); 12] = [
+        (1, 1, 1),
+        (5, 3, 2),
+        (6, 64, 16),
+        (7, 65, 17),
+        (13, 16, 576),
+        (100, 16, 33),
+        (3, 300, 1030),
+        (64, 130, 2050),
+        (257, 192, 96),
+        (11, 129, 40),
+        (130, 31, 257),
+        (2, 515, 64),
+    ];
+
+    #[test]
+    fn every_layout_equals_the_reference() {
+        for (m, n, k) in SHAPES {
+            let a = random(1, m * k);
+            let b = random(2, k * n);
+            let weight = F32Panel::new(&b, k);
+            let plain = F32Panel::new(&b, n);
+            let transposed = reference(m, n, k, |i, p| a[i * k + p], |p, j| b[j * k + p]);
+            let straight = reference(m, n, k, |i, p| a[i * k + p], |p, j| b[p * n + j]);
+            let from_columns = reference(m, n, k, |i, p| a[p * m + i], |p, j| b[p * n + j]);
+            let rows = MatRef::rows(&a, k);
+            let columns = MatRef::rows(&a, m).t();
+            for (name, lhs, rhs, expected) in [
+                ("x·Wᵀ", rows, Rhs::Transposed(&weight), &transposed),
+                ("x·Wᵀ decoded", rows, Rhs::Transposed(&Hidden(weight)), &transposed),
+                ("x·Wᵀ view", rows, Rhs::View(MatRef::rows(&b, k).t()), &transposed),
+                ("g·W", rows, Rhs::Plain(&plain), &straight),
+                ("g·W decoded", rows, Rhs::Plain(&Hidden(plain)), &straight),
+                ("gᵀ·x", columns, Rhs::View(MatRef::rows(&b, n)), &from_columns),
+            ] {
+                let mut c = vec![f32::NAN; m * n];
+                gemm(m, n, &[Term::new(k, lhs, rhs)], Out::set(&mut c, n));
+                let error = relative_error(&c, expected);
+                assert!(error < 1e-6 * (k as f64).sqrt(), "{name} {m} {n} {k}: {error}");
+                let mut serial = vec![f32::NAN; m * n];
+                gemm_serial(m, n, &[Term::new(k, lhs, rhs)], Out::set(&mut serial, n));
+                assert_eq!(c, serial, "{name} {m} {n} {k}: threads change the result");
+            }
+        }
+    }
+
+    #[test]
+    fn terms_are_summed_and_scaled_and_c_is_kept_outside_the_columns() {
+        let (m, n, k, r, stride) = (19, 70, 1100, 5, 90);
+        let (x, w, u, b) = (random(1, m * k), random(2, n * k), random(3, m * r), random(4, n * r));
+        let start = random(5, m * stride);
+        let mut c = start.clone();
+        let weight = F32Panel::new(&w, k);
+        let terms = [
+            Term::new(k, MatRef::rows(&x, k), Rhs::Transposed(&weight)),
+            Term { scale: 0.5, ..Term::new(r, MatRef::rows(&u, r), Rhs::View(MatRef::rows(&b, r).t())) },
+        ];
+        gemm(m, n, &terms, Out { data: &mut c, stride, accumulate: true });
+        let main = reference(m, n, k, |i, p| x[i * k + p], |p, j| w[j * k + p]);
+        let low = reference(m, n, r, |i, p| u[i * r + p], |p, j| b[j * r + p]);
+        for i in 0..m {
+            for j in 0..stride {
+                let mut expected = f64::from(start[i * stride + j]);
+                if j < n {
+                    expected += main[i * n + j] + 0.5 * low[i * n + j];
+                    assert!((f64::from(c[i * stride + j]) - expected).abs() < 1e-3);
+                } else {
+                    assert_eq!(c[i * stride + j], start[i * stride + j], "column {j} is not C's");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn one_thread_and_several_give_the_same_bytes() {
+        let (m, n, k) = (301, 200, 700);
+        let (a, b) = (random(1, m * k), random(2, n * k));
+        let run = |threads: usize| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            let mut c = vec![0.0; m * n];
+            let weight = F32Panel::new(&b, k);
+            pool.install(|| {
+                gemm(m, n, &[Term::new(k, MatRef::rows(&a, k), Rhs::Transposed(&weight))], Out::set(&mut c, n));
+            });
+            c
+        };
+        let one = run(1);
+        for threads in [2, 3, 5] {
+            assert!(one == run(threads), "{threads} threads");
+        }
+    }
+}

@@ -1,0 +1,116 @@
+//! The one place that decides which instruction set the kernels use.
+//!
+//! The choice is made once per process: the best the machine has, or what `RETUNE_ISA` forces (`portable`, `avx2`, `avx512`), so that
+//! tests can run every path a machine offers.
+
+use std::fmt;
+use std::sync::OnceLock;
+
+/// An instruction set with kernels of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Isa {
+    /// Plain Rust, whatever the compiler makes of it.
+    Portable,
+    /// x86-64 with AVX2, FMA and F16C.
+    Avx2,
+    /// x86-64 with AVX-512 F, BW, VL and DQ.
+    Avx512,
+}
+
+impl fmt::Display for Isa {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Isa::Portable => "portable",
+            Isa::Avx2 => "avx2",
+            Isa::Avx512 => "avx512",
+        })
+    }
+}
+
+/// The best instruction set of this machine.
+pub fn detect() -> Isa {
+    #[cfg(target_arch = "x86_64")]
+    {
+        let avx2 =
+            is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
+        if avx2
+            && is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512vl")
+            && is_x86_feature_detected!("avx512dq")
+        {
+            return Isa::Avx512;
+        }
+        if avx2 {
+            return Isa::Avx2;
+        }
+    }
+    Isa::Portable
+}
+
+/// Reads `RETUNE_ISA`.
+///
+/// # Errors
+/// A name that is not an instruction set of ours, or one that this machine does not have.
+pub fn from_env() -> Result<Isa, String> {
+    let best = detect();
+    let Some(name) = std::env::var_os("RETUNE_ISA") else {
+        return Ok(best);
+    };
+    let asked = match name.to_str() {
+        Some("portable") => Isa::Portable,
+        Some("avx2") => Isa::Avx2,
+        Some("avx512") => Isa::Avx512,
+        _ => {
+            return Err(format!(
+                "RETUNE_ISA is {name:?}; expected portable, avx2 or avx512: unset it to let retune choose"
+            ));
+        }
+    };
+    if asked > best {
+        return Err(format!(
+            "RETUNE_ISA asks for {asked}, but this machine offers {best} at most: unset it to let retune choose"
+        ));
+    }
+    Ok(asked)
+}
+
+/// The instruction set in use. An unusable `RETUNE_ISA` falls back to the best one here; the binary refuses it at start with
+/// [`from_env`].
+#[inline]
+pub fn isa() -> Isa {
+    static CHOSEN: OnceLock<Isa> = OnceLock::new();
+    *CHOSEN.get_or_init(|| from_env().unwrap_or_else(|_| detect()))
+}
+
+/// Compiles a plain function once per instruction set and calls the version for [`isa`](crate::isa::isa). The compiler vectorises the
+/// body; it must be written so that it can (fixed-width lanes for reductions, no calls that do not inline).
+#[macro_export]
+macro_rules! multiversion {
+    ($(#[$meta:meta])* $vis:vis fn $name:ident($($arg:ident : $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
+        $(#[$meta])*
+        #[allow(clippy::too_many_arguments)]
+        $vis fn $name($($arg: $ty),*) $(-> $ret)? {
+            #[inline(always)]
+            #[allow(clippy::too_many_arguments)]
+            fn body($($arg: $ty),*) $(-> $ret)? $body
+            #[cfg(target_arch = "x86_64")]
+            {
+                #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")]
+                #[allow(clippy::too_many_arguments)]
+                fn avx512($($arg: $ty),*) $(-> $ret)? { body($($arg),*) }
+                #[target_feature(enable = "avx2,fma,f16c")]
+                #[allow(clippy::too_many_arguments)]
+                fn avx2($($arg: $ty),*) $(-> $ret)? { body($($arg),*) }
+                match $crate::isa::isa() {
+                    // SAFETY: `isa` returns a variant only when the machine has its features.
+                    $crate::isa::Isa::Avx512 => return unsafe { avx512($($arg),*) },
+                    // SAFETY: as above.
+                    $crate::isa::Isa::Avx2 => return unsafe { avx2($($arg),*) },
+                    $crate::isa::Isa::Portable => {}
+                }
+            }
+            body($($arg),*)
+        }
+    };
+}

@@ -1,0 +1,23 @@
+//! Numeric operations on slices: the forward and backward of everything a transformer block is made of.
+//!
+//! One file holds one operation: its `forward`, its `backward`, and the plain `f64` reference both are tested against. Nothing here
+//! knows of models, files or adapters. Shapes are row-major and written `[rows, columns]`; `T` is the number of tokens of a pass,
+//! sequences being laid end to end. No operation allocates in a steady state: scratch memory is kept per thread and reused.
+
+pub mod attention;
+pub mod cross_entropy;
+pub mod embedding;
+pub mod gemm;
+pub mod isa;
+pub mod matvec;
+mod panel;
+pub mod parallel;
+pub mod rms_norm;
+pub mod rope;
+pub mod scratch;
+pub mod swiglu;
+#[cfg(test)]
+mod testing;
+pub mod vector;
+
+pub use panel::{F32Panel, PanelSource};

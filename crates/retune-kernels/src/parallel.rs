@@ -1,0 +1,87 @@
+//! Running independent pieces of an operation on the threads of the current rayon pool, without allocating.
+//!
+//! A piece writes memory that no other piece touches, and how work is cut never changes an element's arithmetic, so results do not
+//! depend on the number of threads or on which of them runs what.
+
+use std::marker::PhantomData;
+
+/// Calls `f(i)` for every `i` in `0..n`, on all threads of the pool.
+pub fn for_each(n: usize, f: impl Fn(usize) + Sync) {
+    fn split(start: usize, end: usize, f: &(impl Fn(usize) + Sync)) {
+        match end - start {
+            0 => {}
+            1 => f(start),
+            len => {
+                let middle = start + len / 2;
+                rayon::join(|| split(start, middle, f), || split(middle, end, f));
+            }
+        }
+    }
+    if n <= 1 || rayon::current_num_threads() == 1 {
+        (0..n).for_each(f);
+    } else {
+        split(0, n, &f);
+    }
+}
+
+/// Rows per piece so that `rows` rows make a few pieces per thread, each of at least `minimum` rows.
+pub fn chunk_rows(rows: usize, minimum: usize) -> usize {
+    rows.div_ceil(4 * rayon::current_num_threads()).max(minimum).max(1)
+}
+
+/// A mutable slice that several pieces write at once, each in a place of its own.
+#[derive(Clone, Copy)]
+pub struct SharedMut<'a> {
+    pointer: *mut f32,
+    len: usize,
+    lifetime: PhantomData<&'a mut [f32]>,
+}
+
+// SAFETY: the pointer comes from a `&mut [f32]` borrowed for 'a; the callers of `slice` keep pieces disjoint.
+unsafe impl Send for SharedMut<'_> {}
+// SAFETY: as above.
+unsafe impl Sync for SharedMut<'_> {}
+
+impl<'a> SharedMut<'a> {
+    /// Takes the slice for as long as pieces write it.
+    pub fn new(slice: &'a mut [f32]) -> Self {
+        Self { pointer: slice.as_mut_ptr(), len: slice.len(), lifetime: PhantomData }
+    }
+
+    /// The elements `start..start + len`.
+    ///
+    /// # Safety
+    /// No two pieces that run at the same time may ask for overlapping ranges.
+    #[allow(clippy::mut_from_ref)]
+    pub unsafe fn slice(&self, start: usize, len: usize) -> &'a mut [f32] {
+        assert!(start <= self.len && len <= self.len - start, "piece outside the slice");
+        // SAFETY: inside the slice by the assertion, exclusive by the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.pointer.add(start), len) }
+    }
+}
+
+impl SharedMut<'_> {
+    /// A pointer to the element `start`, for pieces that write rows of a matrix which interleave with another piece's.
+    pub fn pointer(&self, start: usize) -> *mut f32 {
+        assert!(start < self.len, "piece outside the slice");
+        // SAFETY: inside the slice by the assertion.
+        unsafe { self.pointer.add(start) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    #[test]
+    fn every_index_is_visited_once() {
+        for n in [0, 1, 2, 3, 7, 64, 1001] {
+            let visits: Vec<AtomicUsize> = (0..n).map(|_| AtomicUsize::new(0)).collect();
+            for_each(n, |i| {
+                visits[i].fetch_add(1, Ordering::Relaxed);
+            });
+            assert!(visits.iter().all(|v| v.load(Ordering::Relaxed) == 1), "n = {n}");
+        }
+    }
+}

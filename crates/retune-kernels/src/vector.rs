@@ -1,0 +1,222 @@
+//! Elementwise arithmetic and reductions over slices that the operations share.
+
+use crate::multiversion;
+use crate::parallel::{self, SharedMut};
+
+/// Lanes of a reduction: a fixed number, so that a sum does not depend on the instruction set's width.
+pub(crate) const LANES: usize = 16;
+
+/// e^x to about 2 units in the last place, written so that loops over it vectorise. Below −87 it gives 0, above 88 it saturates.
+///
+/// Cody and Waite range reduction to |r| ≤ ln 2 / 2, then a polynomial of degree 6 (Cephes `expf`).
+#[inline(always)]
+pub fn exp(x: f32) -> f32 {
+    const LOG2_E: f32 = std::f32::consts::LOG2_E;
+    const LN2_HIGH: f32 = 0.693_359_4;
+    const LN2_LOW: f32 = -2.121_944_4e-4;
+    /// 1.5 · 2²³: adding it rounds to an integer and leaves that integer in the low bits.
+    const ROUND: f32 = 12_582_912.0;
+    let clamped = if x > 88.0 { 88.0 } else { x };
+    let clamped = if clamped < -87.0 { -87.0 } else { clamped };
+    let shifted = clamped * LOG2_E + ROUND;
+    let n = shifted - ROUND;
+    let r = (clamped - n * LN2_HIGH) - n * LN2_LOW;
+    let mut p = 1.987_569_1e-4;
+    p = p * r + 1.398_199_9e-3;
+    p = p * r + 8.333_452e-3;
+    p = p * r + 4.166_579_6e-2;
+    p = p * r + 1.666_666_5e-1;
+    p = p * r + 5.000_000_1e-1;
+    let value = (p * r) * r + r + 1.0;
+    let exponent = (shifted.to_bits().wrapping_sub(ROUND.to_bits()).wrapping_add(127)) << 23;
+    let result = value * f32::from_bits(exponent);
+    // A NaN passes both comparisons unchanged and comes out as NaN, so that it is noticed further on.
+    if x < -87.0 { 0.0 } else { result }
+}
+
+#[inline(always)]
+pub(crate) fn sum_lanes(lanes: [f32; LANES]) -> f32 {
+    let mut sums = lanes;
+    let mut width = LANES / 2;
+    while width > 0 {
+        for i in 0..width {
+            sums[i] += sums[i + width];
+        }
+        width /= 2;
+    }
+    sums[0]
+}
+
+/// Σ a ⊙ b, inlined into the caller's instruction set.
+#[inline(always)]
+pub(crate) fn dot_inline(a: &[f32], b: &[f32]) -> f32 {
+    let mut lanes = [[0.0f32; LANES]; 4];
+    let mut a_blocks = a.chunks_exact(4 * LANES);
+    let mut b_blocks = b.chunks_exact(4 * LANES);
+    for (x, y) in a_blocks.by_ref().zip(b_blocks.by_ref()) {
+        for (lane, (x, y)) in lanes.iter_mut().zip(x.chunks_exact(LANES).zip(y.chunks_exact(LANES))) {
+            for i in 0..LANES {
+                lane[i] += x[i] * y[i];
+            }
+        }
+    }
+    let mut total = [0.0f32; LANES];
+    for i in 0..LANES {
+        total[i] = (lanes[0][i] + lanes[1][i]) + (lanes[2][i] + lanes[3][i]);
+    }
+    let mut rest = 0.0;
+    for (x, y) in a_blocks.remainder().iter().zip(b_blocks.remainder()) {
+        rest += x * y;
+    }
+    sum_lanes(total) + rest
+}
+
+multiversion! {
+    /// Σ a ⊙ b.
+    pub fn dot(a: &[f32], b: &[f32]) -> f32 {
+        dot_inline(a, b)
+    }
+}
+
+multiversion! {
+    fn add_piece(to: &mut [f32], from: &[f32]) {
+        for (t, f) in to.iter_mut().zip(from) {
+            *t += f;
+        }
+    }
+}
+
+multiversion! {
+    fn scale_piece(values: &mut [f32], factor: f32) {
+        for v in values.iter_mut() {
+            *v *= factor;
+        }
+    }
+}
+
+multiversion! {
+    fn sum_squares_piece(values: &[f32]) -> f64 {
+        let mut lanes = [0.0f64; LANES];
+        let mut blocks = values.chunks_exact(LANES);
+        for block in blocks.by_ref() {
+            for i in 0..LANES {
+                let v = f64::from(block[i]);
+                lanes[i] += v * v;
+            }
+        }
+        let rest: f64 = blocks.remainder().iter().map(|&v| f64::from(v) * f64::from(v)).sum();
+        lanes.iter().sum::<f64>() + rest
+    }
+}
+
+/// Elements of a parallel piece; fixed, so that sums over pieces have one order.
+const PIECE: usize = 1 << 15;
+
+/// `to += from`, on all threads.
+pub fn add(to: &mut [f32], from: &[f32]) {
+    debug_assert_eq!(to.len(), from.len());
+    let len = to.len();
+    let shared = SharedMut::new(to);
+    parallel::for_each(len.div_ceil(PIECE), |piece| {
+        let start = piece * PIECE;
+        let n = PIECE.min(len - start);
+        // SAFETY: pieces are disjoint.
+        add_piece(unsafe { shared.slice(start, n) }, &from[start..start + n]);
+    });
+}
+
+/// `values *= factor`, on all threads.
+pub fn scale(values: &mut [f32], factor: f32) {
+    let len = values.len();
+    let shared = SharedMut::new(values);
+    parallel::for_each(len.div_ceil(PIECE), |piece| {
+        let start = piece * PIECE;
+        // SAFETY: pieces are disjoint.
+        scale_piece(unsafe { shared.slice(start, PIECE.min(len - start)) }, factor);
+    });
+}
+
+/// Σ v² in f64, over fixed pieces added up as a fixed tree, so that it does not depend on the number of threads.
+pub fn sum_squares(values: &[f32]) -> f64 {
+    if values.len() <= PIECE {
+        return sum_squares_piece(values);
+    }
+    let (left, right) = values.split_at(values.len().div_ceil(PIECE) / 2 * PIECE);
+    let (a, b) = rayon::join(|| sum_squares(left), || sum_squares(right));
+    a + b
+}
+
+/// Adds the vector `bias` to each row of `y: [T, n]`.
+pub fn add_bias(y: &mut [f32], bias: &[f32]) {
+    let n = bias.len();
+    let rows = parallel::chunk_rows(y.len() / n.max(1), 16);
+    let len = y.len();
+    let shared = SharedMut::new(y);
+    parallel::for_each(len.div_ceil(rows * n), |piece| {
+        let start = piece * rows * n;
+        // SAFETY: pieces are disjoint.
+        let y = unsafe { shared.slice(start, (rows * n).min(len - start)) };
+        y.chunks_exact_mut(n).for_each(|row| add_piece(row, bias));
+    });
+}
+
+/// Adds the column sums of `g: [T, n]` to `db: [n]`: the gradient of a bias.
+pub fn add_column_sums(g: &[f32], db: &mut [f32]) {
+    const COLUMNS: usize = 64;
+    let n = db.len();
+    let shared = SharedMut::new(db);
+    parallel::for_each(n.div_ceil(COLUMNS), |piece| {
+        let start = piece * COLUMNS;
+        let width = COLUMNS.min(n - start);
+        // SAFETY: pieces are disjoint.
+        let db = unsafe { shared.slice(start, width) };
+        g.chunks_exact(n).for_each(|row| add_piece(db, &row[start..start + width]));
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{random, to_f64};
+
+    #[test]
+    fn exp_is_close_everywhere_and_keeps_nan() {
+        for i in -8800..8800 {
+            let x = i as f32 * 0.01 + 0.003;
+            let expected = f64::from(x).exp();
+            let error = (f64::from(exp(x)) - expected).abs();
+            assert!(error <= 3e-7 * expected || (x < -87.0 && exp(x) == 0.0), "exp({x}) = {}", exp(x));
+        }
+        assert_eq!(exp(0.0), 1.0);
+        assert_eq!(exp(f32::NEG_INFINITY), 0.0);
+        assert!(exp(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn reductions_equal_plain_sums() {
+        for n in [0, 1, 15, 16, 63, 64, 65, 1000, 70_001] {
+            let (a, b) = (random(1, n), random(2, n));
+            let expected: f64 = to_f64(&a).iter().zip(to_f64(&b)).map(|(x, y)| x * y).sum();
+            assert!((f64::from(dot(&a, &b)) - expected).abs() < 1e-5 * (n as f64 + 1.0).sqrt(), "n = {n}");
+            let squares: f64 = to_f64(&a).iter().map(|x| x * x).sum();
+            assert!((sum_squares(&a) - squares).abs() < 1e-9 * (squares + 1.0), "n = {n}");
+        }
+    }
+
+    #[test]
+    fn bias_is_added_to_rows_and_its_gradient_sums_columns() {
+        let (t, n) = (37, 70);
+        let (mut y, bias) = (random(1, t * n), random(2, n));
+        let before = y.clone();
+        add_bias(&mut y, &bias);
+        for i in 0..t * n {
+            assert_eq!(y[i], before[i] + bias[i % n]);
+        }
+        let mut db = vec![1.0; n];
+        add_column_sums(&before, &mut db);
+        for (j, db) in db.iter().enumerate() {
+            let expected = 1.0 + (0..t).map(|i| f64::from(before[i * n + j])).sum::<f64>();
+            assert!((f64::from(*db) - expected).abs() < 1e-4);
+        }
+    }
+}
