@@ -1,0 +1,123 @@
+//! Decoding of stored rows to f32.
+//!
+//! One file holds one family of formats, and a format is one function from the bytes of a block to its values. The order
+//! of operations is that of the `gguf` Python package (`gguf/quants.py`) and nothing is fused, so that values are the same
+//! to the last bit on every instruction set. Decoding runs inside the packing of a matrix multiplication: the format is
+//! looked at once for a panel, and all below is inlined into a copy for each instruction set that the compiler vectorises.
+
+mod k_quants;
+mod plain;
+mod simple;
+
+use std::ops::Range;
+
+use retune_kernels::multiversion;
+
+use crate::format::Format;
+use k_quants::{Q2K, Q3K, Q4K, Q5K, Q6K};
+use plain::{BF16, F16, F32, f16_to_f32};
+use simple::{Q4_0, Q4_1, Q5_0, Q5_1, Q8_0};
+
+/// A format whose blocks are `LEN` values in `BYTES` bytes.
+trait Block<const BYTES: usize, const LEN: usize> {
+    fn decode(src: &[u8; BYTES], dst: &mut [f32; LEN]);
+}
+
+/// Rows of blocks laid end to end.
+#[derive(Clone, Copy)]
+pub(crate) struct Stored<'a> {
+    pub bytes: &'a [u8],
+    pub row_bytes: usize,
+    /// Where row r is stored, if not at r.
+    pub row_map: Option<&'a [u32]>,
+}
+
+impl<'a> Stored<'a> {
+    #[inline(always)]
+    fn row(&self, row: usize) -> &'a [u8] {
+        let stored = self.row_map.map_or(row, |map| map[row] as usize);
+        &self.bytes[stored * self.row_bytes..][..self.row_bytes]
+    }
+}
+
+multiversion! {
+    /// Decodes the panel `rows` x `cols`, which must lie inside what is stored and have columns, into `dst`, row-major.
+    pub(crate) fn decode_panel(format: Format, stored: Stored<'_>, rows: Range<usize>, cols: Range<usize>, dst: &mut [f32]) {
+        match format {
+            Format::F32 => decode_rows::<F32, _, _>(stored, rows, cols, dst),
+            Format::F16 => decode_rows::<F16, _, _>(stored, rows, cols, dst),
+            Format::BF16 => decode_rows::<BF16, _, _>(stored, rows, cols, dst),
+            Format::Q4_0 => decode_rows::<Q4_0, _, _>(stored, rows, cols, dst),
+            Format::Q4_1 => decode_rows::<Q4_1, _, _>(stored, rows, cols, dst),
+            Format::Q5_0 => decode_rows::<Q5_0, _, _>(stored, rows, cols, dst),
+            Format::Q5_1 => decode_rows::<Q5_1, _, _>(stored, rows, cols, dst),
+            Format::Q8_0 => decode_rows::<Q8_0, _, _>(stored, rows, cols, dst),
+            Format::Q2K => decode_rows::<Q2K, _, _>(stored, rows, cols, dst),
+            Format::Q3K => decode_rows::<Q3K, _, _>(stored, rows, cols, dst),
+            Format::Q4K => decode_rows::<Q4K, _, _>(stored, rows, cols, dst),
+            Format::Q5K => decode_rows::<Q5K, _, _>(stored, rows, cols, dst),
+            Format::Q6K => decode_rows::<Q6K, _, _>(stored, rows, cols, dst),
+        }
+    }
+}
+
+#[inline(always)]
+fn decode_rows<B: Block<BYTES, LEN>, const BYTES: usize, const LEN: usize>(
+    stored: Stored<'_>,
+    rows: Range<usize>,
+    cols: Range<usize>,
+    dst: &mut [f32],
+) {
+    for (row, out) in rows.zip(dst.chunks_exact_mut(cols.len())) {
+        decode_columns::<B, BYTES, LEN>(stored.row(row), cols.start, out);
+    }
+}
+
+/// Decodes `dst.len()` values of a row from column `start` on: the rest of a block, whole blocks, the beginning of a block.
+#[inline(always)]
+fn decode_columns<B: Block<BYTES, LEN>, const BYTES: usize, const LEN: usize>(
+    row: &[u8],
+    start: usize,
+    dst: &mut [f32],
+) {
+    let (blocks, _) = row.as_chunks::<BYTES>();
+    let mut blocks = &blocks[start / LEN..];
+    let mut dst = dst;
+    let skip = start % LEN;
+    if skip > 0
+        && let Some((block, rest)) = blocks.split_first()
+    {
+        let n = dst.len().min(LEN - skip);
+        let (head, tail) = dst.split_at_mut(n);
+        decode_part::<B, BYTES, LEN>(block, skip, head);
+        blocks = rest;
+        dst = tail;
+    }
+    let (whole, tail) = dst.as_chunks_mut::<LEN>();
+    for (out, block) in whole.iter_mut().zip(blocks) {
+        B::decode(block, out);
+    }
+    if !tail.is_empty()
+        && let Some(block) = blocks.get(whole.len())
+    {
+        decode_part::<B, BYTES, LEN>(block, 0, tail);
+    }
+}
+
+/// Decodes the values of one block from number `skip` on.
+#[inline(always)]
+fn decode_part<B: Block<BYTES, LEN>, const BYTES: usize, const LEN: usize>(
+    block: &[u8; BYTES],
+    skip: usize,
+    dst: &mut [f32],
+) {
+    let mut values = [0.0; LEN];
+    B::decode(block, &mut values);
+    dst.copy_from_slice(&values[skip..][..dst.len()]);
+}
+
+/// The half-precision number at byte `at` of a block.
+#[inline(always)]
+fn f16_at<const BYTES: usize>(src: &[u8; BYTES], at: usize) -> f32 {
+    f16_to_f32(u16::from_le_bytes([src[at], src[at + 1]]))
+}

@@ -1,0 +1,212 @@
+//! A matrix as it is stored, readable by panels.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use retune_kernels::PanelSource;
+
+use crate::blocks::{self, Stored};
+use crate::bytes::{self, SharedBytes};
+use crate::error::Error;
+use crate::format::Format;
+
+/// A stored matrix `[rows, cols]`, row-major. A vector of n values is `[1, n]`. Cloning copies no values.
+#[derive(Clone, Debug)]
+pub struct Matrix {
+    format: Format,
+    rows: usize,
+    cols: usize,
+    row_bytes: usize,
+    bytes: SharedBytes,
+    row_map: Option<Arc<[u32]>>,
+}
+
+impl Matrix {
+    /// The matrix that `bytes` are.
+    ///
+    /// # Errors
+    /// When `cols` is no multiple of the format's block, or `bytes` are not exactly those of `rows` x `cols` values.
+    pub fn new(format: Format, rows: usize, cols: usize, bytes: SharedBytes) -> Result<Self, Error> {
+        if !cols.is_multiple_of(format.block_len()) {
+            return Err(Error::RowLength { format, cols });
+        }
+        let sizes = format.bytes_for(1, cols).zip(format.bytes_for(rows, cols));
+        let Some((row_bytes, expected)) = sizes else {
+            return Err(Error::TooLarge { format, rows, cols });
+        };
+        if bytes.len() != expected {
+            return Err(Error::ByteCount { format, rows, cols, expected, found: bytes.len() });
+        }
+        Ok(Self { format, rows, cols, row_bytes, bytes, row_map: None })
+    }
+
+    /// The matrix of `values`, which it keeps.
+    ///
+    /// # Panics
+    /// Unless there are `rows` x `cols` values.
+    pub fn from_f32(rows: usize, cols: usize, values: Vec<f32>) -> Self {
+        assert_eq!(rows.checked_mul(cols), Some(values.len()), "values of a {rows} x {cols} matrix");
+        let row_bytes = cols * size_of::<f32>();
+        Self { format: Format::F32, rows, cols, row_bytes, bytes: SharedBytes::from_f32(values), row_map: None }
+    }
+
+    /// The same matrix with its rows in another order: row r is what was row `map[r]`. Nothing is copied.
+    ///
+    /// # Errors
+    /// When the map has not one entry for each row, or one of them is no row.
+    pub fn with_row_map(self, map: Arc<[u32]>) -> Result<Self, Error> {
+        if map.len() != self.rows {
+            return Err(Error::RowMapLength { expected: self.rows, found: map.len() });
+        }
+        if let Some((row, &stored)) = map.iter().enumerate().find(|&(_, &stored)| stored as usize >= self.rows) {
+            return Err(Error::RowMapEntry { row, stored, rows: self.rows });
+        }
+        let row_map: Arc<[u32]> = match &self.row_map {
+            Some(earlier) => map.iter().map(|&row| earlier[row as usize]).collect(),
+            None => map,
+        };
+        Ok(Self { row_map: Some(row_map), ..self })
+    }
+
+    /// Number of rows (for a weight: output features).
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Number of columns (for a weight: input features).
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// How the values are stored.
+    pub fn format(&self) -> Format {
+        self.format
+    }
+
+    /// Bytes the values take as they are stored.
+    pub fn bytes_len(&self) -> usize {
+        self.bytes.len()
+    }
+
+    /// All values, row-major.
+    pub fn to_f32(&self) -> Vec<f32> {
+        let mut values = vec![0.0; self.rows * self.cols];
+        self.panel_f32(0..self.rows, 0..self.cols, &mut values);
+        values
+    }
+}
+
+impl PanelSource for Matrix {
+    fn rows(&self) -> usize {
+        self.rows
+    }
+
+    fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// # Panics
+    /// When the panel is not inside the matrix, or `dst` has not its size.
+    fn panel_f32(&self, rows: Range<usize>, cols: Range<usize>, dst: &mut [f32]) {
+        assert!(
+            rows.end <= self.rows && cols.end <= self.cols,
+            "panel {rows:?} x {cols:?} of a {} x {} matrix",
+            self.rows,
+            self.cols
+        );
+        assert_eq!(dst.len(), rows.len() * cols.len(), "elements for the panel {rows:?} x {cols:?}");
+        if dst.is_empty() {
+            return;
+        }
+        let stored = Stored { bytes: &self.bytes, row_bytes: self.row_bytes, row_map: self.row_map.as_deref() };
+        blocks::decode_panel(self.format, stored, rows, cols, dst);
+    }
+
+    fn as_f32(&self) -> Option<&[f32]> {
+        if self.format != Format::F32 || self.row_map.is_some() {
+            return None;
+        }
+        bytes::as_f32(&self.bytes)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A 3 x 4 matrix whose value at row r, column c is 10 r + c.
+    fn example() -> Matrix {
+        let values = (0..3).flat_map(|r| (0..4).map(move |c| (10 * r + c) as f32)).collect();
+        Matrix::from_f32(3, 4, values)
+    }
+
+    fn panel(matrix: &Matrix, rows: Range<usize>, cols: Range<usize>) -> Vec<f32> {
+        let mut dst = vec![f32::NAN; rows.len() * cols.len()];
+        matrix.panel_f32(rows, cols, &mut dst);
+        dst
+    }
+
+    #[test]
+    fn panels_are_dense() {
+        assert_eq!(panel(&example(), 1..3, 1..3), [11.0, 12.0, 21.0, 22.0]);
+        assert_eq!(panel(&example(), 2..3, 3..4), [23.0]);
+        assert!(panel(&example(), 3..3, 0..4).is_empty());
+        assert!(panel(&example(), 0..3, 4..4).is_empty());
+    }
+
+    #[test]
+    #[should_panic(expected = "panel 2..4 x 0..4 of a 3 x 4 matrix")]
+    fn a_panel_beyond_the_last_row_is_refused() {
+        panel(&example(), 2..4, 0..4);
+    }
+
+    #[test]
+    fn a_row_map_reorders_and_composes() {
+        let mapped = example().with_row_map(Arc::from([2, 0, 1])).unwrap();
+        assert_eq!(panel(&mapped, 0..3, 0..1), [20.0, 0.0, 10.0]);
+        assert_eq!(mapped.as_f32(), None);
+        let back = mapped.with_row_map(Arc::from([1, 2, 0])).unwrap();
+        assert_eq!(back.to_f32(), example().to_f32());
+    }
+
+    #[test]
+    fn a_row_map_that_does_not_fit_is_an_error() {
+        let short = example().with_row_map(Arc::from([0, 1])).unwrap_err();
+        assert_eq!(short, Error::RowMapLength { expected: 3, found: 2 });
+        let outside = example().with_row_map(Arc::from([0, 3, 1])).unwrap_err();
+        assert_eq!(outside, Error::RowMapEntry { row: 1, stored: 3, rows: 3 });
+    }
+
+    #[test]
+    fn sizes_that_do_not_fit_are_errors() {
+        let new =
+            |format, rows, cols, n| Matrix::new(format, rows, cols, SharedBytes::from_vec(vec![0; n])).unwrap_err();
+        assert_eq!(new(Format::Q4_0, 2, 33, 36), Error::RowLength { format: Format::Q4_0, cols: 33 });
+        for found in [35, 37, 0] {
+            assert_eq!(
+                new(Format::Q4_0, 2, 32, found),
+                Error::ByteCount { format: Format::Q4_0, rows: 2, cols: 32, expected: 36, found }
+            );
+        }
+        let rows = usize::MAX / 8;
+        assert_eq!(new(Format::F32, rows, 64, 0), Error::TooLarge { format: Format::F32, rows, cols: 64 });
+        let message = new(Format::Q6K, 1, 100, 0).to_string();
+        assert!(message.contains("100") && message.contains("Q6_K") && message.contains("256"), "{message}");
+    }
+
+    #[test]
+    fn f32_is_borrowed_only_where_it_is_aligned() {
+        assert_eq!(example().as_f32().is_some(), cfg!(target_endian = "little"));
+        let values = example().to_f32();
+        let mut shifted = vec![0u8; 4 * values.len() + 4];
+        // The address is made odd by hand: where a vector begins is the allocator's choice.
+        let start = 1 + shifted.as_ptr().align_offset(4) % 4;
+        for (bytes, value) in shifted[start..].chunks_exact_mut(4).zip(&values) {
+            bytes.copy_from_slice(&value.to_le_bytes());
+        }
+        let bytes = SharedBytes::from_vec(shifted).slice(start..start + 4 * values.len()).unwrap();
+        let matrix = Matrix::new(Format::F32, 3, 4, bytes).unwrap();
+        assert_eq!(matrix.as_f32(), None);
+        assert_eq!(matrix.to_f32(), values);
+    }
+}
