@@ -1,0 +1,88 @@
+//! The errors of this crate: one variant per cause, each saying what was found, what was expected and what to do.
+
+use std::path::PathBuf;
+
+/// Everything that can be wrong with a LoRA configuration or an adapter on disk.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A value of the configuration is out of its range, or two values contradict each other.
+    #[error("{field}: {problem}")]
+    Config { field: &'static str, problem: String },
+
+    /// A pattern of the configuration does not compile, or is too costly to run.
+    #[error("{field}: `{pattern}` cannot be used as a regular expression (Python's dialect): {reason}")]
+    Pattern { field: &'static str, pattern: String, reason: String },
+
+    /// The configuration selects no module at all.
+    #[error(
+        "target_modules: {asked} selects no linear module of this model. {reason} Modules that can be targeted: {available}"
+    )]
+    NoTarget { asked: String, reason: String, available: String },
+
+    /// One entry of the configuration matches no module.
+    #[error("{field}: `{entry}` matches no module of this model. {advice} Modules of this model: {available}")]
+    UnknownModule { field: &'static str, entry: String, advice: String, available: String },
+
+    /// A module would be trained whole and adapted at the same time.
+    #[error(
+        "modules_to_save: `{entry}` also matches `{module}`, which target_modules adapts; a module is either saved whole or adapted: \
+         name the modules to save more precisely, or take this one out of target_modules"
+    )]
+    SavedAndAdapted { entry: String, module: String },
+
+    /// A file of the adapter is not there.
+    #[error("{path} does not exist. {advice}")]
+    MissingFile { path: PathBuf, advice: &'static str },
+
+    /// The operating system refused to read or write.
+    #[error("cannot {action} {path}: {source}")]
+    Io { action: &'static str, path: PathBuf, source: std::io::Error },
+
+    /// `adapter_config.json` is not JSON.
+    #[error("{path} is not valid JSON: {source}")]
+    Json { path: PathBuf, source: serde_json::Error },
+
+    /// A key of `adapter_config.json` has a value that cannot be used.
+    #[error("{path}: `{key}`: {problem}")]
+    AdapterConfig { path: PathBuf, key: String, problem: String },
+
+    /// The adapter is of another method.
+    #[error("{path}: peft_type is {found}; only LORA can be loaded yet")]
+    PeftType { path: PathBuf, found: String },
+
+    /// The tensor file is damaged or is not safetensors.
+    #[error("{path} is not a valid safetensors file: {reason}. Download or save the adapter again")]
+    Safetensors { path: PathBuf, reason: String },
+
+    /// A tensor has a number type that adapters do not use.
+    #[error("{path}: tensor `{name}` is of type {found}; expected F32, F16 or BF16. Save the adapter in one of these")]
+    TensorType { path: PathBuf, name: String, found: String },
+
+    /// Two keys of the file mean the same tensor.
+    #[error("{path}: the keys `{first}` and `{second}` mean the same tensor; keep one adapter per file")]
+    DuplicateTensor { path: PathBuf, first: String, second: String },
+
+    /// A tensor does not fit the base model.
+    #[error("tensor `{name}` has shape {found:?}, expected {expected:?}. {advice}")]
+    Shape { name: String, found: Vec<usize>, expected: Vec<usize>, advice: String },
+
+    /// A tensor holds another number of values than its shape says.
+    #[error("tensor `{name}` has shape {shape:?} but holds {found} values")]
+    Length { name: String, shape: Vec<usize>, found: usize },
+
+    /// A tensor holds a NaN or an infinity.
+    #[error(
+        "tensor `{name}` holds {value} at element {index}; an adapter must be finite: take an earlier checkpoint, or train with a lower learning rate"
+    )]
+    NotFinite { name: String, index: usize, value: f32 },
+
+    /// The file lacks tensors that its configuration promises for this model.
+    #[error(
+        "the adapter lacks {keys}. Either the file is incomplete, or this adapter was made for another model: check base_model_name_or_path"
+    )]
+    MissingTensors { keys: String },
+
+    /// The file holds tensors that have no place in this model.
+    #[error("the adapter holds {keys}, which have no place in this model. {advice}")]
+    UnexpectedTensors { keys: String, advice: &'static str },
+}

@@ -1,0 +1,491 @@
+//! An adapter on disk: `adapter_config.json` and `adapter_model.safetensors`, as PEFT writes and reads them.
+//!
+//! A file may come from anywhere, so nothing in it is trusted. Files are written under another name, flushed to the disk and renamed:
+//! under their own names they are always whole.
+
+use std::borrow::Cow;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fs;
+use std::io::{self, Write};
+use std::path::Path;
+
+use safetensors::{Dtype, SafeTensors, View};
+use serde_json::Value;
+
+use crate::atomic::{Staged, io_error};
+use crate::check::check_against;
+use crate::config::LoraConfig;
+use crate::error::Error;
+use crate::names::{self, Key, Part};
+use crate::peft_config;
+use crate::targets::LinearModule;
+
+/// Name of the configuration's file.
+pub const CONFIG_FILE: &str = "adapter_config.json";
+/// Name of the tensors' file.
+pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
+
+/// The longest header that the safetensors format allows.
+const MAX_HEADER: u64 = 100_000_000;
+
+/// An adapter as it lies on disk.
+#[derive(Debug, Clone, PartialEq)]
+pub struct AdapterFile {
+    /// Its configuration.
+    pub config: LoraConfig,
+    /// The base model it was trained on, as its configuration names it.
+    pub base_model: Option<String>,
+    /// Shape and values by key, in the spelling of [`crate::names`]; values row-major.
+    pub tensors: BTreeMap<String, (Vec<usize>, Vec<f32>)>,
+}
+
+impl AdapterFile {
+    /// Reads the adapter in a directory. Keys are brought to one spelling, numbers to f32; whether it fits a model is for [`check_against`] to say.
+    ///
+    /// # Errors
+    /// A variant of [`Error`] for each way in which the two files can be absent, damaged or of another method.
+    pub fn read(dir: &Path) -> Result<Self, Error> {
+        let config_path = dir.join(CONFIG_FILE);
+        let text = read_file(&config_path, "Expected the directory of an adapter saved by retune or PEFT")?;
+        let value =
+            serde_json::from_slice(&text).map_err(|source| Error::Json { path: config_path.clone(), source })?;
+        let (config, base_model) = peft_config::parse(&config_path, value)?;
+
+        let weights_path = dir.join(WEIGHTS_FILE);
+        let advice = if dir.join("adapter_model.bin").exists() {
+            "There is an adapter_model.bin, which can run code when it is loaded: save the adapter again with safe_serialization"
+        } else {
+            "The directory has a configuration but no weights: copy or save the adapter again"
+        };
+        let bytes = read_file(&weights_path, advice)?;
+        let tensors = read_tensors(&weights_path, &bytes)?;
+        Ok(Self { config, base_model, tensors })
+    }
+
+    /// Writes the adapter into a directory, which is made if need be. The same adapter gives the same bytes.
+    ///
+    /// `modules` are the base model's: what is written is checked against them first, so that no adapter is saved that could not be loaded.
+    ///
+    /// # Errors
+    /// What [`check_against`] finds; [`Error::Io`]. The files that were there before are untouched then, unless a rename itself failed.
+    pub fn write(&self, dir: &Path, modules: &[LinearModule<'_>]) -> Result<(), Error> {
+        let targets = check_against(self, modules)?;
+        let (config_path, weights_path) = (dir.join(CONFIG_FILE), dir.join(WEIGHTS_FILE));
+        let config = peft_config::to_json(&self.config, self.base_model.as_deref(), &targets, modules)
+            .map_err(|source| Error::Json { path: config_path.clone(), source })?;
+        let weights = self.to_safetensors(&weights_path)?;
+
+        fs::create_dir_all(dir).map_err(io_error("create", dir))?;
+        let weights = Staged::new(&weights_path, |file| file.write_all(&weights))?;
+        let config_staged = Staged::new(&config_path, |file| file.write_all(config.as_bytes()))?;
+        // An older configuration must not stand beside the new weights, not even if the machine stops between the two renames.
+        if fs::read(&config_path).is_ok_and(|old| old != config.as_bytes()) {
+            fs::remove_file(&config_path).map_err(io_error("replace", &config_path))?;
+        }
+        weights.commit()?;
+        config_staged.commit()
+    }
+
+    fn to_safetensors(&self, path: &Path) -> Result<Vec<u8>, Error> {
+        let tensors = self
+            .tensors
+            .iter()
+            // The base's own weight of an adapted head is the base's to keep.
+            .filter(|(key, _)| !matches!(names::parse(key), Key::Part(_, Part::BaseWeight)))
+            .map(|(key, (shape, values))| (key.as_str(), Values { shape, values }));
+        let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+        safetensors::serialize(tensors, Some(metadata))
+            .map_err(|error| Error::Safetensors { path: path.to_owned(), reason: error.to_string() })
+    }
+}
+
+/// An f32 tensor to be written.
+struct Values<'a> {
+    shape: &'a [usize],
+    values: &'a [f32],
+}
+
+impl View for Values<'_> {
+    fn dtype(&self) -> Dtype {
+        Dtype::F32
+    }
+
+    fn shape(&self) -> &[usize] {
+        self.shape
+    }
+
+    fn data(&self) -> Cow<'_, [u8]> {
+        let mut bytes = Vec::with_capacity(self.data_len());
+        for value in self.values {
+            bytes.extend_from_slice(&value.to_le_bytes());
+        }
+        Cow::Owned(bytes)
+    }
+
+    fn data_len(&self) -> usize {
+        size_of_val(self.values)
+    }
+}
+
+fn read_file(path: &Path, advice: &'static str) -> Result<Vec<u8>, Error> {
+    fs::read(path).map_err(|source| match source.kind() {
+        io::ErrorKind::NotFound => Error::MissingFile { path: path.to_owned(), advice },
+        _ => Error::Io { action: "read", path: path.to_owned(), source },
+    })
+}
+
+type Tensors = BTreeMap<String, (Vec<usize>, Vec<f32>)>;
+
+fn read_tensors(path: &Path, bytes: &[u8]) -> Result<Tensors, Error> {
+    let damaged = |reason: String| Error::Safetensors { path: path.to_owned(), reason };
+    check_offsets(bytes).map_err(damaged)?;
+    let file = SafeTensors::deserialize(bytes).map_err(|error| damaged(error.to_string()))?;
+    let mut keys = file.names();
+    keys.sort_unstable();
+    let adapted: BTreeSet<String> = keys
+        .iter()
+        .filter_map(|key| match names::parse(key) {
+            Key::Part(module, Part::LoraA | Part::LoraB) => Some(module),
+            _ => None,
+        })
+        .collect();
+
+    let mut tensors = Tensors::new();
+    let mut spelled: BTreeMap<String, &str> = BTreeMap::new();
+    for key in keys {
+        let name = match names::parse(key) {
+            Key::Part(module, Part::Bias) => names::trained_bias(&module, adapted.contains(&module)),
+            Key::Part(module, part) => part.key(&module),
+            Key::Copy => continue,
+            Key::Unknown => key.to_owned(),
+        };
+        if let Some(first) = spelled.insert(name.clone(), key) {
+            return Err(Error::DuplicateTensor {
+                path: path.to_owned(),
+                first: first.to_owned(),
+                second: key.to_owned(),
+            });
+        }
+        let view = file.tensor(key).map_err(|error| damaged(error.to_string()))?;
+        let values = to_f32(view.dtype(), view.data()).ok_or_else(|| Error::TensorType {
+            path: path.to_owned(),
+            name: key.to_owned(),
+            found: view.dtype().to_string(),
+        })?;
+        tensors.insert(name, (view.shape().to_vec(), values));
+    }
+    Ok(tensors)
+}
+
+/// Refuses offsets beyond the end of the file before the library sees them: it adds them up without a check.
+fn check_offsets(bytes: &[u8]) -> Result<(), String> {
+    let length =
+        bytes.first_chunk::<8>().map(|length| u64::from_le_bytes(*length)).filter(|&length| length <= MAX_HEADER);
+    let rest = bytes.get(8..).unwrap_or_default();
+    let header =
+        length.and_then(|length| usize::try_from(length).ok()).and_then(|length| rest.split_at_checked(length));
+    let Some((header, data)) = header else {
+        return Err(format!("its header does not fit into its {} bytes", bytes.len()));
+    };
+    let entries: serde_json::Map<String, Value> =
+        serde_json::from_slice(header).map_err(|error| format!("its header is not valid JSON ({error})"))?;
+    for (name, entry) in entries.iter().filter(|(name, _)| *name != "__metadata__") {
+        let end = entry.pointer("/data_offsets/1").and_then(Value::as_u64);
+        if end.is_none_or(|end| end > data.len() as u64) {
+            return Err(format!("tensor `{name}` does not end within the file"));
+        }
+    }
+    Ok(())
+}
+
+fn to_f32(dtype: Dtype, bytes: &[u8]) -> Option<Vec<f32>> {
+    match dtype {
+        Dtype::F32 => Some(bytes.as_chunks::<4>().0.iter().map(|word| f32::from_le_bytes(*word)).collect()),
+        Dtype::F16 => {
+            Some(bytes.as_chunks::<2>().0.iter().map(|half| half::f16::from_le_bytes(*half).to_f32()).collect())
+        }
+        Dtype::BF16 => {
+            Some(bytes.as_chunks::<2>().0.iter().map(|half| half::bf16::from_le_bytes(*half).to_f32()).collect())
+        }
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::names::trained_biases;
+    use crate::random;
+    use crate::targets::resolve;
+    use crate::test_model::{tiny_llama, tiny_llama_with_biases};
+    use serde_json::json;
+
+    /// An adapter with a value in every tensor that its configuration asks for.
+    pub(crate) fn adapter(config: Value, modules: &[LinearModule<'_>]) -> AdapterFile {
+        let config: LoraConfig = serde_json::from_value(config).unwrap();
+        let targets = resolve(&config, modules).unwrap();
+        let mut tensors = Tensors::new();
+        let mut put = |key: String, shape: Vec<usize>| {
+            let n: usize = shape.iter().product();
+            let word = random::hash(&key);
+            let values = (0..n).map(|i| random::symmetric(random::at(word, i as u64))).collect();
+            tensors.insert(key, (shape, values));
+        };
+        for target in &targets {
+            put(names::lora_a(&target.module), vec![target.r, target.in_features]);
+            put(names::lora_b(&target.module), vec![target.out_features, target.r]);
+        }
+        for bias in trained_biases(&config, modules, &targets) {
+            put(bias.key, vec![bias.len]);
+        }
+        AdapterFile { config, base_model: Some("some/base".to_owned()), tensors }
+    }
+
+    fn small() -> AdapterFile {
+        adapter(json!({"target_modules": ["q_proj", "v_proj"], "r": 4, "lora_alpha": 8}), &tiny_llama())
+    }
+
+    /// Bytes of a safetensors file with this header and this much data.
+    fn raw(header: &str, data: &[u8]) -> Vec<u8> {
+        let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+        bytes.extend_from_slice(header.as_bytes());
+        bytes.extend_from_slice(data);
+        bytes
+    }
+
+    /// What reading says of a directory with these bytes as its weights.
+    fn read_weights(bytes: &[u8]) -> Result<AdapterFile, Error> {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join(CONFIG_FILE), r#"{"peft_type": "LORA", "target_modules": ["q_proj"]}"#).unwrap();
+        fs::write(dir.path().join(WEIGHTS_FILE), bytes).unwrap();
+        AdapterFile::read(dir.path())
+    }
+
+    #[test]
+    fn what_is_written_is_read_back() {
+        let biased = tiny_llama_with_biases();
+        for (config, modules) in [
+            (json!({"target_modules": ["q_proj", "v_proj"], "r": 4, "lora_alpha": 8}), tiny_llama()),
+            (
+                json!({"target_modules": ["q_proj"], "bias": "all", "use_rslora": true, "lora_dropout": 0.05}),
+                biased.clone(),
+            ),
+            (json!({"target_modules": ["q_proj"], "bias": "lora_only", "layers_to_transform": 1}), biased),
+            (
+                json!({"target_modules": ".*_proj", "rank_pattern": {"v_proj": 2, ".*": 3}, "alpha_pattern": {"k_proj": 0.5}}),
+                tiny_llama(),
+            ),
+        ] {
+            let file = adapter(config, &modules);
+            let dir = tempfile::tempdir().unwrap();
+            let inside = dir.path().join("a/b");
+            file.write(&inside, &modules).unwrap();
+            assert_eq!(AdapterFile::read(&inside).unwrap(), file);
+        }
+    }
+
+    #[test]
+    fn all_linear_is_written_as_names_and_selects_the_same() {
+        let file = adapter(json!({"r": 2}), &tiny_llama());
+        let dir = tempfile::tempdir().unwrap();
+        file.write(dir.path(), &tiny_llama()).unwrap();
+        let read = AdapterFile::read(dir.path()).unwrap();
+        assert_eq!(read.tensors, file.tensors);
+        assert!(!read.config.target_modules.is_all_linear());
+        assert_eq!(check_against(&read, &tiny_llama()).unwrap(), check_against(&file, &tiny_llama()).unwrap());
+    }
+
+    #[test]
+    fn the_same_adapter_gives_the_same_bytes_and_no_other_file() {
+        let written = || {
+            let dir = tempfile::tempdir().unwrap();
+            small().write(dir.path(), &tiny_llama()).unwrap();
+            let mut names: Vec<_> = fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+            names.sort();
+            assert_eq!(names, [CONFIG_FILE, WEIGHTS_FILE]);
+            (fs::read(dir.path().join(CONFIG_FILE)).unwrap(), fs::read(dir.path().join(WEIGHTS_FILE)).unwrap())
+        };
+        let (config, weights) = written();
+        assert_eq!((config.clone(), weights.clone()), written());
+        assert!(
+            String::from_utf8(config)
+                .unwrap()
+                .starts_with("{\n  \"base_model_name_or_path\": \"some/base\",\n  \"bias\": \"none\"")
+        );
+        assert_eq!(SafeTensors::read_metadata(&weights).unwrap().1.metadata().as_ref().unwrap()["format"], "pt");
+    }
+
+    #[test]
+    fn the_copy_of_the_head_is_not_written_again() {
+        let mut file = adapter(json!({"target_modules": ["lm_head"], "r": 4}), &tiny_llama());
+        let key = Part::BaseWeight.key("lm_head");
+        file.tensors.insert(key.clone(), (vec![64, 32], vec![0.0; 64 * 32]));
+        let dir = tempfile::tempdir().unwrap();
+        file.write(dir.path(), &tiny_llama()).unwrap();
+        let read = AdapterFile::read(dir.path()).unwrap();
+        assert_eq!(read.tensors.len(), 2);
+        assert!(!read.tensors.contains_key(&key));
+    }
+
+    #[test]
+    fn a_write_that_fails_leaves_the_old_adapter_as_it_was() {
+        let dir = tempfile::tempdir().unwrap();
+        let old = small();
+        old.write(dir.path(), &tiny_llama()).unwrap();
+        let mut new = old.clone();
+        new.config.lora_alpha = 64.0;
+        let mut broken = new.clone();
+        broken.tensors.values_mut().next().unwrap().1[0] = f32::NAN;
+        assert!(matches!(broken.write(dir.path(), &tiny_llama()), Err(Error::NotFinite { .. })));
+        assert_eq!(AdapterFile::read(dir.path()).unwrap(), old);
+        // No temporary file can be made: the disk is as good as full.
+        let staged = dir.path().join(format!(".{CONFIG_FILE}.tmp"));
+        fs::create_dir(&staged).unwrap();
+        assert!(matches!(new.write(dir.path(), &tiny_llama()), Err(Error::Io { .. })));
+        assert_eq!(AdapterFile::read(dir.path()).unwrap(), old);
+        // What an interrupted write has left behind is in nobody's way.
+        fs::remove_dir(&staged).unwrap();
+        fs::write(&staged, "{\"half").unwrap();
+        new.write(dir.path(), &tiny_llama()).unwrap();
+        assert_eq!(AdapterFile::read(dir.path()).unwrap(), new);
+        assert!(!staged.exists());
+    }
+
+    #[test]
+    fn a_reader_never_meets_half_a_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let versions = [0.25f32, 0.75].map(|value| {
+            let mut file = small();
+            for (_, values) in file.tensors.values_mut() {
+                values.fill(value);
+            }
+            file
+        });
+        versions[0].write(dir.path(), &tiny_llama()).unwrap();
+        std::thread::scope(|scope| {
+            let writer = scope.spawn(|| {
+                for i in 0..20 {
+                    versions[i % 2].write(dir.path(), &tiny_llama()).unwrap();
+                }
+            });
+            while !writer.is_finished() {
+                let read = AdapterFile::read(dir.path()).unwrap();
+                assert!(versions.contains(&read));
+            }
+        });
+    }
+
+    #[test]
+    fn half_precision_is_read() {
+        let header = r#"{"a.q_proj.lora_A.weight":{"dtype":"F16","shape":[1,2],"data_offsets":[0,4]},"a.q_proj.lora_B.weight":{"dtype":"BF16","shape":[1,1],"data_offsets":[4,6]}}"#;
+        let mut data = Vec::new();
+        data.extend(half::f16::from_f32(1.5).to_le_bytes());
+        data.extend(half::f16::from_f32(-0.25).to_le_bytes());
+        data.extend(half::bf16::from_f32(3.0).to_le_bytes());
+        let file = read_weights(&raw(header, &data)).unwrap();
+        assert_eq!(file.tensors["base_model.model.a.q_proj.lora_A.weight"], (vec![1, 2], vec![1.5, -0.25]));
+        assert_eq!(file.tensors["base_model.model.a.q_proj.lora_B.weight"], (vec![1, 1], vec![3.0]));
+        assert_eq!((file.config.r, file.config.lora_alpha), (8, 8.0));
+    }
+
+    #[test]
+    fn spellings_become_one_and_a_bias_knows_its_module() {
+        let tensor = |name: &str, start: usize| {
+            format!(r#""{name}":{{"dtype":"F32","shape":[1],"data_offsets":[{start},{}]}}"#, start + 4)
+        };
+        let header = format!(
+            "{{{},{},{},{}}}",
+            tensor("base_model.model.a.q.lora_A.default.weight", 0),
+            tensor("base_model.model.a.q.bias", 4),
+            tensor("base_model.model.a.k.bias", 8),
+            tensor("base_model.model.a.o.original_module.bias", 12),
+        );
+        let file = read_weights(&raw(&header, &[0; 16])).unwrap();
+        let keys: Vec<&str> = file.tensors.keys().map(String::as_str).collect();
+        let expected =
+            ["base_model.model.a.k.bias", "base_model.model.a.q.base_layer.bias", "base_model.model.a.q.lora_A.weight"];
+        assert_eq!(keys, expected);
+        let twice = format!("{{{},{}}}", tensor("a.q.lora_A.one.weight", 0), tensor("a.q.lora_A.two.weight", 4));
+        let message = read_weights(&raw(&twice, &[0; 8])).unwrap_err().to_string();
+        assert!(message.contains("`a.q.lora_A.one.weight` and `a.q.lora_A.two.weight`"), "{message}");
+    }
+
+    #[test]
+    fn damaged_weights_are_errors_and_never_panics() {
+        let one = |shape: &str, offsets: &str| {
+            format!(r#"{{"x.weight":{{"dtype":"F32","shape":{shape},"data_offsets":{offsets}}}}}"#)
+        };
+        let huge = format!(
+            r#"{{"x":{{"dtype":"U8","shape":[{0}],"data_offsets":[0,{0}]}},"y":{{"dtype":"U8","shape":[{0}],"data_offsets":[{0},{1}]}}}}"#,
+            u64::MAX / 8,
+            u64::MAX / 8 * 2
+        );
+        for bytes in [
+            vec![],
+            vec![1, 2, 3],
+            vec![0xff; 8],
+            vec![0xff; 64],
+            raw("", b""),
+            raw("{", b""),
+            raw("[]", b""),
+            raw("{\"x\": 3}", b""),
+            raw("\u{0}", b""),
+            raw(&one("[1]", "[0,4]"), &[0; 3]),
+            raw(&one("[1]", "[0,4]"), &[0; 5]),
+            raw(&one("[2]", "[0,4]"), &[0; 4]),
+            raw(&one("[1]", "[4,0]"), &[0; 4]),
+            raw(&one("[1]", "[1,5]"), &[0; 5]),
+            raw(&one("[-1]", "[0,4]"), &[0; 4]),
+            raw(&one("[4611686018427387904,4]", "[0,4]"), &[0; 4]),
+            raw(&one("[1]", "[0,18446744073709551615]"), &[0; 4]),
+            raw(&huge, &[0; 4]),
+        ] {
+            let error = read_weights(&bytes).unwrap_err();
+            assert!(matches!(error, Error::Safetensors { .. }), "{bytes:?}: {error}");
+        }
+        let integers = raw(r#"{"x.weight":{"dtype":"I64","shape":[1],"data_offsets":[0,8]}}"#, &[0; 8]);
+        let message = read_weights(&integers).unwrap_err().to_string();
+        assert!(message.contains("`x.weight` is of type I64"), "{message}");
+    }
+
+    #[test]
+    fn a_file_with_any_byte_changed_or_cut_never_panics() {
+        let dir = tempfile::tempdir().unwrap();
+        adapter(json!({"target_modules": ["0.self_attn.q_proj"], "r": 1}), &tiny_llama())
+            .write(dir.path(), &tiny_llama())
+            .unwrap();
+        let whole = fs::read(dir.path().join(WEIGHTS_FILE)).unwrap();
+        let path = Path::new("test");
+        for i in 0..whole.len() {
+            assert!(read_tensors(path, &whole[..i]).is_err());
+            for flip in [1u8, 0x10, 0x80] {
+                let mut changed = whole.clone();
+                changed[i] ^= flip;
+                if let Ok(tensors) = read_tensors(path, &changed) {
+                    let file = AdapterFile { config: LoraConfig::default(), base_model: None, tensors };
+                    assert!(check_against(&file, &tiny_llama()).is_err());
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn absent_and_unreadable_files_are_told_apart() {
+        let dir = tempfile::tempdir().unwrap();
+        let says = |expected: &str| {
+            let message = AdapterFile::read(dir.path()).unwrap_err().to_string();
+            assert!(message.contains(expected), "{message}");
+        };
+        says("adapter_config.json does not exist");
+        fs::write(dir.path().join(CONFIG_FILE), "{\"peft_type\": ").unwrap();
+        says("is not valid JSON");
+        fs::write(dir.path().join(CONFIG_FILE), "[".repeat(100_000)).unwrap();
+        says("is not valid JSON");
+        fs::write(dir.path().join(CONFIG_FILE), r#"{"peft_type": "LORA", "target_modules": ["q_proj"]}"#).unwrap();
+        says("adapter_model.safetensors does not exist. The directory has a configuration");
+        fs::write(dir.path().join("adapter_model.bin"), "").unwrap();
+        says("safe_serialization");
+        fs::create_dir(dir.path().join(WEIGHTS_FILE)).unwrap();
+        says("cannot read");
+    }
+}

@@ -1,0 +1,661 @@
+//! Which modules of a model a configuration selects, with what rank and scale, by PEFT's rules.
+//!
+//! The rules are those of PEFT 0.21: an entry of a list is a module's name or its end after a dot; a string is a regular expression
+//! for the whole name; what `modules_to_save` names is never adapted; a full name in a list is not bound by `layers_to_transform`.
+//! Where PEFT stays silent about an entry without effect, [`resolve`] is strict; [`select`] is for adapters that PEFT has written.
+
+use std::collections::BTreeSet;
+
+use crate::config::{LoraConfig, ModuleSelection};
+use crate::error::Error;
+use crate::pattern::Pattern;
+
+/// A linear module of a model: what can be adapted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LinearModule<'a> {
+    /// Full name, as PEFT sees it: "model.layers.0.self_attn.q_proj".
+    pub name: &'a str,
+    /// Columns of its weight.
+    pub in_features: usize,
+    /// Rows of its weight.
+    pub out_features: usize,
+    /// Whether it has a bias.
+    pub has_bias: bool,
+    /// Whether it is the output head, which "all-linear" leaves out.
+    pub is_output_head: bool,
+}
+
+/// A module with a LoRA adapter: A is [r, in_features], B is [out_features, r].
+#[derive(Debug, Clone, PartialEq)]
+pub struct LoraTarget {
+    /// Full name of the module.
+    pub module: String,
+    /// Rank.
+    pub r: usize,
+    /// Alpha.
+    pub alpha: f32,
+    /// What B·A is multiplied by: alpha / r, or alpha / sqrt(r) with rsLoRA.
+    pub scaling: f32,
+    /// Columns of the module's weight.
+    pub in_features: usize,
+    /// Rows of the module's weight.
+    pub out_features: usize,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Verdict {
+    Targeted,
+    Excluded,
+    Unmatched,
+}
+
+enum Names {
+    AllLinear,
+    List(Vec<String>),
+    Pattern(Pattern),
+}
+
+struct Layers {
+    numbers: Vec<usize>,
+    patterns: Vec<Pattern>,
+}
+
+/// A configuration with its patterns compiled.
+pub(crate) struct Selector {
+    include: Names,
+    exclude: Option<Names>,
+    saved: Vec<Pattern>,
+    layers: Option<Layers>,
+    ranks: Vec<(Pattern, usize)>,
+    alphas: Vec<(Pattern, f64)>,
+    r: usize,
+    alpha: f64,
+    use_rslora: bool,
+}
+
+impl Selector {
+    /// # Errors
+    /// [`Error::Pattern`] when a pattern does not compile.
+    pub(crate) fn new(config: &LoraConfig) -> Result<Self, Error> {
+        let include = if config.target_modules.is_all_linear() {
+            Names::AllLinear
+        } else {
+            names("target_modules", &config.target_modules)?
+        };
+        let exclude =
+            config.exclude_modules.as_ref().map(|selection| names("exclude_modules", selection)).transpose()?;
+        let saved = config
+            .modules_to_save
+            .iter()
+            .map(|entry| Pattern::within("modules_to_save", entry))
+            .collect::<Result<_, _>>()?;
+        let ranks = config
+            .rank_pattern
+            .iter()
+            .map(|(key, &rank)| Ok((Pattern::name_end("rank_pattern", key)?, rank)))
+            .collect::<Result<_, Error>>()?;
+        let alphas = config
+            .alpha_pattern
+            .iter()
+            .map(|(key, &alpha)| Ok((Pattern::name_end("alpha_pattern", key)?, alpha)))
+            .collect::<Result<_, Error>>()?;
+        Ok(Self {
+            include,
+            exclude,
+            saved,
+            layers: layers(config)?,
+            ranks,
+            alphas,
+            r: config.r,
+            alpha: config.lora_alpha,
+            use_rslora: config.use_rslora,
+        })
+    }
+
+    fn verdict(&self, module: &LinearModule<'_>) -> Result<Verdict, Error> {
+        if let Some(exclude) = &self.exclude
+            && exclude.matches(module)?
+        {
+            return Ok(Verdict::Excluded);
+        }
+        for saved in &self.saved {
+            if saved.is_match(module.name)? {
+                return Ok(Verdict::Excluded);
+            }
+        }
+        let targeted = match &self.include {
+            Names::List(entries) if entries.iter().all(|entry| entry != module.name) => {
+                self.include.matches(module)? && self.in_layers(module.name)?
+            }
+            names => names.matches(module)?,
+        };
+        Ok(if targeted { Verdict::Targeted } else { Verdict::Unmatched })
+    }
+
+    fn in_layers(&self, name: &str) -> Result<bool, Error> {
+        let Some(layers) = &self.layers else {
+            return Ok(true);
+        };
+        Ok(layers.number_of(name)?.is_some_and(|number| layers.numbers.contains(&number)))
+    }
+
+    fn target(&self, module: &LinearModule<'_>) -> Result<LoraTarget, Error> {
+        let r = first_match(&self.ranks, module.name)?.unwrap_or(self.r);
+        let alpha = first_match(&self.alphas, module.name)?.unwrap_or(self.alpha);
+        let divisor = if self.use_rslora { (r as f64).sqrt() } else { r as f64 };
+        Ok(LoraTarget {
+            module: module.name.to_owned(),
+            r,
+            alpha: alpha as f32,
+            scaling: (alpha / divisor) as f32,
+            in_features: module.in_features,
+            out_features: module.out_features,
+        })
+    }
+}
+
+impl Names {
+    fn matches(&self, module: &LinearModule<'_>) -> Result<bool, Error> {
+        match self {
+            Self::AllLinear => Ok(!module.is_output_head),
+            Self::List(entries) => Ok(entries.iter().any(|entry| is_name_or_end(module.name, entry))),
+            Self::Pattern(pattern) => pattern.is_match(module.name),
+        }
+    }
+}
+
+impl Layers {
+    /// The layer a module is in: the first pattern that matches decides.
+    fn number_of(&self, name: &str) -> Result<Option<usize>, Error> {
+        for pattern in &self.patterns {
+            if let Some(number) = pattern.number(name)? {
+                return Ok(number);
+            }
+        }
+        Ok(None)
+    }
+}
+
+fn names(field: &'static str, selection: &ModuleSelection) -> Result<Names, Error> {
+    Ok(match selection {
+        ModuleSelection::List(entries) => Names::List(entries.clone()),
+        ModuleSelection::Pattern(source) => Names::Pattern(Pattern::full(field, source)?),
+    })
+}
+
+fn layers(config: &LoraConfig) -> Result<Option<Layers>, Error> {
+    let patterns: Vec<Pattern> = match &config.layers_pattern {
+        Some(given) => given
+            .as_slice()
+            .iter()
+            .filter(|name| !name.is_empty())
+            .map(|name| Pattern::layer_number("layers_pattern", Some(name.as_str())))
+            .collect::<Result<_, _>>()?,
+        None => Vec::new(),
+    };
+    let Some(numbers) = config
+        .layers_to_transform
+        .as_ref()
+        .map(|numbers| numbers.as_slice().to_vec())
+        .filter(|numbers| !numbers.is_empty())
+    else {
+        return Ok(None);
+    };
+    let patterns = if patterns.is_empty() { vec![Pattern::layer_number("layers_pattern", None)?] } else { patterns };
+    Ok(Some(Layers { numbers, patterns }))
+}
+
+fn first_match<T: Copy>(patterns: &[(Pattern, T)], name: &str) -> Result<Option<T>, Error> {
+    for (pattern, value) in patterns {
+        if pattern.is_match(name)? {
+            return Ok(Some(*value));
+        }
+    }
+    Ok(None)
+}
+
+fn is_name_or_end(name: &str, entry: &str) -> bool {
+    name.strip_suffix(entry).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
+}
+
+/// The modules that a configuration adapts, in the modules' order.
+///
+/// Stricter than PEFT: every entry of a list, every excluded name, every layer number and every rank or alpha pattern must have an effect.
+///
+/// # Errors
+/// What [`LoraConfig::check`] finds; [`Error::NoTarget`] and [`Error::UnknownModule`] with the nearest names;
+/// [`Error::SavedAndAdapted`]; [`Error::Config`] for a layer or pattern without effect.
+pub fn resolve(config: &LoraConfig, modules: &[LinearModule<'_>]) -> Result<Vec<LoraTarget>, Error> {
+    config.check()?;
+    let selector = Selector::new(config)?;
+    check_entries("target_modules", &config.target_modules, modules)?;
+    if let Some(excluded) = &config.exclude_modules {
+        check_entries("exclude_modules", excluded, modules)?;
+        let pattern = selector.exclude.as_ref();
+        if let (ModuleSelection::Pattern(source), Some(names)) = (excluded, pattern)
+            && !any(modules, |module| names.matches(module))?
+        {
+            return Err(unknown_module("exclude_modules", source, modules));
+        }
+    }
+    check_layers(&selector, modules)?;
+    let targets = select(config, modules)?;
+    for target in &targets {
+        if let Some(entry) = saved_by(config, &target.module) {
+            return Err(Error::SavedAndAdapted { entry: entry.to_owned(), module: target.module.clone() });
+        }
+    }
+    check_patterns_used("rank_pattern", &selector.ranks, &targets)?;
+    check_patterns_used("alpha_pattern", &selector.alphas, &targets)?;
+    Ok(targets)
+}
+
+/// The modules that a configuration adapts, by PEFT's own rules: entries without effect are passed over.
+///
+/// # Errors
+/// [`Error::Pattern`]; [`Error::NoTarget`] when nothing at all is selected.
+pub fn select(config: &LoraConfig, modules: &[LinearModule<'_>]) -> Result<Vec<LoraTarget>, Error> {
+    let selector = Selector::new(config)?;
+    let mut targets = Vec::new();
+    let mut excluded = false;
+    for module in modules {
+        match selector.verdict(module)? {
+            Verdict::Targeted => targets.push(selector.target(module)?),
+            Verdict::Excluded => excluded = true,
+            Verdict::Unmatched => {}
+        }
+    }
+    if targets.is_empty() {
+        return Err(no_target(config, modules, excluded));
+    }
+    Ok(targets)
+}
+
+/// How many modules end in each name ("q_proj", 30), in the order the names first appear.
+pub fn count_matches(modules: &[LinearModule<'_>]) -> Vec<(String, usize)> {
+    count_ends(modules.iter().map(|module| module.name))
+        .into_iter()
+        .map(|(end, count)| (end.to_owned(), count))
+        .collect()
+}
+
+/// The modules that are trained and saved whole, in the order of `names` (the full names of all modules that hold weights).
+///
+/// As in PEFT an entry matches every name that ends with it, also in the middle of a component: "norm" is every `input_layernorm` too.
+///
+/// # Errors
+/// [`Error::UnknownModule`] with the nearest names when an entry matches nothing.
+pub fn resolve_modules_to_save(config: &LoraConfig, names: &[&str]) -> Result<Vec<String>, Error> {
+    for entry in &config.modules_to_save {
+        if !names.iter().any(|name| name.ends_with(entry.as_str())) {
+            return Err(Error::UnknownModule {
+                field: "modules_to_save",
+                entry: entry.clone(),
+                advice: did_you_mean(entry, names.iter().copied()),
+                available: list_ends(names.iter().copied()),
+            });
+        }
+    }
+    Ok(names.iter().filter(|name| saved_by(config, name).is_some()).map(|name| (*name).to_owned()).collect())
+}
+
+/// The entry of `modules_to_save` that saves this module whole.
+pub(crate) fn saved_by<'c>(config: &'c LoraConfig, module: &str) -> Option<&'c str> {
+    config.modules_to_save.iter().map(String::as_str).find(|entry| module.ends_with(entry))
+}
+
+pub(crate) fn last_component(name: &str) -> &str {
+    name.rsplit('.').next().unwrap_or(name)
+}
+
+fn any(
+    modules: &[LinearModule<'_>],
+    mut test: impl FnMut(&LinearModule<'_>) -> Result<bool, Error>,
+) -> Result<bool, Error> {
+    for module in modules {
+        if test(module)? {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+fn check_entries(field: &'static str, selection: &ModuleSelection, modules: &[LinearModule<'_>]) -> Result<(), Error> {
+    let ModuleSelection::List(entries) = selection else {
+        return Ok(());
+    };
+    let unknown = entries.iter().find(|entry| !modules.iter().any(|module| is_name_or_end(module.name, entry)));
+    match unknown {
+        Some(entry) => Err(unknown_module(field, entry, modules)),
+        None => Ok(()),
+    }
+}
+
+fn check_layers(selector: &Selector, modules: &[LinearModule<'_>]) -> Result<(), Error> {
+    let Some(layers) = &selector.layers else {
+        return Ok(());
+    };
+    let mut present = BTreeSet::new();
+    for module in modules {
+        present.extend(layers.number_of(module.name)?);
+    }
+    let Some(missing) = layers.numbers.iter().find(|number| !present.contains(*number)) else {
+        return Ok(());
+    };
+    let known = match (present.first(), present.last()) {
+        (Some(first), Some(last)) => format!("the layers of this model are {first} to {last}"),
+        _ => "no module name has a layer number in the place that layers_pattern says".to_owned(),
+    };
+    Err(Error::Config { field: "layers_to_transform", problem: format!("layer {missing} does not exist; {known}") })
+}
+
+fn check_patterns_used<T>(field: &'static str, patterns: &[(Pattern, T)], targets: &[LoraTarget]) -> Result<(), Error> {
+    for (pattern, _) in patterns {
+        let mut used = false;
+        for target in targets {
+            used = used || pattern.is_match(&target.module)?;
+        }
+        if !used {
+            let names = targets.iter().map(|target| target.module.as_str());
+            return Err(Error::UnknownModule {
+                field,
+                entry: pattern.source().to_owned(),
+                advice: format!(
+                    "A pattern must match an adapted module from a dot (or the start) to the end. {}",
+                    did_you_mean(pattern.source(), names.clone())
+                ),
+                available: list_ends(names),
+            });
+        }
+    }
+    Ok(())
+}
+
+fn unknown_module(field: &'static str, entry: &str, modules: &[LinearModule<'_>]) -> Error {
+    let names = modules.iter().map(|module| module.name);
+    Error::UnknownModule {
+        field,
+        entry: entry.to_owned(),
+        advice: advice_for(entry, modules),
+        available: list_ends(names),
+    }
+}
+
+fn no_target(config: &LoraConfig, modules: &[LinearModule<'_>], excluded: bool) -> Error {
+    let (asked, advice) = match &config.target_modules {
+        ModuleSelection::Pattern(source) if modules.iter().any(|m| is_name_or_end(m.name, source)) => (
+            format!("\"{source}\""),
+            format!(
+                "A string is a regular expression for the whole name: write the list [{source}], or \".*\\.{source}\"."
+            ),
+        ),
+        ModuleSelection::Pattern(source) => (
+            format!("\"{source}\""),
+            if config.target_modules.is_all_linear() {
+                String::new()
+            } else {
+                "A string is a regular expression for the whole name, such as \".*\\.(q|v)_proj\".".to_owned()
+            },
+        ),
+        ModuleSelection::List(entries) => (
+            format!("[{}]", entries.join(", ")),
+            entries.first().map(|entry| advice_for(entry, modules)).unwrap_or_default(),
+        ),
+    };
+    let mut reasons = Vec::new();
+    if excluded {
+        reasons.push("exclude_modules or modules_to_save takes modules away.".to_owned());
+    }
+    if config.layers_to_transform.is_some() {
+        reasons.push("layers_to_transform (with layers_pattern) leaves no layer.".to_owned());
+    }
+    if !advice.is_empty() {
+        reasons.push(advice);
+    }
+    Error::NoTarget { asked, reason: reasons.join(" "), available: list_ends(modules.iter().map(|module| module.name)) }
+}
+
+fn advice_for(entry: &str, modules: &[LinearModule<'_>]) -> String {
+    if entry.eq_ignore_ascii_case("all-linear") || entry.eq_ignore_ascii_case("all_linear") {
+        return "\"all-linear\" is a string of its own, not an entry of a list.".to_owned();
+    }
+    if entry.contains(['*', '(', '|', '[', '\\', '^', '$']) {
+        return "A list holds names or ends of names; give a regular expression as one string.".to_owned();
+    }
+    if matches!(entry, "embed_tokens" | "wte") {
+        return "Embeddings cannot be adapted, only trained whole: put them in modules_to_save.".to_owned();
+    }
+    did_you_mean(entry, modules.iter().map(|module| module.name))
+}
+
+/// "Did you mean `q_proj`?" for the ends of names, as long as what was asked, that look most like it.
+fn did_you_mean<'a>(asked: &str, names: impl Iterator<Item = &'a str>) -> String {
+    let components = asked.split('.').count();
+    let ends: BTreeSet<&str> = names.map(|name| end_of(name, components)).collect();
+    let asked = asked.to_lowercase();
+    let mut scored: Vec<(f64, &str)> = ends
+        .into_iter()
+        .map(|end| (strsim::jaro_winkler(&asked, &end.to_lowercase()), end))
+        .filter(|(score, _)| *score >= 0.7)
+        .collect();
+    scored.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(b.1)));
+    let nearest: Vec<String> = scored.iter().take(3).map(|(_, end)| format!("`{end}`")).collect();
+    if nearest.is_empty() {
+        return String::new();
+    }
+    format!("Did you mean {}?", nearest.join(" or "))
+}
+
+/// The last `components` components of a name.
+fn end_of(name: &str, components: usize) -> &str {
+    match name.rmatch_indices('.').nth(components.saturating_sub(1)) {
+        Some((dot, _)) => name.get(dot + 1..).unwrap_or(name),
+        None => name,
+    }
+}
+
+fn count_ends<'a>(names: impl Iterator<Item = &'a str>) -> Vec<(&'a str, usize)> {
+    let mut ends: Vec<(&str, usize)> = Vec::new();
+    for name in names {
+        let end = last_component(name);
+        match ends.iter_mut().find(|(known, _)| *known == end) {
+            Some((_, count)) => *count += 1,
+            None => ends.push((end, 1)),
+        }
+    }
+    ends
+}
+
+/// "q_proj (30), k_proj (30), lm_head (1)".
+fn list_ends<'a>(names: impl Iterator<Item = &'a str>) -> String {
+    let listed: Vec<String> = count_ends(names).iter().map(|(end, count)| format!("{end} ({count})")).collect();
+    listed.join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    //! The expected selections are what PEFT 0.21.2 selects on a Llama model of the same shape.
+    use super::*;
+    use crate::test_model::{MODULES, tiny_llama};
+    use serde_json::json;
+
+    fn config(value: serde_json::Value) -> LoraConfig {
+        serde_json::from_value(value).unwrap()
+    }
+
+    fn selected(value: serde_json::Value) -> Vec<String> {
+        let names = tiny_llama();
+        select(&config(value), &names)
+            .map(|targets| targets.into_iter().map(|t| t.module).collect())
+            .unwrap_or_default()
+    }
+
+    fn refused(value: serde_json::Value) -> String {
+        resolve(&config(value), &tiny_llama()).unwrap_err().to_string()
+    }
+
+    fn q(layer: usize) -> String {
+        format!("model.layers.{layer}.self_attn.q_proj")
+    }
+
+    fn v(layer: usize) -> String {
+        format!("model.layers.{layer}.self_attn.v_proj")
+    }
+
+    #[test]
+    fn all_linear_is_every_module_but_the_head() {
+        for text in ["all-linear", "All-Linear", "all_linear"] {
+            let found = selected(json!({"target_modules": text}));
+            assert_eq!(found.len(), 21);
+            assert_eq!(found[0], q(0));
+            assert!(!found.contains(&"lm_head".to_owned()));
+        }
+        assert_eq!(selected(json!({"target_modules": "all-linear", "exclude_modules": ["mlp.down_proj"]})).len(), 18);
+        assert_eq!(selected(json!({"target_modules": "all-linear", "modules_to_save": ["q_proj"]})).len(), 18);
+        assert_eq!(selected(json!({"target_modules": "all-linear", "modules_to_save": ["self_attn"]})).len(), 9);
+    }
+
+    #[test]
+    fn lists_match_names_and_ends_of_names() {
+        let six = vec![q(0), v(0), q(1), v(1), q(2), v(2)];
+        assert_eq!(selected(json!({"target_modules": ["v_proj", "q_proj"]})), six);
+        assert_eq!(selected(json!({"target_modules": ["proj"]})), Vec::<String>::new());
+        assert_eq!(selected(json!({"target_modules": ["1.self_attn.q_proj"]})), [q(1)]);
+        assert_eq!(selected(json!({"target_modules": ["q_proj", "nope"]})), [q(0), q(1), q(2)]);
+        assert_eq!(
+            selected(json!({"target_modules": ["q_proj", "lm_head"]})),
+            [q(0), q(1), q(2), "lm_head".to_owned()]
+        );
+    }
+
+    #[test]
+    fn strings_are_expressions_for_the_whole_name() {
+        let four = [q(0), v(0), q(2), v(2)];
+        assert_eq!(selected(json!({"target_modules": r".*\.[02]\.self_attn\.(q|v)_proj"})), four);
+        assert!(selected(json!({"target_modules": "q_proj"})).is_empty());
+        assert_eq!(selected(json!({"target_modules": ".*(q_proj|lm_head)"})).len(), 4);
+        let excluding = json!({"target_modules": ["q_proj", "v_proj"], "exclude_modules": r".*\.1\..*"});
+        assert_eq!(selected(excluding), four);
+        let both =
+            json!({"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["layers.1.self_attn.q_proj", "v_proj"]});
+        assert_eq!(selected(both), [q(0), q(2)]);
+    }
+
+    #[test]
+    fn layers_are_chosen_by_number() {
+        let on = |layers: serde_json::Value, pattern: serde_json::Value| {
+            selected(
+                json!({"target_modules": ["q_proj", "v_proj"], "layers_to_transform": layers, "layers_pattern": pattern}),
+            )
+        };
+        let one = [q(1), v(1)];
+        assert_eq!(on(json!([0, 2]), json!(null)), [q(0), v(0), q(2), v(2)]);
+        assert_eq!(on(json!(1), json!(null)), one);
+        assert_eq!(on(json!([]), json!(null)).len(), 6);
+        assert!(on(json!([9]), json!(null)).is_empty());
+        for pattern in [json!("layers"), json!(["h", "layers"]), json!(""), json!("lay.rs")] {
+            assert_eq!(on(json!([1]), pattern), one);
+        }
+        assert!(on(json!([1]), json!("h")).is_empty());
+        // A full name is taken as it is, whatever its layer.
+        let full = json!({"target_modules": [q(0)], "layers_to_transform": [1]});
+        assert_eq!(selected(full), [q(0)]);
+        // The first number counts: a layer's, not an expert's inside it.
+        let expert = LinearModule { name: "model.layers.1.experts.0.w1", ..MODULES[0] };
+        let moe = config(json!({"target_modules": ["w1"], "layers_to_transform": [1]}));
+        assert_eq!(select(&moe, &[expert]).unwrap().len(), 1);
+    }
+
+    #[test]
+    fn the_first_pattern_that_matches_gives_the_rank() {
+        let ranks = |pattern: &str| -> Vec<usize> {
+            let text = format!(r#"{{"target_modules": ["q_proj", "v_proj"], "r": 4, "rank_pattern": {pattern}}}"#);
+            let config = serde_json::from_str(&text).unwrap();
+            select(&config, &tiny_llama()).unwrap().iter().map(|t| t.r).collect()
+        };
+        assert_eq!(ranks(r#"{"q_proj": 2}"#), [2, 4, 2, 4, 2, 4]);
+        assert_eq!(ranks(r#"{"layers.1.self_attn.q_proj": 2}"#), [4, 4, 2, 4, 4, 4]);
+        assert_eq!(ranks(r#"{"^model.layers.1.self_attn.q_proj": 2}"#), [4, 4, 2, 4, 4, 4]);
+        assert_eq!(ranks(r#"{".*\\.1\\..*": 2}"#), [4, 4, 2, 2, 4, 4]);
+        assert_eq!(ranks(r#"{"proj": 2}"#), [4; 6]);
+        assert_eq!(ranks(r#"{"model.layers.0.self_attn.q_proj": 3, "q_proj": 2}"#), [3, 4, 2, 4, 2, 4]);
+        assert_eq!(ranks(r#"{"q_proj": 2, "model.layers.0.self_attn.q_proj": 3}"#), [2, 4, 2, 4, 2, 4]);
+        assert_eq!(ranks(r#"{"self_attn.q_proj|v_proj": 5}"#), [5; 6]);
+    }
+
+    #[test]
+    fn scaling_is_alpha_over_r_or_over_its_root() {
+        let config =
+            config(json!({"target_modules": ["q_proj", "v_proj"], "r": 4, "lora_alpha": 16, "use_rslora": true,
+            "alpha_pattern": {"v_proj": 32}, "rank_pattern": {"layers.0.self_attn.q_proj": 16}}));
+        let targets = resolve(&config, &tiny_llama()).unwrap();
+        let found: Vec<_> = targets.iter().map(|t| (t.r, t.alpha, t.scaling)).collect();
+        let (q, v) = ((4, 16.0, 8.0), (4, 32.0, 16.0));
+        assert_eq!(found, [(16, 16.0, 4.0), v, q, v, q, v]);
+        let plain = LoraConfig { use_rslora: false, ..config };
+        assert_eq!(resolve(&plain, &tiny_llama()).unwrap()[0].scaling, 1.0);
+        assert_eq!((targets[1].in_features, targets[1].out_features), (32, 16));
+    }
+
+    #[test]
+    fn what_has_no_effect_is_refused_with_advice() {
+        for (value, expected) in [
+            (
+                json!({"target_modules": ["q_proj", "q_porj"]}),
+                "`q_porj` matches no module of this model. Did you mean `q_proj`",
+            ),
+            (json!({"target_modules": ["attn.q_proj"]}), "Did you mean `self_attn.q_proj`"),
+            (json!({"target_modules": ["all-linear"]}), "a string of its own"),
+            (json!({"target_modules": [".*q_proj"]}), "give a regular expression as one string"),
+            (json!({"target_modules": ["embed_tokens"]}), "modules_to_save"),
+            (json!({"target_modules": "q_proj"}), r#"write the list [q_proj], or ".*\.q_proj""#),
+            (json!({"target_modules": "Q"}), "regular expression for the whole name"),
+            (
+                json!({"target_modules": "Q"}),
+                "q_proj (3), k_proj (3), v_proj (3), o_proj (3), gate_proj (3), up_proj (3), down_proj (3), lm_head (1)",
+            ),
+            (json!({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}), "takes modules away"),
+            (json!({"exclude_modules": ["q_pro"]}), "exclude_modules: `q_pro` matches no module"),
+            (json!({"exclude_modules": "q_proj"}), "exclude_modules: `q_proj` matches no module"),
+            (
+                json!({"target_modules": ["q_proj"], "layers_to_transform": [0, 3]}),
+                "layer 3 does not exist; the layers of this model are 0 to 2",
+            ),
+            (
+                json!({"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": "h"}),
+                "layers_pattern says",
+            ),
+            (json!({"rank_pattern": {"qproj": 4}}), "rank_pattern: `qproj` matches no module"),
+            (json!({"alpha_pattern": {"lm_head": 4}}), "alpha_pattern: `lm_head` matches no module"),
+            (json!({"modules_to_save": ["proj"]}), "`proj` also matches `model.layers.0.self_attn.q_proj`"),
+            (json!({"r": 0}), "r: a rank of 0"),
+        ] {
+            let message = refused(value.clone());
+            assert!(message.contains(expected), "{value}: {message}");
+        }
+    }
+
+    #[test]
+    fn modules_to_save_match_any_end_of_a_name() {
+        let names = [
+            "model.embed_tokens",
+            "model.layers.0.input_layernorm",
+            "model.layers.0.self_attn.q_proj",
+            "model.norm",
+            "lm_head",
+        ];
+        let saving =
+            |entries: serde_json::Value| resolve_modules_to_save(&config(json!({"modules_to_save": entries})), &names);
+        assert_eq!(saving(json!(["lm_head", "norm"])).unwrap(), [names[1], names[3], names[4]]);
+        assert!(saving(json!([])).unwrap().is_empty());
+        let message = saving(json!(["lm_hed"])).unwrap_err().to_string();
+        assert!(message.contains("Did you mean `lm_head`"), "{message}");
+    }
+
+    #[test]
+    fn modules_are_counted_by_their_last_name() {
+        let counts = count_matches(&tiny_llama());
+        assert_eq!(counts[0], ("q_proj".to_owned(), 3));
+        assert_eq!(counts[7], ("lm_head".to_owned(), 1));
+    }
+}

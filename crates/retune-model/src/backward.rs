@@ -1,0 +1,295 @@
+//! The head, its loss, and the backward pass through the layers.
+
+use retune_kernels::attention::{self, Saved};
+use retune_kernels::gemm::Out;
+use retune_kernels::{cross_entropy, embedding, rms_norm, rope, swiglu};
+
+use crate::forward::Context;
+use crate::linear::{self, Branch, Dropout};
+use crate::model::{Layer, Model};
+use crate::pass::{Label, Pass};
+use crate::profile::{Operation, span};
+use crate::workspace::{HeadBuffers, Keep, LayerSaved, Temporary, Workspace, grow};
+
+impl Model {
+    /// The summed loss over the labels of a pass, in nats; each label's own is left in [`Workspace::losses`].
+    pub fn loss(&self, params: &[f32], pass: &Pass, workspace: &mut Workspace) -> f64 {
+        self.forward_layers(params, pass, None, workspace, false, None);
+        self.head_pass(params, None, pass, workspace, false)
+    }
+
+    /// The summed loss over the labels of a pass; its gradient is added to `grads`. With `dropout` the adapters' dropout applies.
+    pub fn loss_and_gradient(
+        &self,
+        params: &[f32],
+        grads: &mut [f32],
+        pass: &Pass,
+        dropout: Option<Dropout>,
+        workspace: &mut Workspace,
+    ) -> f64 {
+        self.forward_layers(params, pass, dropout, workspace, true, None);
+        let loss = self.head_pass(params, Some(grads), pass, workspace, true);
+        self.backward_layers(params, grads, pass, dropout, workspace);
+        loss
+    }
+
+    /// Logits `[tokens.len(), V]` of the given tokens of a pass.
+    pub fn logits(&self, params: &[f32], pass: &Pass, tokens: &[u32], workspace: &mut Workspace) -> Vec<f32> {
+        self.forward_layers(params, pass, None, workspace, false, None);
+        let mut logits = vec![0.0; tokens.len() * self.config.vocab_size];
+        self.last_logits(params, tokens, workspace, &mut logits);
+        logits
+    }
+
+    /// Logits of tokens of the pass whose layers were run last without backward.
+    pub(crate) fn last_logits(&self, params: &[f32], tokens: &[u32], workspace: &mut Workspace, logits: &mut [f32]) {
+        let last = workspace.input(self.layers.len(), false);
+        let Workspace { x, temporary, head, .. } = workspace;
+        let rows = tokens.len();
+        self.gather_normalised(params, tokens.iter().copied(), rows, &x[last], head);
+        grow(&mut head.u, rows * self.head.rank());
+        let (d, v) = (self.config.hidden_size, self.config.vocab_size);
+        let _span = span(Operation::Head);
+        let norm = &head.norm[..rows * d];
+        self.head.forward(params, norm, &mut head.u, None, &mut temporary.linear, Out::set(logits, v));
+    }
+
+    /// Copies rows of the last layer's output together and normalises them.
+    fn gather_normalised(
+        &self,
+        params: &[f32],
+        tokens: impl Iterator<Item = u32>,
+        rows: usize,
+        x: &[f32],
+        head: &mut HeadBuffers,
+    ) {
+        let d = self.config.hidden_size;
+        grow(&mut head.rows, rows * d);
+        grow(&mut head.norm, rows * d);
+        for (row, token) in head.rows.chunks_exact_mut(d).zip(tokens) {
+            let at = token as usize * d;
+            row.copy_from_slice(&x[at..at + d]);
+        }
+        let _span = span(Operation::Norm);
+        let (rows, norm) = (&head.rows[..rows * d], &mut head.norm[..rows * d]);
+        rms_norm::forward(rows, self.norm.values(params), self.config.rms_norm_eps, norm);
+    }
+
+    /// Final norm, head and loss over the label tokens, a block of rows at a time; with `grads` also their backward, which leaves the
+    /// gradient of the last layer's output in `dx`.
+    fn head_pass(
+        &self,
+        params: &[f32],
+        mut grads: Option<&mut [f32]>,
+        pass: &Pass,
+        workspace: &mut Workspace,
+        backward: bool,
+    ) -> f64 {
+        let (d, v) = (self.config.hidden_size, self.config.vocab_size);
+        let last = workspace.input(self.layers.len(), backward);
+        let block = Workspace::head_rows(self);
+        let Workspace { x, temporary, head, losses, .. } = workspace;
+        losses.resize(pass.labels.len(), 0.0);
+        if backward {
+            temporary.dx[..pass.tokens() * d].fill(0.0);
+        }
+        for (labels, losses) in pass.labels.chunks(block).zip(losses.chunks_mut(block)) {
+            let rows = labels.len();
+            self.gather_normalised(params, labels.iter().map(|l| l.token), rows, &x[last], head);
+            grow(&mut head.logits, block.min(pass.labels.len()) * v);
+            grow(&mut head.u, block * self.head.rank());
+            head.targets.clear();
+            head.targets.extend(labels.iter().map(|l| l.target));
+            {
+                let _span = span(Operation::Head);
+                let norm = &head.norm[..rows * d];
+                let logits = &mut head.logits[..rows * v];
+                self.head.forward(params, norm, &mut head.u, None, &mut temporary.linear, Out::set(logits, v));
+                cross_entropy::forward_backward(logits, &head.targets, losses, backward);
+            }
+            if let Some(grads) = grads.as_deref_mut() {
+                self.head_backward(params, grads, labels, head, temporary);
+            }
+        }
+        losses.iter().map(|&l| f64::from(l)).sum()
+    }
+
+    fn head_backward(
+        &self,
+        params: &[f32],
+        grads: &mut [f32],
+        labels: &[Label],
+        head: &mut HeadBuffers,
+        temporary: &mut Temporary,
+    ) {
+        let (d, v) = (self.config.hidden_size, self.config.vocab_size);
+        let rows = labels.len();
+        let below = self.norm.is_trainable() || self.lowest_trainable_layer().is_some();
+        grow(&mut head.dnorm, rows * d);
+        grow(&mut head.drows, rows * d);
+        let HeadBuffers { rows: inputs, norm, dnorm, drows, logits, u, .. } = head;
+        {
+            let _span = span(Operation::Head);
+            let branch = Branch { linear: &self.head, g: &logits[..rows * v], u };
+            let dx = below.then(|| &mut dnorm[..rows * d]);
+            linear::backward(&[branch], params, grads, &norm[..rows * d], None, &mut temporary.linear, dx);
+        }
+        if !below {
+            return;
+        }
+        let _span = span(Operation::Norm);
+        let drows = &mut drows[..rows * d];
+        drows.fill(0.0);
+        let weight = self.norm.values(params);
+        let (inputs, dnorm) = (&inputs[..rows * d], &dnorm[..rows * d]);
+        rms_norm::backward(inputs, weight, self.config.rms_norm_eps, dnorm, drows, self.norm.gradient(grads));
+        for (label, row) in labels.iter().zip(drows.chunks_exact(d)) {
+            let at = label.token as usize * d;
+            temporary.dx[at..at + d].copy_from_slice(row);
+        }
+    }
+
+    fn backward_layers(
+        &self,
+        params: &[f32],
+        grads: &mut [f32],
+        pass: &Pass,
+        dropout: Option<Dropout>,
+        workspace: &mut Workspace,
+    ) {
+        // Nothing trainable needs a gradient below the lowest layer with something to train.
+        let Some(lowest) = self.lowest_trainable_layer() else { return };
+        let (d, tokens) = (self.config.hidden_size, pass.tokens());
+        let embedding_range = self.embedding.range();
+        for (l, layer) in self.layers.iter().enumerate().skip(lowest).rev() {
+            let (input, saved) = (workspace.input(l, true), workspace.saved(l, true));
+            let Workspace { x, layers, temporary, rope, keep, .. } = workspace;
+            let context = Context { model: self, params, positions: &pass.positions, rope, dropout };
+            let x = &x[input][..tokens * d];
+            if *keep == Keep::Inputs {
+                layer.forward(&context, x, &mut layers[saved], temporary, None, None);
+            }
+            let needs_input = l > lowest || embedding_range.is_some();
+            layer.backward(&context, grads, x, &mut layers[saved], temporary, needs_input);
+        }
+        if let Some(range) = embedding_range {
+            let _span = span(Operation::Embedding);
+            embedding::backward(&pass.ids, &workspace.temporary.dx[..tokens * d], d, &mut grads[range]);
+        }
+    }
+
+    /// The first layer whose input is not finite in the activations kept of a pass, and the row of the data set it happens in; the
+    /// number of layers stands for the output of the last. For saying where a NaN came from.
+    pub fn first_non_finite_layer(&self, pass: &Pass, workspace: &Workspace) -> Option<(usize, u64)> {
+        let d = self.config.hidden_size;
+        let layers = if workspace.keep == Keep::Nothing { 0 } else { self.layers.len() + 1 };
+        for l in 0..layers {
+            let rows = workspace.x[l].chunks_exact(d).take(pass.tokens());
+            for (token, row) in rows.enumerate() {
+                if row.iter().any(|v| !v.is_finite()) {
+                    return Some((l, pass.sequence_of(token).map_or(0, |s| s.row)));
+                }
+            }
+        }
+        None
+    }
+}
+
+impl Layer {
+    /// Turns the gradient of the layer's output, in `temporary.dx: [T, D]`, into that of its input, and adds the gradients of what is
+    /// trained to `grads`. `saved` is used up.
+    fn backward(
+        &self,
+        context: &Context,
+        grads: &mut [f32],
+        x: &[f32],
+        saved: &mut LayerSaved,
+        temporary: &mut Temporary,
+        needs_input: bool,
+    ) {
+        let Context { model, params, positions, rope, ref dropout } = *context;
+        let c = &model.config;
+        let (d, f, tokens, eps) = (c.hidden_size, c.intermediate_size, positions.len(), c.rms_norm_eps);
+        let (wide, narrow) = (c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim);
+        let dropout = dropout.as_ref();
+        let Temporary { norm, hidden, dx, dnorm, dattention, dq, dk, dv, linear: scratch, segments } = temporary;
+        let (norm, dx, dnorm) = (&mut norm[..tokens * d], &mut dx[..tokens * d], &mut dnorm[..tokens * d]);
+        let [u_q, u_k, u_v, u_o, u_gate, u_up, u_down] = &saved.u;
+
+        // MLP: dx is the gradient of the down projection's output as well as of the residual stream.
+        let hidden = &mut hidden[..tokens * f];
+        let (gate, up) = (&mut saved.gate[..tokens * f], &mut saved.up[..tokens * f]);
+        let branch = [Branch { linear: &self.down, g: dx, u: u_down }];
+        linear::project_gradients(&branch, params, tokens, scratch);
+        linear::input_gradient(&branch, params, tokens, dropout, scratch, hidden);
+        {
+            let _span = span(Operation::Activation);
+            swiglu::backward(gate, up, hidden);
+        }
+        // The activation has just been recomputed into the place of its gradient.
+        linear::parameter_gradients(&branch, grads, hidden, dropout, scratch);
+        let below = needs_input || self.trains_attention();
+        let further = below || self.post_norm.is_trainable();
+        if !further && !self.gate.is_trainable() && !self.up.is_trainable() {
+            return;
+        }
+        let residual = &saved.residual[..tokens * d];
+        {
+            let _span = span(Operation::Norm);
+            rms_norm::forward(residual, self.post_norm.values(params), eps, norm);
+        }
+        let branches =
+            [Branch { linear: &self.gate, g: gate, u: u_gate }, Branch { linear: &self.up, g: up, u: u_up }];
+        linear::backward(&branches, params, grads, norm, dropout, scratch, further.then_some(&mut *dnorm));
+        if !further {
+            return;
+        }
+        {
+            let _span = span(Operation::Norm);
+            let weight = self.post_norm.values(params);
+            rms_norm::backward(residual, weight, eps, dnorm, dx, self.post_norm.gradient(grads));
+        }
+        if !below {
+            return;
+        }
+
+        // Attention.
+        let further = needs_input || self.trains_attention_input();
+        let attention = &saved.attention[..tokens * wide];
+        let dattention = &mut dattention[..tokens * wide];
+        let branch = Branch { linear: &self.o, g: dx, u: u_o };
+        let to_attention = further.then_some(&mut *dattention);
+        linear::backward(&[branch], params, grads, attention, dropout, scratch, to_attention);
+        if !further {
+            return;
+        }
+        let (dq, dk, dv) = (&mut dq[..tokens * wide], &mut dk[..tokens * narrow], &mut dv[..tokens * narrow]);
+        {
+            let _span = span(Operation::AttentionBackward);
+            let saved = Saved { q: &saved.q, k: &saved.k, v: &saved.v, out: attention, lse: &saved.lse };
+            attention::backward(&model.heads, segments, &saved, dattention, dq, dk, dv);
+        }
+        {
+            let _span = span(Operation::Rope);
+            rope::backward(dq, positions, rope);
+            rope::backward(dk, positions, rope);
+        }
+        {
+            let _span = span(Operation::Norm);
+            rms_norm::forward(x, self.input_norm.values(params), eps, norm);
+        }
+        let branches = [
+            Branch { linear: &self.q, g: dq, u: u_q },
+            Branch { linear: &self.k, g: dk, u: u_k },
+            Branch { linear: &self.v, g: dv, u: u_v },
+        ];
+        let input = needs_input || self.input_norm.is_trainable();
+        let to_norm = input.then_some(&mut *dnorm);
+        linear::backward(&branches, params, grads, norm, dropout, scratch, to_norm);
+        if input {
+            let _span = span(Operation::Norm);
+            let weight = self.input_norm.values(params);
+            rms_norm::backward(x, weight, eps, dnorm, dx, self.input_norm.gradient(grads));
+        }
+    }
+}

@@ -1,0 +1,321 @@
+//! Chat templates: the Jinja source that a model carries, rendered the way transformers renders it.
+//!
+//! The same whitespace rules (`trim_blocks`, `lstrip_blocks`), Python's string and dict methods, `raise_exception`, and a
+//! `tojson` that writes what Python's `json.dumps` writes. One thing is left out on purpose: `strftime_now`. A template that
+//! prints today's date would make every day's training data different; templates test whether the function is defined and
+//! fall back to a fixed date.
+
+use minijinja::value::{Kwargs, Value};
+use minijinja::{Environment, ErrorKind, context};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use crate::error::Error;
+
+const NAME: &str = "chat_template";
+
+/// One turn of a conversation.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Message {
+    /// `system`, `user`, `assistant`, or whatever else the template knows.
+    pub role: String,
+    pub content: String,
+}
+
+/// A compiled chat template.
+#[derive(Debug, Clone)]
+pub struct ChatTemplate {
+    source: String,
+    bos_token: String,
+    eos_token: String,
+    environment: Environment<'static>,
+}
+
+impl ChatTemplate {
+    /// Compiles `source`; `bos_token` and `eos_token` are the texts the template may print, empty for a model without them.
+    ///
+    /// Errors: a template that is not valid Jinja, with the line.
+    pub fn new(source: &str, bos_token: &str, eos_token: &str) -> Result<ChatTemplate, Error> {
+        let mut environment = Environment::new();
+        environment.set_trim_blocks(true);
+        environment.set_lstrip_blocks(true);
+        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        environment.add_function("raise_exception", raise_exception);
+        environment.add_filter("tojson", tojson);
+        environment
+            .add_template_owned(NAME, replace_generation_tags(source))
+            .map_err(|error| Error::ChatTemplateSyntax { line: error.line().unwrap_or(0), cause: cause(&error) })?;
+        Ok(ChatTemplate {
+            source: source.to_owned(),
+            bos_token: bos_token.to_owned(),
+            eos_token: eos_token.to_owned(),
+            environment,
+        })
+    }
+
+    /// The conversation as the text the model was trained on. `add_generation_prompt` opens the assistant's next turn.
+    ///
+    /// Errors: what the template itself raises (roles that do not alternate, say) and what it cannot evaluate.
+    pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String, Error> {
+        let render = || {
+            self.environment.get_template(NAME)?.render(context! {
+                messages => messages,
+                add_generation_prompt => add_generation_prompt,
+                bos_token => self.bos_token,
+                eos_token => self.eos_token,
+                tools => (),
+                documents => (),
+            })
+        };
+        render().map_err(|error| Error::ChatTemplateRender { line: error.line().unwrap_or(0), cause: cause(&error) })
+    }
+
+    /// The template as the model carries it.
+    pub fn source(&self) -> &str {
+        &self.source
+    }
+
+    /// SHA-256 of the source, in hexadecimal.
+    pub fn hash(&self) -> String {
+        format!("{:x}", Sha256::digest(self.source.as_bytes()))
+    }
+}
+
+fn cause(error: &minijinja::Error) -> String {
+    match error.detail() {
+        Some(detail) => format!("{}: {detail}", error.kind()),
+        None => error.kind().to_string(),
+    }
+}
+
+fn raise_exception(message: String) -> Result<Value, minijinja::Error> {
+    Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
+}
+
+/// transformers marks the assistant's words with `{% generation %}`, which is not Jinja. It prints nothing; a block that is
+/// always entered stands in for it and leaves the whitespace control of the tags as it was.
+fn replace_generation_tags(source: &str) -> String {
+    let mut out = String::with_capacity(source.len());
+    let mut rest = source;
+    while let Some(start) = rest.find("{%") {
+        let (before, tag) = rest.split_at(start);
+        out.push_str(before);
+        match generation_tag(tag) {
+            Some((replacement, after)) => {
+                out.push_str(&replacement);
+                rest = after;
+            }
+            None => {
+                out.push_str("{%");
+                rest = &tag["{%".len()..];
+            }
+        }
+    }
+    out.push_str(rest);
+    out
+}
+
+/// What replaces the tag that `text` starts with, and the text after it; `None` for any other tag.
+fn generation_tag(text: &str) -> Option<(String, &str)> {
+    let (inner, after) = text.strip_prefix("{%")?.split_once("%}")?;
+    let trimmed = inner.trim_start_matches(['-', '+']);
+    let open = &inner[..inner.len() - trimmed.len()];
+    let word = trimmed.trim_end_matches(['-', '+']);
+    let close = &trimmed[word.len()..];
+    let statement = match word.trim() {
+        "generation" => "if true",
+        "endgeneration" => "endif",
+        _ => return None,
+    };
+    Some((format!("{{%{open} {statement} {close}%}}"), after))
+}
+
+/// `json.dumps` as transformers calls it: nothing escaped for HTML, `ensure_ascii` off unless asked for.
+fn tojson(value: Value, options: Kwargs) -> Result<Value, minijinja::Error> {
+    let indent: Option<usize> = options.get("indent")?;
+    let ensure_ascii: Option<bool> = options.get("ensure_ascii")?;
+    let sort_keys: Option<bool> = options.get("sort_keys")?;
+    options.assert_all_used()?;
+    let value = serde_json::to_value(&value)
+        .map_err(|error| minijinja::Error::new(ErrorKind::BadSerialization, error.to_string()))?;
+    let style = JsonStyle {
+        indent,
+        ensure_ascii: ensure_ascii.unwrap_or(false),
+        sort_keys: sort_keys.unwrap_or(false),
+    };
+    let mut out = String::new();
+    style.write(&value, 0, &mut out);
+    Ok(Value::from_safe_string(out))
+}
+
+/// Python's way of writing JSON: `", "` and `": "` between things on one line, which serde_json has no setting for.
+struct JsonStyle {
+    indent: Option<usize>,
+    ensure_ascii: bool,
+    sort_keys: bool,
+}
+
+impl JsonStyle {
+    fn write(&self, value: &serde_json::Value, depth: usize, out: &mut String) {
+        match value {
+            serde_json::Value::Array(items) if !items.is_empty() => {
+                out.push('[');
+                for (i, item) in items.iter().enumerate() {
+                    self.separate(i, depth + 1, out);
+                    self.write(item, depth + 1, out);
+                }
+                self.new_line(depth, out);
+                out.push(']');
+            }
+            serde_json::Value::Object(map) if !map.is_empty() => {
+                let mut entries: Vec<_> = map.iter().collect();
+                if self.sort_keys {
+                    entries.sort_by_key(|(key, _)| *key);
+                }
+                out.push('{');
+                for (i, (key, item)) in entries.into_iter().enumerate() {
+                    self.separate(i, depth + 1, out);
+                    self.write_scalar(&serde_json::Value::from(key.as_str()), out);
+                    out.push_str(": ");
+                    self.write(item, depth + 1, out);
+                }
+                self.new_line(depth, out);
+                out.push('}');
+            }
+            scalar_or_empty => self.write_scalar(scalar_or_empty, out),
+        }
+    }
+
+    fn write_scalar(&self, value: &serde_json::Value, out: &mut String) {
+        let text = value.to_string();
+        if !self.ensure_ascii {
+            out.push_str(&text);
+            return;
+        }
+        for c in text.chars() {
+            if c.is_ascii() {
+                out.push(c);
+            } else {
+                let mut units = [0; 2];
+                for unit in c.encode_utf16(&mut units) {
+                    out.push_str(&format!("\\u{unit:04x}"));
+                }
+            }
+        }
+    }
+
+    fn separate(&self, index: usize, depth: usize, out: &mut String) {
+        if index > 0 {
+            out.push_str(if self.indent.is_some() { "," } else { ", " });
+        }
+        self.new_line(depth, out);
+    }
+
+    fn new_line(&self, depth: usize, out: &mut String) {
+        if let Some(indent) = self.indent {
+            out.push('\n');
+            out.extend(std::iter::repeat_n(' ', indent * depth));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// SmolLM2's template.
+    const SMOLLM2: &str = "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
+
+    fn message(role: &str, content: &str) -> Message {
+        Message { role: role.to_owned(), content: content.to_owned() }
+    }
+
+    fn render(source: &str, messages: &[Message]) -> Result<String, Error> {
+        ChatTemplate::new(source, "<s>", "</s>")?.render(messages, false)
+    }
+
+    fn render_one(source: &str) -> String {
+        render(source, &[message("user", " é <b> ")]).unwrap()
+    }
+
+    #[test]
+    fn a_default_system_turn_is_added_only_where_none_is_given() {
+        let template = ChatTemplate::new(SMOLLM2, "", "").unwrap();
+        let text = template.render(&[message("user", "hi")], true).unwrap();
+        assert_eq!(
+            text,
+            "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n\
+             <|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+        );
+        let text = template.render(&[message("system", "be brief"), message("user", "hi")], false).unwrap();
+        assert_eq!(text, "<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n");
+    }
+
+    #[test]
+    fn blocks_take_the_newline_after_and_the_indentation_before_them() {
+        let source = "{% for m in messages %}\n    {% if true %}\n{{ m.role }}\n    {% endif %}\n{% endfor %}\nend\n";
+        assert_eq!(render_one(source), "user\nend");
+    }
+
+    #[test]
+    fn python_methods_slices_and_loop_controls_work() {
+        assert_eq!(render_one("{{ messages[0].content.strip() }}|{{ messages[0]['content'] | trim }}"), "é <b>|é <b>");
+        assert_eq!(render_one("{% if messages[0].get('name') is none %}none{% endif %}"), "none");
+        assert_eq!(render_one("{{ messages[1:] | length }}{{ messages[0].role.startswith('us') }}"), "0True");
+        assert_eq!(render_one("{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}"), "01");
+        assert_eq!(render_one("{% set ns = namespace(n=1) %}{% for m in messages %}{% set ns.n = 5 %}{% endfor %}{{ ns.n }}"), "5");
+    }
+
+    #[test]
+    fn the_models_tokens_are_known_and_tools_are_none() {
+        assert_eq!(render_one("{{ bos_token }}{{ eos_token }}{{ tools is none }}{{ unknown is defined }}"), "<s></s>TrueFalse");
+    }
+
+    #[test]
+    fn the_date_of_today_is_never_printed() {
+        let source = "{% if strftime_now is defined %}{{ strftime_now('%d') }}{% else %}26 Jul 2024{% endif %}";
+        assert_eq!(render_one(source), "26 Jul 2024");
+    }
+
+    #[test]
+    fn tojson_writes_what_python_writes() {
+        assert_eq!(render_one("{{ messages | tojson }}"), r#"[{"role": "user", "content": " é <b> "}]"#);
+        assert_eq!(render_one("{{ {'b': [1, none, true], 'a': {}} | tojson }}"), r#"{"b": [1, null, true], "a": {}}"#);
+        assert_eq!(render_one("{{ {'b': 1, 'a': 2} | tojson(sort_keys=true) }}"), r#"{"a": 2, "b": 1}"#);
+        assert_eq!(render_one("{{ {'a': [1, 2], 'b': []} | tojson(indent=2) }}"), "{\n  \"a\": [\n    1,\n    2\n  ],\n  \"b\": []\n}");
+        assert_eq!(render_one("{{ 'é🦀' | tojson(ensure_ascii=true) }}"), r#""\u00e9\ud83e\udd80""#);
+    }
+
+    #[test]
+    fn generation_tags_print_nothing_and_keep_their_whitespace_control() {
+        assert_eq!(render_one("a {%- generation -%} b {%- endgeneration %} c"), "ab c");
+        assert_eq!(render_one("{% generation %}{{ messages[0].role }}{% endgeneration %}"), "user");
+        assert_eq!(render_one("{{ '{%' }}generation"), "{%generation");
+    }
+
+    #[test]
+    fn a_bad_template_names_its_line() {
+        let Err(Error::ChatTemplateSyntax { line, .. }) = ChatTemplate::new("a\n{% if %}", "", "") else {
+            panic!("compiled");
+        };
+        assert_eq!(line, 2);
+        for hostile in ["{%", "{%}", "{{", "{% generation", "{%-%}", "{% endgeneration %}", "{%+-%}"] {
+            assert!(ChatTemplate::new(hostile, "", "").is_err(), "{hostile}");
+        }
+    }
+
+    #[test]
+    fn what_a_template_raises_reaches_the_user_with_its_line() {
+        let error = render("\n{{ raise_exception('roles must alternate') }}", &[]).unwrap_err();
+        assert!(matches!(error, Error::ChatTemplateRender { line: 2, .. }), "{error:?}");
+        assert!(error.to_string().contains("roles must alternate"));
+        assert!(render("{{ messages[0]['role'] }}", &[]).is_err());
+    }
+
+    #[test]
+    fn the_hash_is_of_the_source() {
+        let hash = |source| ChatTemplate::new(source, "", "").unwrap().hash();
+        assert_eq!(hash(""), "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855");
+        assert_ne!(hash("a"), hash("b"));
+    }
+}

@@ -1,0 +1,40 @@
+//! Opening the files of a model: memory maps for weights, bounded reads for JSON.
+
+use std::fs::File;
+use std::path::Path;
+use std::sync::Arc;
+
+use memmap2::Mmap;
+use retune_quant::SharedBytes;
+use serde_json::Value;
+
+use crate::error::Error;
+
+/// The largest JSON files in use, shard indexes and tokenizers, stay far below this.
+const MAX_JSON_BYTES: u64 = 256 << 20;
+
+/// Maps a whole file into memory, read-only.
+///
+/// Errors: a file that cannot be opened, and anything but a regular file.
+pub(crate) fn map_file(path: &Path) -> Result<SharedBytes, Error> {
+    let io = |error| Error::Io { path: path.to_owned(), error };
+    if !std::fs::metadata(path).map_err(io)?.is_file() {
+        return Err(Error::NotAModel { path: path.to_owned(), reason: "it is not a regular file".to_owned() });
+    }
+    let file = File::open(path).map_err(io)?;
+    // SAFETY: the map is never written through. Should another process change the file meanwhile, the bytes change under us:
+    // they are read as numbers, or checked again where they are read as text, and every pattern is a valid number.
+    let map = unsafe { Mmap::map(&file) }.map_err(io)?;
+    Ok(SharedBytes::new(Arc::new(map)))
+}
+
+/// Reads and parses a JSON file. Errors name the file.
+pub(crate) fn read_json(path: &Path) -> Result<Value, Error> {
+    let io = |error| Error::Io { path: path.to_owned(), error };
+    let bytes = std::fs::metadata(path).map_err(io)?.len();
+    if bytes > MAX_JSON_BYTES {
+        return Err(Error::FileTooLarge { bytes, limit: MAX_JSON_BYTES }.at(path));
+    }
+    let text = std::fs::read(path).map_err(io)?;
+    serde_json::from_slice(&text).map_err(|error| Error::Json { error }.at(path))
+}

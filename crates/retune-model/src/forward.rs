@@ -1,0 +1,142 @@
+//! The forward pass through the layers.
+
+use retune_kernels::attention::{self, Segment};
+use retune_kernels::gemm::Out;
+use retune_kernels::{embedding, rms_norm, rope, swiglu};
+
+use crate::generate::LayerCache;
+use crate::linear::Dropout;
+use crate::model::{Layer, Model};
+use crate::pass::Pass;
+use crate::profile::{Operation, span};
+use crate::workspace::{LayerSaved, Temporary, Workspace};
+
+/// What all layers of a pass share.
+pub(crate) struct Context<'a> {
+    pub model: &'a Model,
+    pub params: &'a [f32],
+    pub positions: &'a [u32],
+    pub rope: &'a rope::Table,
+    pub dropout: Option<Dropout<'a>>,
+}
+
+impl Model {
+    /// Runs the layers; afterwards the last one's output is in the workspace. With `backward` what the backward reads is kept, and dropout
+    /// applies.
+    pub(crate) fn forward_layers(
+        &self,
+        params: &[f32],
+        pass: &Pass,
+        dropout: Option<Dropout>,
+        workspace: &mut Workspace,
+        backward: bool,
+        mut cache: Option<&mut [LayerCache]>,
+    ) {
+        let tokens = pass.tokens();
+        let positions = pass.positions.iter().max().map_or(0, |&p| p as usize + 1);
+        workspace.reserve(self, tokens, positions, backward);
+        let d = self.config.hidden_size;
+        let first = workspace.input(0, backward);
+        {
+            let _span = span(Operation::Embedding);
+            let table = self.embedding.source(params);
+            embedding::forward(table.panel(), &pass.ids, &mut workspace.x[first][..tokens * d]);
+        }
+        fill_segments(pass, &mut workspace.temporary.segments);
+        for (l, layer) in self.layers.iter().enumerate() {
+            let (from, to) = (workspace.input(l, backward), workspace.input(l + 1, backward));
+            let saved = workspace.saved(l, backward);
+            let Workspace { x, layers, temporary, rope, .. } = workspace;
+            let context = Context { model: self, params, positions: &pass.positions, rope, dropout };
+            // Input and output are two different buffers of `x`.
+            let mut output = std::mem::take(&mut x[to]);
+            let cache = cache.as_mut().map(|c| &mut c[l]);
+            let input = &x[from][..tokens * d];
+            layer.forward(&context, input, &mut layers[saved], temporary, Some(&mut output[..tokens * d]), cache);
+            x[to] = output;
+        }
+    }
+}
+
+pub(crate) fn fill_segments(pass: &Pass, segments: &mut Vec<Segment>) {
+    segments.clear();
+    segments.extend(pass.sequences.iter().map(|s| Segment { queries: s.tokens.clone(), keys: s.tokens.clone() }));
+}
+
+impl Layer {
+    /// Runs the layer on `x: [T, D]` and fills `saved`; writes the layer's output unless it is only rerun for its backward.
+    pub(crate) fn forward(
+        &self,
+        context: &Context,
+        x: &[f32],
+        saved: &mut LayerSaved,
+        temporary: &mut Temporary,
+        output: Option<&mut [f32]>,
+        cache: Option<&mut LayerCache>,
+    ) {
+        let Context { model, params, positions, rope, ref dropout } = *context;
+        let c = &model.config;
+        let (d, f, tokens) = (c.hidden_size, c.intermediate_size, positions.len());
+        let (wide, narrow) = (c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim);
+        let dropout = dropout.as_ref();
+        let norm = &mut temporary.norm[..tokens * d];
+        let scratch = &mut temporary.linear;
+        let [u_q, u_k, u_v, u_o, u_gate, u_up, u_down] = &mut saved.u;
+        {
+            let _span = span(Operation::Norm);
+            rms_norm::forward(x, self.input_norm.values(params), c.rms_norm_eps, norm);
+        }
+        let q = &mut saved.q[..tokens * wide];
+        let k = &mut saved.k[..tokens * narrow];
+        let v = &mut saved.v[..tokens * narrow];
+        self.q.forward(params, norm, u_q, dropout, scratch, Out::set(q, wide));
+        self.k.forward(params, norm, u_k, dropout, scratch, Out::set(k, narrow));
+        self.v.forward(params, norm, u_v, dropout, scratch, Out::set(v, narrow));
+        {
+            let _span = span(Operation::Rope);
+            rope::forward(q, positions, rope);
+            rope::forward(k, positions, rope);
+        }
+        {
+            let _span = span(Operation::Attention);
+            let out = &mut saved.attention[..tokens * wide];
+            let lse = &mut saved.lse[..tokens * c.num_attention_heads];
+            match cache {
+                None => attention::forward(&model.heads, &temporary.segments, q, k, v, out, lse),
+                Some(cache) => {
+                    cache.append(k, v);
+                    let segment = Segment { queries: 0..tokens, keys: 0..cache.keys.len() / narrow };
+                    attention::forward(&model.heads, &[segment], q, &cache.keys, &cache.values, out, lse);
+                }
+            }
+        }
+        let attention = &saved.attention[..tokens * wide];
+        let residual = &mut saved.residual[..tokens * d];
+        residual.copy_from_slice(x);
+        self.o.forward(params, attention, u_o, dropout, scratch, Out::add(residual, d));
+        {
+            let _span = span(Operation::Norm);
+            rms_norm::forward(residual, self.post_norm.values(params), c.rms_norm_eps, norm);
+        }
+        let gate = &mut saved.gate[..tokens * f];
+        let up = &mut saved.up[..tokens * f];
+        self.gate.forward(params, norm, u_gate, dropout, scratch, Out::set(gate, f));
+        self.up.forward(params, norm, u_up, dropout, scratch, Out::set(up, f));
+        // Even a rerun without output needs the adapter's projection of the activation for the backward.
+        if output.is_none() && self.down.lora.is_none() {
+            return;
+        }
+        let hidden = &mut temporary.hidden[..tokens * f];
+        {
+            let _span = span(Operation::Activation);
+            swiglu::forward(gate, up, hidden);
+        }
+        match output {
+            Some(output) => {
+                output.copy_from_slice(residual);
+                self.down.forward(params, hidden, u_down, dropout, scratch, Out::add(output, d));
+            }
+            None => self.down.project(params, hidden, u_down, dropout, scratch),
+        }
+    }
+}

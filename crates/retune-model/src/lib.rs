@@ -1,0 +1,26 @@
+//! Models: reading them from disk, and running them forward, backward and for generation.
+//!
+//! A model on disk is a [`checkpoint::Checkpoint`], whatever its format. [`model::Model`] is the same in memory: frozen matrices stay in
+//! their storage, what is trained lies in one flat vector. A [`pass::Pass`] is what goes through it.
+
+pub mod adapter;
+mod backward;
+pub mod chat_template;
+pub mod checkpoint;
+pub mod config;
+pub mod error;
+mod files;
+mod forward;
+pub mod generate;
+pub mod gguf;
+mod linear;
+pub mod model;
+pub mod params;
+pub mod pass;
+pub mod profile;
+pub mod safetensors;
+pub mod tokenizer;
+pub mod workspace;
+
+pub use error::Error;
+pub use linear::Dropout;

@@ -1,0 +1,289 @@
+//! A linear layer of the model with its adapter: `y = x·Wᵀ + s·drop(x)·Aᵀ·Bᵀ + b`, forward and backward.
+//!
+//! The low-rank term rides in the same product as the weight, and linears that share an input share one product for its gradient.
+
+use std::ops::Range;
+
+use arrayvec::ArrayVec;
+use retune_adapter::dropout::{self, DropoutKey};
+use retune_kernels::gemm::{MatRef, Out, Rhs, Term, gemm};
+use retune_kernels::{matvec, vector};
+
+use crate::params::{Vector, Weight};
+use crate::pass::Sequence;
+use crate::profile::{Operation, span};
+
+/// Most linears that read the same input (q, k and v).
+const MAX_BRANCHES: usize = 3;
+
+/// A low-rank adapter on a linear (Hu et al. 2021): A `[r, in]` and B `[out, r]` in the flat vector.
+#[derive(Clone, Debug)]
+pub struct Lora {
+    pub a: Range<usize>,
+    pub b: Range<usize>,
+    pub r: usize,
+    /// alpha / r, or alpha / sqrt(r) for rsLoRA.
+    pub scaling: f32,
+    /// Probability that an element of the input is dropped before A.
+    pub dropout: f32,
+    /// Key of this module's dropout masks.
+    pub module: u64,
+}
+
+/// A linear `[out_features, in_features]` of the model.
+#[derive(Clone)]
+pub struct Linear {
+    /// Its name in the model, `model.layers.0.self_attn.q_proj`.
+    pub name: String,
+    pub in_features: usize,
+    pub out_features: usize,
+    pub weight: Weight,
+    pub bias: Option<Vector>,
+    pub lora: Option<Lora>,
+}
+
+/// What a step's dropout masks depend on beside the module and the element.
+#[derive(Clone, Copy)]
+pub struct Dropout<'a> {
+    pub seed: u64,
+    pub step: u64,
+    pub sequences: &'a [Sequence],
+}
+
+impl Dropout<'_> {
+    /// Writes the input with its dropped elements zero and the others divided by 1 − p. A mask is keyed by the row, so it does not depend
+    /// on what else is in the pass.
+    fn apply(&self, lora: &Lora, x: &[f32], features: usize, out: &mut [f32]) {
+        for sequence in self.sequences {
+            let range = sequence.tokens.start * features..sequence.tokens.end * features;
+            let key = DropoutKey { seed: self.seed, step: self.step, row: sequence.row, module: lora.module };
+            dropout::apply(&x[range.clone()], &mut out[range], key, 0, lora.dropout);
+        }
+    }
+}
+
+/// Buffers that a linear's forward and backward need beside what is saved.
+#[derive(Default)]
+pub struct LinearScratch {
+    dropped: Vec<f32>,
+    low_rank: Vec<f32>,
+}
+
+fn sized(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
+    if buffer.len() < len {
+        buffer.resize(len, 0.0);
+    }
+    &mut buffer[..len]
+}
+
+impl Linear {
+    /// Rank of its adapter; 0 without one.
+    pub fn rank(&self) -> usize {
+        self.lora.as_ref().map_or(0, |l| l.r)
+    }
+
+    /// Whether any of its own parameters is trained.
+    pub fn is_trainable(&self) -> bool {
+        self.lora.is_some()
+            || self.weight.range().is_some()
+            || self.bias.as_ref().is_some_and(Vector::is_trainable)
+    }
+
+    /// Writes the adapter's `u = drop(x)·Aᵀ: [T, r]`, which its backward reads; nothing without an adapter.
+    pub fn project(
+        &self,
+        params: &[f32],
+        x: &[f32],
+        u: &mut [f32],
+        dropout: Option<&Dropout>,
+        scratch: &mut LinearScratch,
+    ) {
+        let Some(lora) = &self.lora else { return };
+        let _span = span(Operation::LowRank);
+        let k = self.in_features;
+        let x = match dropout {
+            Some(dropout) if lora.dropout > 0.0 => {
+                let dropped = sized(&mut scratch.dropped, x.len());
+                dropout.apply(lora, x, k, dropped);
+                &*dropped
+            }
+            _ => x,
+        };
+        let a = Rhs::View(MatRef::rows(&params[lora.a.clone()], k).t());
+        gemm(x.len() / k, lora.r, &[Term::new(k, MatRef::rows(x, k), a)], Out::set(u, lora.r));
+    }
+
+    /// Computes `y` (overwritten or added to) for `x: [T, in]`, and keeps the adapter's projection `u`.
+    pub fn forward(
+        &self,
+        params: &[f32],
+        x: &[f32],
+        u: &mut [f32],
+        dropout: Option<&Dropout>,
+        scratch: &mut LinearScratch,
+        y: Out,
+    ) {
+        let (k, n) = (self.in_features, self.out_features);
+        let tokens = x.len() / k;
+        self.project(params, x, u, dropout, scratch);
+        let _span = span(Operation::Linear);
+        let source = self.weight.source(params);
+        let mut terms = ArrayVec::<Term, 2>::new();
+        let mut y = y;
+        if tokens <= matvec::MAX_ROWS {
+            // Too few rows to be worth packing the weight.
+            if y.accumulate {
+                let product = sized(&mut scratch.low_rank, tokens * n);
+                matvec::forward(x, source.panel(), product);
+                vector::add(&mut y.data[..tokens * n], product);
+            } else {
+                matvec::forward(x, source.panel(), &mut y.data[..tokens * n]);
+                y.accumulate = true;
+            }
+        } else {
+            terms.push(Term::new(k, MatRef::rows(x, k), Rhs::Transposed(source.panel())));
+        }
+        if let Some(lora) = &self.lora {
+            let b = Rhs::View(MatRef::rows(&params[lora.b.clone()], lora.r).t());
+            terms.push(Term { scale: lora.scaling, ..Term::new(lora.r, MatRef::rows(u, lora.r), b) });
+        }
+        if !terms.is_empty() {
+            gemm(tokens, n, &terms, Out { data: &mut *y.data, ..y });
+        }
+        if let Some(bias) = &self.bias {
+            vector::add_bias(&mut y.data[..tokens * n], bias.values(params));
+        }
+    }
+}
+
+/// One linear of a backward, with the gradient `g: [T, out]` of its output and the `u: [T, r]` its forward kept.
+pub struct Branch<'a> {
+    pub linear: &'a Linear,
+    pub g: &'a [f32],
+    pub u: &'a [f32],
+}
+
+/// First part of a backward: the adapters' `v = s·g·B: [T, r]`, kept in `scratch` for the other two parts.
+pub fn project_gradients(branches: &[Branch], params: &[f32], tokens: usize, scratch: &mut LinearScratch) {
+    let ranks: usize = branches.iter().map(|b| b.linear.rank()).sum();
+    let mut rest = sized(&mut scratch.low_rank, tokens * ranks);
+    for Branch { linear, g, .. } in branches {
+        let Some(lora) = &linear.lora else { continue };
+        let _span = span(Operation::LowRank);
+        let (v, others) = rest.split_at_mut(tokens * lora.r);
+        rest = others;
+        let b = Rhs::View(MatRef::rows(&params[lora.b.clone()], lora.r));
+        let n = linear.out_features;
+        let term = Term { scale: lora.scaling, ..Term::new(n, MatRef::rows(g, n), b) };
+        gemm(tokens, lora.r, &[term], Out::set(v, lora.r));
+    }
+}
+
+/// Second part: adds the parameter gradients of linears that share the input `x: [T, in]` to `grads`.
+pub fn parameter_gradients(
+    branches: &[Branch],
+    grads: &mut [f32],
+    x: &[f32],
+    dropout: Option<&Dropout>,
+    scratch: &mut LinearScratch,
+) {
+    let LinearScratch { dropped, low_rank } = scratch;
+    let mut rest = &low_rank[..];
+    for Branch { linear, g, u } in branches {
+        let (k, n) = (linear.in_features, linear.out_features);
+        let tokens = x.len() / k;
+        let g_t = MatRef::rows(g, n).t();
+        if let Some(lora) = &linear.lora {
+            let _span = span(Operation::LowRank);
+            let r = lora.r;
+            let (v, others) = rest.split_at(tokens * r);
+            rest = others;
+            // dA += vᵀ·drop(x), dB += s·gᵀ·u
+            let x = match dropout {
+                Some(dropout) if lora.dropout > 0.0 => {
+                    let dropped = sized(dropped, x.len());
+                    dropout.apply(lora, x, k, dropped);
+                    &*dropped
+                }
+                _ => x,
+            };
+            let term = Term::new(tokens, MatRef::rows(v, r).t(), Rhs::View(MatRef::rows(x, k)));
+            gemm(r, k, &[term], Out::add(&mut grads[lora.a.clone()], k));
+            let term = Term { scale: lora.scaling, ..Term::new(tokens, g_t, Rhs::View(MatRef::rows(u, r))) };
+            gemm(n, r, &[term], Out::add(&mut grads[lora.b.clone()], r));
+        }
+        if let Some(range) = linear.weight.range() {
+            let _span = span(Operation::WeightGradient);
+            let term = Term::new(tokens, g_t, Rhs::View(MatRef::rows(x, k)));
+            gemm(n, k, &[term], Out::add(&mut grads[range], k));
+        }
+        if let Some(db) = linear.bias.as_ref().and_then(|b| b.gradient(grads)) {
+            vector::add_column_sums(&g[..tokens * n], db);
+        }
+    }
+}
+
+/// Third part: the gradient `dx: [T, in]` of the shared input.
+pub fn input_gradient(
+    branches: &[Branch],
+    params: &[f32],
+    tokens: usize,
+    dropout: Option<&Dropout>,
+    scratch: &mut LinearScratch,
+    dx: &mut [f32],
+) {
+    let Some(first) = branches.first() else { return };
+    let k = first.linear.in_features;
+    let LinearScratch { dropped, low_rank } = scratch;
+    let _span = span(Operation::Linear);
+    let sources: ArrayVec<_, MAX_BRANCHES> = branches.iter().map(|b| b.linear.weight.source(params)).collect();
+    let mut terms = ArrayVec::<Term, { 2 * MAX_BRANCHES }>::new();
+    let mut rest = &low_rank[..];
+    for (Branch { linear, g, .. }, source) in branches.iter().zip(&sources) {
+        let n = linear.out_features;
+        terms.push(Term::new(n, MatRef::rows(g, n), Rhs::Plain(source.panel())));
+        if let Some(lora) = &linear.lora {
+            let (v, others) = rest.split_at(tokens * lora.r);
+            rest = others;
+            if dropout.is_none() || lora.dropout == 0.0 {
+                let a = Rhs::View(MatRef::rows(&params[lora.a.clone()], k));
+                terms.push(Term::new(lora.r, MatRef::rows(v, lora.r), a));
+            }
+        }
+    }
+    gemm(tokens, k, &terms, Out::set(&mut *dx, k));
+    let Some(dropout) = dropout else { return };
+    // With dropout the adapter's share of the input gradient passes through the mask on its way: dx += mask ⊙ (v·A).
+    let mut rest = &low_rank[..];
+    for lora in branches.iter().filter_map(|b| b.linear.lora.as_ref()) {
+        let (v, others) = rest.split_at(tokens * lora.r);
+        rest = others;
+        if lora.dropout > 0.0 {
+            let (raw, masked) = sized(dropped, 2 * tokens * k).split_at_mut(tokens * k);
+            let a = Rhs::View(MatRef::rows(&params[lora.a.clone()], k));
+            gemm(tokens, k, &[Term::new(lora.r, MatRef::rows(v, lora.r), a)], Out::set(raw, k));
+            dropout.apply(lora, raw, k, masked);
+            vector::add(&mut dx[..tokens * k], masked);
+        }
+    }
+}
+
+/// All three parts, for an input that is at hand: adds the parameter gradients to `grads` and writes the input's gradient where it is
+/// asked for.
+pub fn backward(
+    branches: &[Branch],
+    params: &[f32],
+    grads: &mut [f32],
+    x: &[f32],
+    dropout: Option<&Dropout>,
+    scratch: &mut LinearScratch,
+    dx: Option<&mut [f32]>,
+) {
+    let Some(first) = branches.first() else { return };
+    let tokens = x.len() / first.linear.in_features;
+    project_gradients(branches, params, tokens, scratch);
+    parameter_gradients(branches, grads, x, dropout, scratch);
+    if let Some(dx) = dx {
+        input_gradient(branches, params, tokens, dropout, scratch, dx);
+    }
+}

@@ -1,0 +1,407 @@
+//! The tokenizer inside a GGUF file.
+//!
+//! GGUF keeps a vocabulary, merges or scores, and flags, but no `tokenizer.json`; one is put together here that gives the ids
+//! of the model's original tokenizer. Keys: <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>. Where the file is
+//! silent, llama.cpp's defaults hold.
+
+use std::collections::{HashMap, HashSet};
+
+use serde_json::{Value, json};
+
+use super::pre_tokenizer::{Rule, known_names};
+use super::{Parts, SpecialTokens};
+use crate::error::Error;
+use crate::gguf::Metadata;
+
+/// Values of `tokenizer.ggml.token_type`.
+const UNKNOWN: i32 = 2;
+const CONTROL: i32 = 3;
+const USER_DEFINED: i32 = 4;
+
+/// SentencePiece never merges anything near this long; splitting longer entries in all ways would only take time.
+const MAX_MERGED_BYTES: usize = 1024;
+
+/// What a GGUF file says of its tokenizer.
+#[derive(Default)]
+pub(super) struct Vocabulary<'a> {
+    /// `gpt2`: byte-level merges; `llama`: SentencePiece with scores.
+    pub(super) model: &'a str,
+    pub(super) pre: Option<&'a str>,
+    /// Empty entries have a stand-in name.
+    pub(super) tokens: Vec<String>,
+    pub(super) types: Vec<i32>,
+    pub(super) scores: Option<Vec<f32>>,
+    pub(super) merges: Option<Vec<&'a str>>,
+    pub(super) bos: Option<u32>,
+    pub(super) eos: Option<u32>,
+    pub(super) unk: Option<u32>,
+    pub(super) pad: Option<u32>,
+    /// End of turn and end of message, where the file names them.
+    pub(super) turn_ends: Vec<u32>,
+    pub(super) add_bos: Option<bool>,
+    pub(super) add_eos: Option<bool>,
+    pub(super) add_space_prefix: Option<bool>,
+    pub(super) chat_template: Option<&'a str>,
+    pub(super) context_length: Option<u64>,
+}
+
+/// How the two kinds of model differ.
+struct Model {
+    json: Value,
+    normalizer: Value,
+    pre_tokenizer: Value,
+    decoder: Value,
+    adds_bos: bool,
+}
+
+fn invalid(key: &'static str, cause: String) -> Error {
+    Error::GgufVocabulary { key, cause }
+}
+
+impl<'a> Vocabulary<'a> {
+    /// Reads and checks the `tokenizer.*` keys. Every id it returns is below the number of tokens.
+    pub(super) fn read(metadata: &'a Metadata) -> Result<Vocabulary<'a>, Error> {
+        let missing = |key: &str| Error::GgufMissingKey { key: key.to_owned() };
+        let model = metadata.get_str("tokenizer.ggml.model")?.ok_or_else(|| missing("tokenizer.ggml.model"))?;
+        let tokens = metadata.get_str_array("tokenizer.ggml.tokens")?.ok_or_else(|| missing("tokenizer.ggml.tokens"))?;
+        let tokens: Vec<String> = tokens
+            .into_iter()
+            .enumerate()
+            .map(|(id, token)| if token.is_empty() { format!("[EMPTY_{id}]") } else { token.to_owned() })
+            .collect();
+        let types = metadata.get_i32_array("tokenizer.ggml.token_type")?.unwrap_or_else(|| vec![1; tokens.len()]);
+        let scores = metadata.get_f32_array("tokenizer.ggml.scores")?;
+        let id = |key: &'static str, default: Option<u32>| -> Result<Option<u32>, Error> {
+            let known = |id: u32| (id as usize) < tokens.len();
+            match metadata.get_u32(key)? {
+                Some(id) if known(id) => Ok(Some(id)),
+                Some(id) => Err(invalid(key, format!("token {id} of a vocabulary of {}", tokens.len()))),
+                None => Ok(default.filter(|&id| known(id))),
+            }
+        };
+        let default = |id| (model == "llama").then_some(id);
+        let turn_ends = [id("tokenizer.ggml.eot_token_id", None)?, id("tokenizer.ggml.eom_token_id", None)?];
+        let architecture = metadata.get_str("general.architecture")?.unwrap_or("llama");
+        let vocabulary = Vocabulary {
+            model,
+            pre: metadata.get_str("tokenizer.ggml.pre")?,
+            bos: id("tokenizer.ggml.bos_token_id", default(1))?,
+            eos: id("tokenizer.ggml.eos_token_id", default(2))?,
+            unk: id("tokenizer.ggml.unknown_token_id", default(0))?,
+            pad: id("tokenizer.ggml.padding_token_id", None)?,
+            turn_ends: turn_ends.into_iter().flatten().collect(),
+            add_bos: metadata.get_bool("tokenizer.ggml.add_bos_token")?,
+            add_eos: metadata.get_bool("tokenizer.ggml.add_eos_token")?,
+            add_space_prefix: metadata.get_bool("tokenizer.ggml.add_space_prefix")?,
+            merges: metadata.get_str_array("tokenizer.ggml.merges")?,
+            chat_template: metadata.get_str("tokenizer.chat_template")?,
+            context_length: metadata.get_u64(&format!("{architecture}.context_length"))?,
+            tokens,
+            types,
+            scores,
+        };
+        vocabulary.check()?;
+        Ok(vocabulary)
+    }
+
+    fn check(&self) -> Result<(), Error> {
+        let count = self.tokens.len();
+        if self.types.len() != count {
+            return Err(invalid("tokenizer.ggml.token_type", format!("{} entries for {count} tokens", self.types.len())));
+        }
+        if let Some(scores) = self.scores.as_ref().filter(|scores| scores.len() != count) {
+            return Err(invalid("tokenizer.ggml.scores", format!("{} entries for {count} tokens", scores.len())));
+        }
+        let mut seen = HashSet::with_capacity(count);
+        match self.tokens.iter().find(|token| !seen.insert(token.as_str())) {
+            Some(token) => Err(invalid("tokenizer.ggml.tokens", format!("the token {token:?} twice"))),
+            None => Ok(()),
+        }
+    }
+
+    /// Everything a tokenizer is made of.
+    pub(super) fn into_parts(self) -> Result<Parts, Error> {
+        let model = match self.model {
+            "gpt2" => self.byte_level()?,
+            "llama" => self.sentence_piece()?,
+            other => return Err(Error::GgufTokenizerModel { model: other.to_owned() }),
+        };
+        let json = json!({
+            "version": "1.0",
+            "truncation": null,
+            "padding": null,
+            "added_tokens": self.added_tokens(),
+            "normalizer": model.normalizer,
+            "pre_tokenizer": model.pre_tokenizer,
+            "post_processor": self.post_processor(model.adds_bos)?,
+            "decoder": model.decoder,
+            "model": model.json,
+        });
+        Ok(Parts {
+            json,
+            extra_tokens: Vec::new(),
+            special: SpecialTokens {
+                bos: self.text(self.bos),
+                eos: self.text(self.eos),
+                unk: self.text(self.unk),
+                pad: self.text(self.pad),
+            },
+            stop_ids: self.turn_ends,
+            chat_template: self.chat_template.map(str::to_owned),
+            model_max_length: self.context_length,
+        })
+    }
+
+    fn text(&self, id: Option<u32>) -> Option<String> {
+        id.and_then(|id| self.tokens.get(id as usize)).cloned()
+    }
+
+    /// Byte-level BPE, as GPT-2 and Llama 3 have it.
+    fn byte_level(&self) -> Result<Model, Error> {
+        let name = self.pre.ok_or_else(|| Error::GgufPreTokenizerMissing { known: known_names() })?;
+        let rule = Rule::named(name)
+            .ok_or_else(|| Error::GgufPreTokenizerUnknown { name: name.to_owned(), known: known_names() })?;
+        let merges = self
+            .file_merges()?
+            .ok_or_else(|| Error::GgufMissingKey { key: "tokenizer.ggml.merges".to_owned() })?;
+        let mut json = self.bpe(merges);
+        json["ignore_merges"] = rule.ignore_merges.into();
+        Ok(Model {
+            json,
+            normalizer: rule.normalizer(),
+            pre_tokenizer: rule.pre_tokenizer(),
+            decoder: json!({"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true}),
+            adds_bos: rule.adds_bos,
+        })
+    }
+
+    /// SentencePiece's BPE, as Llama 2, TinyLlama and the first Mistral have it: spaces become `▁`, one is put before every
+    /// stretch of text between special tokens, and what the vocabulary lacks falls back to bytes.
+    fn sentence_piece(&self) -> Result<Model, Error> {
+        let merges = match (self.file_merges()?, &self.scores) {
+            (Some(merges), _) => merges,
+            (None, Some(scores)) => merges_from_scores(&self.tokens, scores),
+            (None, None) => return Err(Error::GgufMissingKey { key: "tokenizer.ggml.scores".to_owned() }),
+        };
+        let mut json = self.bpe(merges);
+        json["unk_token"] = self.text(self.unk).into();
+        json["fuse_unk"] = true.into();
+        json["byte_fallback"] = true.into();
+        let mut normalizers = vec![json!({"type": "Replace", "pattern": {"String": " "}, "content": "▁"})];
+        let mut decoders = vec![
+            json!({"type": "Replace", "pattern": {"String": "▁"}, "content": " "}),
+            json!({"type": "ByteFallback"}),
+            json!({"type": "Fuse"}),
+        ];
+        if self.add_space_prefix.unwrap_or(true) {
+            normalizers.insert(0, json!({"type": "Prepend", "prepend": "▁"}));
+            decoders.push(json!({"type": "Strip", "content": " ", "start": 1, "stop": 0}));
+        }
+        Ok(Model {
+            json,
+            normalizer: json!({"type": "Sequence", "normalizers": normalizers}),
+            pre_tokenizer: Value::Null,
+            decoder: json!({"type": "Sequence", "decoders": decoders}),
+            adds_bos: true,
+        })
+    }
+
+    fn bpe(&self, merges: Vec<(&str, &str)>) -> Value {
+        let vocab: serde_json::Map<String, Value> =
+            self.tokens.iter().enumerate().map(|(id, token)| (token.clone(), id.into())).collect();
+        json!({
+            "type": "BPE",
+            "dropout": null,
+            "unk_token": null,
+            "continuing_subword_prefix": null,
+            "end_of_word_suffix": null,
+            "fuse_unk": false,
+            "byte_fallback": false,
+            "ignore_merges": false,
+            "vocab": vocab,
+            "merges": merges,
+        })
+    }
+
+    /// The merges of the file: each two tokens with a space between, which may itself start with one.
+    fn file_merges(&self) -> Result<Option<Vec<(&'a str, &'a str)>>, Error> {
+        let Some(merges) = &self.merges else { return Ok(None) };
+        let pair = |merge: &'a str| -> Result<(&'a str, &'a str), Error> {
+            let space = merge.char_indices().skip(1).find(|&(_, c)| c == ' ');
+            space
+                .and_then(|(at, _)| Some((merge.get(..at)?, merge.get(at + 1..)?)))
+                .ok_or_else(|| invalid("tokenizer.ggml.merges", format!("{merge:?}, which is not two tokens")))
+        };
+        merges.iter().copied().map(pair).collect::<Result<Vec<_>, _>>().map(Some)
+    }
+
+    /// Control tokens are special; user-defined ones are matched in texts too, but print.
+    fn added_tokens(&self) -> Vec<Value> {
+        let is_named = |id: usize| [self.bos, self.eos, self.unk].into_iter().flatten().any(|named| named as usize == id);
+        let tokens = self.tokens.iter().zip(&self.types).enumerate();
+        tokens
+            .filter_map(|(id, (token, &token_type))| {
+                let special = match token_type {
+                    UNKNOWN | CONTROL => true,
+                    _ if is_named(id) => true,
+                    USER_DEFINED => false,
+                    _ => return None,
+                };
+                Some(json!({"id": id, "content": token, "single_word": false, "lstrip": false, "rstrip": false,
+                            "normalized": false, "special": special}))
+            })
+            .collect()
+    }
+
+    /// What is put around a text: BOS, EOS, both or nothing.
+    fn post_processor(&self, adds_bos: bool) -> Result<Value, Error> {
+        let wanted = |add: bool, id: Option<u32>, key: &'static str| -> Result<Option<(u32, String)>, Error> {
+            match (add, id, self.text(id)) {
+                (false, _, _) => Ok(None),
+                (true, Some(id), Some(text)) => Ok(Some((id, text))),
+                (true, _, _) => Err(invalid(key, "nothing, though the tokenizer is to add that token".to_owned())),
+            }
+        };
+        let bos = wanted(self.add_bos.unwrap_or(adds_bos), self.bos, "tokenizer.ggml.bos_token_id")?;
+        let eos = wanted(self.add_eos.unwrap_or(false), self.eos, "tokenizer.ggml.eos_token_id")?;
+        if bos.is_none() && eos.is_none() {
+            return Ok(Value::Null);
+        }
+        let around = |sequence: &str, type_id: u32| -> Vec<Value> {
+            let special = |token: &Option<(u32, String)>| {
+                token.as_ref().map(|(_, text)| json!({"SpecialToken": {"id": text, "type_id": type_id}}))
+            };
+            let text = json!({"Sequence": {"id": sequence, "type_id": type_id}});
+            [special(&bos), Some(text), special(&eos)].into_iter().flatten().collect()
+        };
+        let mut special_tokens = serde_json::Map::new();
+        for (id, text) in [&bos, &eos].into_iter().flatten() {
+            special_tokens.insert(text.clone(), json!({"id": text, "ids": [id], "tokens": [text]}));
+        }
+        Ok(json!({
+            "type": "TemplateProcessing",
+            "single": around("A", 0),
+            "pair": ([around("A", 0), around("B", 1)].concat()),
+            "special_tokens": special_tokens,
+        }))
+    }
+}
+
+/// The merges that a SentencePiece vocabulary implies: a token is made from any two others that spell it, the token with the
+/// greatest score first. Ties go as in transformers' converter: longer parts first, then the order of the vocabulary.
+fn merges_from_scores<'t>(tokens: &'t [String], scores: &[f32]) -> Vec<(&'t str, &'t str)> {
+    let ids: HashMap<&str, usize> = tokens.iter().enumerate().map(|(id, token)| (token.as_str(), id)).collect();
+    let mut merges: Vec<(f32, usize, usize, &str, &str)> = Vec::new();
+    for (token, &score) in tokens.iter().zip(scores).filter(|(token, _)| token.len() <= MAX_MERGED_BYTES) {
+        let splits = token.char_indices().skip(1).filter_map(|(at, _)| {
+            let (left, right) = token.split_at(at);
+            Some((*ids.get(left)?, *ids.get(right)?, left, right))
+        });
+        let mut splits: Vec<_> = splits.collect();
+        splits.sort_by_key(|&(left, right, ..)| (left, right));
+        merges.extend(splits.into_iter().map(|(_, _, left, right)| {
+            (score, left.chars().count(), right.chars().count(), left, right)
+        }));
+    }
+    merges.sort_by(|a, b| b.0.total_cmp(&a.0).then(b.1.cmp(&a.1)).then(b.2.cmp(&a.2)));
+    merges.into_iter().map(|(_, _, _, left, right)| (left, right)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tokenizer::{Tokenizer, fixture};
+
+    fn build(vocabulary: Vocabulary) -> Result<Tokenizer, Error> {
+        Tokenizer::assemble(vocabulary.into_parts()?)
+    }
+
+    #[test]
+    fn an_unknown_or_missing_pre_tokenizer_is_refused_with_the_known_ones() {
+        let error = build(Vocabulary { pre: Some("smolm"), ..fixture::byte_level_vocabulary() }).unwrap_err();
+        assert!(error.to_string().contains("smolm") && error.to_string().contains("llama-bpe"), "{error}");
+        let error = build(Vocabulary { pre: None, ..fixture::byte_level_vocabulary() }).unwrap_err();
+        assert!(matches!(error, Error::GgufPreTokenizerMissing { .. }));
+        let error = build(Vocabulary { model: "t5", ..fixture::byte_level_vocabulary() }).unwrap_err();
+        assert!(matches!(error, Error::GgufTokenizerModel { model } if model == "t5"));
+    }
+
+    #[test]
+    fn merges_must_be_pairs_of_the_vocabulary() {
+        for merge in ["ab", "", " ", "a  b", "a zz"] {
+            assert!(build(Vocabulary { merges: Some(vec![merge]), ..fixture::byte_level_vocabulary() }).is_err(), "{merge:?}");
+        }
+        assert!(build(Vocabulary { merges: None, ..fixture::byte_level_vocabulary() }).is_err());
+    }
+
+    #[test]
+    fn flags_say_what_is_put_around_a_text() {
+        let plain = build(fixture::byte_level_vocabulary()).unwrap();
+        let text = plain.encode("ab").unwrap();
+        assert_eq!(plain.encode_with_special_tokens("ab").unwrap(), text);
+        let both = Vocabulary { add_bos: Some(true), add_eos: Some(true), ..fixture::byte_level_vocabulary() };
+        let (bos, eos) = (both.bos.unwrap(), both.eos.unwrap());
+        let both = build(both).unwrap();
+        assert_eq!(both.encode_with_special_tokens("ab").unwrap(), [vec![bos], text.clone(), vec![eos]].concat());
+        assert_eq!(both.encode("ab").unwrap(), text);
+        let unnamed = Vocabulary { add_bos: Some(true), bos: None, ..fixture::byte_level_vocabulary() };
+        assert!(build(unnamed).unwrap_err().to_string().contains("bos_token_id"));
+        let by_rule = build(Vocabulary { pre: Some("llama-bpe"), ..fixture::byte_level_vocabulary() }).unwrap();
+        assert_eq!(by_rule.encode_with_special_tokens("ab").unwrap()[0], bos);
+    }
+
+    #[test]
+    fn a_whole_piece_that_is_a_token_needs_no_merges_where_the_rule_says_so() {
+        let vocabulary = |pre| Vocabulary { pre: Some(pre), merges: Some(Vec::new()), ..fixture::byte_level_vocabulary() };
+        assert_eq!(build(vocabulary("llama-bpe")).unwrap().encode("ab").unwrap().len(), 1);
+        assert_eq!(build(vocabulary("smollm")).unwrap().encode("ab").unwrap().len(), 2);
+    }
+
+    #[test]
+    fn sentence_piece_prefixes_a_space_and_falls_back_to_bytes() {
+        let tokenizer = fixture::sentence_piece();
+        let names = |text: &str| -> Vec<String> {
+            tokenizer.encode(text).unwrap().into_iter().filter_map(|id| tokenizer.id_to_token(id)).collect()
+        };
+        assert_eq!(names("ab ab"), ["▁ab", "▁ab"]);
+        assert_eq!(names("abé"), ["▁ab", "<0xC3>", "<0xA9>"]);
+        assert_eq!(names("a</s>b"), ["▁a", "</s>", "▁", "b"]);
+        let bos = tokenizer.bos_token_id().unwrap();
+        assert_eq!(tokenizer.encode_with_special_tokens("ab").unwrap()[0], bos);
+        let ids = tokenizer.encode("ab é ab").unwrap();
+        assert_eq!(tokenizer.decode(&ids, true), "ab é ab");
+        let no_prefix = Vocabulary { add_space_prefix: Some(false), ..fixture::sentence_piece_vocabulary() };
+        let no_prefix = build(no_prefix).unwrap();
+        assert_eq!(no_prefix.decode(&no_prefix.encode(" ab").unwrap(), true), " ab");
+    }
+
+    #[test]
+    fn the_greatest_score_merges_first() {
+        let tokens: Vec<String> = ["a", "b", "c", "ab", "bc", "abc"].map(str::to_owned).to_vec();
+        let merges = merges_from_scores(&tokens, &[0.0, 0.0, 0.0, -2.0, -1.0, -3.0]);
+        assert_eq!(merges, [("b", "c"), ("a", "b"), ("ab", "c"), ("a", "bc")]);
+    }
+
+    #[test]
+    fn lists_of_different_lengths_and_repeated_tokens_are_refused() {
+        let mut short = fixture::byte_level_vocabulary();
+        short.types.pop();
+        assert!(short.check().is_err());
+        let mut twice = fixture::byte_level_vocabulary();
+        twice.tokens[5] = twice.tokens[4].clone();
+        assert!(twice.check().unwrap_err().to_string().contains("twice"));
+        assert!(Vocabulary { scores: Some(Vec::new()), ..fixture::byte_level_vocabulary() }.check().is_err());
+    }
+
+    #[test]
+    fn user_defined_tokens_are_found_in_texts_and_printed() {
+        let mut vocabulary = fixture::byte_level_vocabulary();
+        vocabulary.tokens.push("<think>".to_owned());
+        vocabulary.types.push(USER_DEFINED);
+        let id = vocabulary.tokens.len() as u32 - 1;
+        let tokenizer = build(vocabulary).unwrap();
+        let ids = tokenizer.encode("a<think>b").unwrap();
+        assert_eq!(ids[1], id);
+        assert_eq!(tokenizer.decode(&ids, true), "a<think>b");
+    }
+}
