@@ -3,8 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use retune_adapter::config::LoraConfig;
-use retune_adapter::names;
+use retune_adapter::names::{self, Key, Part};
 use retune_adapter::targets::{self, LinearModule, LoraTarget};
+use retune_adapter::{AdapterFile, check_against};
 
 use crate::checkpoint::{Checkpoint, expected_tensors};
 use crate::error::Error;
@@ -25,26 +26,45 @@ pub struct AdapterPlan {
 }
 
 impl AdapterPlan {
-    /// Resolves a configuration against the modules of a base.
+    /// Resolves a configuration against the modules of a base, strictly: for training.
     ///
     /// # Errors
     /// A configuration that contradicts itself, or names modules the base does not have.
     pub fn new(config: &LoraConfig, checkpoint: &Checkpoint) -> Result<Self, Error> {
         let modules = checkpoint.linear_modules();
-        let modules = linear_modules(&modules);
-        let targets = targets::resolve(config, &modules)?;
-        let biases = names::trained_biases(config, &modules, &targets).into_iter().map(|b| b.module).collect();
+        let targets = targets::resolve(config, &linear_modules(&modules))?;
+        Self::with_targets(config, checkpoint, targets)
+    }
+
+    /// Resolves an adapter that exists already, as peft does: entries of its configuration that match nothing are passed over.
+    ///
+    /// # Errors
+    /// An adapter that does not fit the base.
+    pub fn for_file(file: &AdapterFile, checkpoint: &Checkpoint) -> Result<Self, Error> {
+        let modules = checkpoint.linear_modules();
+        let targets = check_against(file, &linear_modules(&modules))?;
+        Self::with_targets(&file.config, checkpoint, targets)
+    }
+
+    fn with_targets(config: &LoraConfig, checkpoint: &Checkpoint, targets: Vec<LoraTarget>) -> Result<Self, Error> {
+        let modules = checkpoint.linear_modules();
+        let biases = names::trained_biases(config, &linear_modules(&modules), &targets);
         let mut holders = module_names(checkpoint);
-        if checkpoint.config.tie_word_embeddings {
+        let tied = checkpoint.config.tie_word_embeddings;
+        if tied {
             holders.push("lm_head".to_owned());
         }
         let holders: Vec<&str> = holders.iter().map(String::as_str).collect();
-        let modules_to_save: BTreeSet<String> =
-            targets::resolve_modules_to_save(config, &holders)?.into_iter().collect();
-        if checkpoint.config.tie_word_embeddings && modules_to_save.contains("lm_head") {
+        let saved = targets::resolve_modules_to_save(config, &holders)?;
+        if tied && saved.iter().any(|module| module == "lm_head") {
             return Err(Error::TiedHeadSaved);
         }
-        Ok(Self { targets, lora_dropout: config.lora_dropout as f32, biases, modules_to_save })
+        Ok(Self {
+            targets,
+            lora_dropout: config.lora_dropout as f32,
+            biases: biases.into_iter().map(|b| b.module).collect(),
+            modules_to_save: saved.into_iter().collect(),
+        })
     }
 }
 
@@ -89,7 +109,9 @@ impl Model {
             params[param.range.clone()].copy_from_slice(values);
         }
         let known: BTreeSet<&str> = self.layout.params().iter().map(|p| p.name.as_str()).collect();
-        match tensors.keys().find(|name| !known.contains(name.as_str())) {
+        // peft saves the base's own weight beside an adapted head; it is not the adapter's.
+        let belongs = |name: &str| known.contains(name) || is_base_weight(name);
+        match tensors.keys().find(|name| !belongs(name)) {
             Some(name) => Err(Error::AdapterTensorUnknown { name: name.clone() }),
             None => Ok(params),
         }
@@ -100,4 +122,8 @@ impl Model {
         let tensor = |p: &crate::params::Param| (p.name.clone(), (p.shape.clone(), values[p.range.clone()].to_vec()));
         self.layout.params().iter().map(tensor).collect()
     }
+}
+
+fn is_base_weight(name: &str) -> bool {
+    matches!(names::parse(name), Key::Part(_, Part::BaseWeight))
 }

@@ -238,8 +238,7 @@ impl Layer {
             let _span = span(Operation::Norm);
             rms_norm::forward(residual, self.post_norm.values(params), eps, norm);
         }
-        let branches =
-            [Branch { linear: &self.gate, g: gate, u: u_gate }, Branch { linear: &self.up, g: up, u: u_up }];
+        let branches = [Branch { linear: &self.gate, g: gate, u: u_gate }, Branch { linear: &self.up, g: up, u: u_up }];
         linear::backward(&branches, params, grads, norm, dropout, scratch, further.then_some(&mut *dnorm));
         if !further {
             return;

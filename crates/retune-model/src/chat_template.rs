@@ -138,11 +138,8 @@ fn tojson(value: Value, options: Kwargs) -> Result<Value, minijinja::Error> {
     options.assert_all_used()?;
     let value = serde_json::to_value(&value)
         .map_err(|error| minijinja::Error::new(ErrorKind::BadSerialization, error.to_string()))?;
-    let style = JsonStyle {
-        indent,
-        ensure_ascii: ensure_ascii.unwrap_or(false),
-        sort_keys: sort_keys.unwrap_or(false),
-    };
+    let style =
+        JsonStyle { indent, ensure_ascii: ensure_ascii.unwrap_or(false), sort_keys: sort_keys.unwrap_or(false) };
     let mut out = String::new();
     style.write(&value, 0, &mut out);
     Ok(Value::from_safe_string(out))
@@ -263,12 +260,18 @@ mod tests {
         assert_eq!(render_one("{% if messages[0].get('name') is none %}none{% endif %}"), "none");
         assert_eq!(render_one("{{ messages[1:] | length }}{{ messages[0].role.startswith('us') }}"), "0True");
         assert_eq!(render_one("{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}"), "01");
-        assert_eq!(render_one("{% set ns = namespace(n=1) %}{% for m in messages %}{% set ns.n = 5 %}{% endfor %}{{ ns.n }}"), "5");
+        assert_eq!(
+            render_one("{% set ns = namespace(n=1) %}{% for m in messages %}{% set ns.n = 5 %}{% endfor %}{{ ns.n }}"),
+            "5"
+        );
     }
 
     #[test]
     fn the_models_tokens_are_known_and_tools_are_none() {
-        assert_eq!(render_one("{{ bos_token }}{{ eos_token }}{{ tools is none }}{{ unknown is defined }}"), "<s></s>TrueFalse");
+        assert_eq!(
+            render_one("{{ bos_token }}{{ eos_token }}{{ tools is none }}{{ unknown is defined }}"),
+            "<s></s>TrueFalse"
+        );
     }
 
     #[test]
@@ -282,7 +285,10 @@ mod tests {
         assert_eq!(render_one("{{ messages | tojson }}"), r#"[{"role": "user", "content": " é <b> "}]"#);
         assert_eq!(render_one("{{ {'b': [1, none, true], 'a': {}} | tojson }}"), r#"{"b": [1, null, true], "a": {}}"#);
         assert_eq!(render_one("{{ {'b': 1, 'a': 2} | tojson(sort_keys=true) }}"), r#"{"a": 2, "b": 1}"#);
-        assert_eq!(render_one("{{ {'a': [1, 2], 'b': []} | tojson(indent=2) }}"), "{\n  \"a\": [\n    1,\n    2\n  ],\n  \"b\": []\n}");
+        assert_eq!(
+            render_one("{{ {'a': [1, 2], 'b': []} | tojson(indent=2) }}"),
+            "{\n  \"a\": [\n    1,\n    2\n  ],\n  \"b\": []\n}"
+        );
         assert_eq!(render_one("{{ 'é🦀' | tojson(ensure_ascii=true) }}"), r#""\u00e9\ud83e\udd80""#);
     }
 

@@ -22,7 +22,7 @@ use crate::gguf::{Gguf, Metadata, TensorInfo};
 use crate::safetensors::{self, RawTensor};
 use crate::tokenizer::Tokenizer;
 
-const CONFIG: &str = "config.json";
+pub(crate) const CONFIG: &str = "config.json";
 const ROPE_FACTORS: &str = "rope_freqs.weight";
 /// Half of the largest head imaginable.
 const MAX_ROPE_FACTORS: usize = 1 << 16;

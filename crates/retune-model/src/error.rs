@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::export::ExportType;
+
 /// Everything that can go wrong while reading or writing a model and its tokenizer.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -178,7 +180,9 @@ pub enum Error {
     Adapter(#[from] retune_adapter::Error),
 
     /// The head of a model that has none of its own.
-    #[error("modules_to_save names lm_head, but this model's head is its embedding table (tie_word_embeddings); take lm_head out of modules_to_save")]
+    #[error(
+        "modules_to_save names lm_head, but this model's head is its embedding table (tie_word_embeddings); take lm_head out of modules_to_save"
+    )]
     TiedHeadSaved,
 
     /// A trainable tensor that the adapter's file lacks.
@@ -186,12 +190,26 @@ pub enum Error {
     AdapterTensorMissing { name: String },
 
     /// A tensor of the adapter with another shape than the base needs.
-    #[error("the adapter's tensor {name} has the shape {found:?}, this base needs {expected:?}: it was made for another model")]
+    #[error(
+        "the adapter's tensor {name} has the shape {found:?}, this base needs {expected:?}: it was made for another model"
+    )]
     AdapterShape { name: String, found: Vec<usize>, expected: Vec<usize> },
 
     /// A tensor of the adapter that nothing of the model uses.
-    #[error("the adapter's tensor {name} belongs to nothing in this model: it was made for another model, or by an unknown method")]
+    #[error(
+        "the adapter's tensor {name} belongs to nothing in this model: it was made for another model, or by an unknown method"
+    )]
     AdapterTensorUnknown { name: String },
+
+    /// A directory to write a model into that holds something already.
+    #[error("{} is not empty; a model is written to a directory of its own: give another name, or remove this one first", .dir.display())]
+    OutputNotEmpty { dir: PathBuf },
+
+    /// A weight beyond the range of the type it is to be written as.
+    #[error(
+        "tensor {tensor} would hold {value} at row {row}, column {column}, which {dtype} cannot represent; write f32, or bf16, whose range is nearly the same"
+    )]
+    OutOfRange { tensor: String, row: usize, column: usize, value: f32, dtype: ExportType },
 }
 
 impl Error {

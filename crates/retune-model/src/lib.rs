@@ -9,6 +9,7 @@ pub mod chat_template;
 pub mod checkpoint;
 pub mod config;
 pub mod error;
+pub mod export;
 mod files;
 mod forward;
 pub mod generate;

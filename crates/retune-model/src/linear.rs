@@ -84,9 +84,7 @@ impl Linear {
 
     /// Whether any of its own parameters is trained.
     pub fn is_trainable(&self) -> bool {
-        self.lora.is_some()
-            || self.weight.range().is_some()
-            || self.bias.as_ref().is_some_and(Vector::is_trainable)
+        self.lora.is_some() || self.weight.range().is_some() || self.bias.as_ref().is_some_and(Vector::is_trainable)
     }
 
     /// Writes the adapter's `u = drop(x)·Aᵀ: [T, r]`, which its backward reads; nothing without an adapter.

@@ -1,8 +1,8 @@
 //! The model in memory: the block's parts, which of them are trained, and where the trained ones lie in the flat vector.
 
+use retune_adapter::targets::LoraTarget;
 use retune_adapter::{InitLoraWeights, init_lora};
 use retune_adapter::{dropout, names};
-use retune_adapter::targets::LoraTarget;
 use retune_kernels::PanelSource;
 use retune_kernels::attention::Heads;
 use retune_quant::Matrix;
@@ -231,7 +231,12 @@ impl Model {
     ///
     /// # Errors
     /// A tensor that cannot be read.
-    pub fn initial_params(&self, checkpoint: &Checkpoint, init: &InitLoraWeights, seed: u64) -> Result<Vec<f32>, Error> {
+    pub fn initial_params(
+        &self,
+        checkpoint: &Checkpoint,
+        init: &InitLoraWeights,
+        seed: u64,
+    ) -> Result<Vec<f32>, Error> {
         let mut params = vec![0.0; self.layout.len()];
         for (i, (param, initial)) in self.layout.params().iter().zip(&self.initial).enumerate() {
             match initial {
@@ -262,7 +267,8 @@ impl Model {
     pub fn parameters(&self) -> usize {
         let matrix = |l: &Linear| l.in_features * l.out_features + l.bias.as_ref().map_or(0, |_| l.out_features);
         let (d, v) = (self.config.hidden_size, self.config.vocab_size);
-        let blocks: usize = self.layers.iter().map(|l| l.linears().iter().map(|l| matrix(l)).sum::<usize>() + 2 * d).sum();
+        let blocks: usize =
+            self.layers.iter().map(|l| l.linears().iter().map(|l| matrix(l)).sum::<usize>() + 2 * d).sum();
         let head = if self.config.tie_word_embeddings { 0 } else { matrix(&self.head) };
         v * d + blocks + d + head
     }

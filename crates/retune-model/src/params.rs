@@ -66,9 +66,7 @@ impl Weight {
     pub fn source<'a>(&'a self, params: &'a [f32]) -> WeightSource<'a> {
         match self {
             Weight::Frozen(matrix) => WeightSource::Frozen(matrix),
-            Weight::Trainable { range, cols } => {
-                WeightSource::Trainable(F32Panel::new(&params[range.clone()], *cols))
-            }
+            Weight::Trainable { range, cols } => WeightSource::Trainable(F32Panel::new(&params[range.clone()], *cols)),
         }
     }
 

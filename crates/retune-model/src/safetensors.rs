@@ -15,8 +15,8 @@ use serde_json::Value;
 use crate::error::Error;
 use crate::files::{map_file, read_json};
 
-const SINGLE: &str = "model.safetensors";
-const INDEX: &str = "model.safetensors.index.json";
+pub(crate) const SINGLE: &str = "model.safetensors";
+pub(crate) const INDEX: &str = "model.safetensors.index.json";
 /// Bytes of the little-endian header length that a file starts with.
 const LENGTH_BYTES: usize = 8;
 /// As the reference implementation has it.

@@ -274,7 +274,7 @@ impl<'a> Packed<'a> {
         let width = kernel::panel_width(isa());
         let k = rows.len();
         assert!(m > 0 && k > 0 && !cols.is_empty(), "an empty product");
-        assert!(rows.end <= self.k && cols.end <= self.n && cols.start % width == 0, "outside B");
+        assert!(rows.end <= self.k && cols.end <= self.n && cols.start.is_multiple_of(width), "outside B");
         assert!(a.covers(m, k) && a.col_stride == 1, "A is not rows of [{m}, {k}]");
         assert!((m - 1) * out.stride + cols.len() <= out.data.len(), "C is smaller than [{m}, {}]", cols.len());
         let first = cols.start / width;

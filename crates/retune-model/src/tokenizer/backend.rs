@@ -79,8 +79,10 @@ fn check_merges(model: &serde_json::Map<String, Value>) -> Result<(), String> {
         if merge.as_str().is_some_and(|line| line.starts_with("#version")) {
             continue;
         }
-        let (left, right) = merge_pair(merge).ok_or_else(|| format!("merge {rank}, {merge}, is not a pair of tokens"))?;
-        let tail = right.get(prefix.len()..).ok_or_else(|| format!("merge {rank}, {merge}, lacks the prefix {prefix:?}"))?;
+        let (left, right) =
+            merge_pair(merge).ok_or_else(|| format!("merge {rank}, {merge}, is not a pair of tokens"))?;
+        let tail =
+            right.get(prefix.len()..).ok_or_else(|| format!("merge {rank}, {merge}, lacks the prefix {prefix:?}"))?;
         joined.clear();
         joined.push_str(left);
         joined.push_str(tail);
@@ -163,7 +165,8 @@ fn check_post_processor(processor: &Value, vocab_size: usize) -> Result<(), Stri
             return Err("its post-processor asks for a second text where there is one".to_owned());
         }
         let Some(name) = piece.pointer("/SpecialToken/id").and_then(Value::as_str) else { continue };
-        let ids = tokens.and_then(|tokens| tokens.get(name)).and_then(|token| token.get("ids")).and_then(Value::as_array);
+        let ids =
+            tokens.and_then(|tokens| tokens.get(name)).and_then(|token| token.get("ids")).and_then(Value::as_array);
         if !ids.is_some_and(|ids| ids.iter().all(known)) {
             return Err(format!("its post-processor adds {name:?} without an id of the vocabulary"));
         }
@@ -267,7 +270,16 @@ mod tests {
         }
         assert!(load(with("/model/vocab", json!({})), Vec::new()).is_err());
         assert!(load(with("/model/type", json!("Unknown")), Vec::new()).is_err());
-        assert!(load(with("/pre_tokenizer", json!({"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": false})), Vec::new()).is_err());
+        assert!(
+            load(
+                with(
+                    "/pre_tokenizer",
+                    json!({"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": false})
+                ),
+                Vec::new()
+            )
+            .is_err()
+        );
     }
 
     #[test]

@@ -14,7 +14,8 @@ pub(super) const TOKENIZER_FILE: &str = "tokenizer.json";
 pub(super) const CONFIG_FILE: &str = "tokenizer_config.json";
 
 /// What tokenizers are kept in where there is no `tokenizer.json`.
-const OTHER_FILES: &[&str] = &["tokenizer.model", "tekken.json", "vocab.json", "spiece.model", "sentencepiece.bpe.model"];
+const OTHER_FILES: &[&str] =
+    &["tokenizer.model", "tekken.json", "vocab.json", "spiece.model", "sentencepiece.bpe.model"];
 
 /// transformers writes 1e30 for "no limit".
 const NO_LIMIT: u64 = 1 << 40;
@@ -145,7 +146,10 @@ mod tests {
         assert!(matches!(error, Error::TokenizerMissing { .. }), "{error}");
         std::fs::write(dir.path().join("tokenizer.model"), "x").unwrap();
         let error = Tokenizer::from_dir(dir.path()).unwrap_err();
-        assert!(error.to_string().contains("tokenizer.model") && error.to_string().contains("save_pretrained"), "{error}");
+        assert!(
+            error.to_string().contains("tokenizer.model") && error.to_string().contains("save_pretrained"),
+            "{error}"
+        );
     }
 
     #[test]
@@ -167,7 +171,10 @@ mod tests {
     #[test]
     fn special_tokens_come_as_text_or_as_objects_from_either_file() {
         let tokenizer = load(&[
-            (CONFIG_FILE, json!({"bos_token": {"content": "<|im_start|>"}, "pad_token": null, "model_max_length": 1e30})),
+            (
+                CONFIG_FILE,
+                json!({"bos_token": {"content": "<|im_start|>"}, "pad_token": null, "model_max_length": 1e30}),
+            ),
             ("special_tokens_map.json", json!({"bos_token": "ab", "eos_token": "<|im_end|>", "unk_token": "<absent>"})),
         ]);
         assert_eq!(tokenizer.bos_token_id(), tokenizer.token_to_id("<|im_start|>"));
@@ -189,7 +196,8 @@ mod tests {
 
     #[test]
     fn the_template_file_goes_before_the_configs_default() {
-        let named = json!({"chat_template": [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]});
+        let named =
+            json!({"chat_template": [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]});
         let dir = directory(&[(CONFIG_FILE, named)]);
         let source = || Tokenizer::from_dir(dir.path()).unwrap().chat_template().unwrap().source().to_owned();
         assert_eq!(source(), "d");

@@ -63,7 +63,8 @@ impl<'a> Vocabulary<'a> {
     pub(super) fn read(metadata: &'a Metadata) -> Result<Vocabulary<'a>, Error> {
         let missing = |key: &str| Error::GgufMissingKey { key: key.to_owned() };
         let model = metadata.get_str("tokenizer.ggml.model")?.ok_or_else(|| missing("tokenizer.ggml.model"))?;
-        let tokens = metadata.get_str_array("tokenizer.ggml.tokens")?.ok_or_else(|| missing("tokenizer.ggml.tokens"))?;
+        let tokens =
+            metadata.get_str_array("tokenizer.ggml.tokens")?.ok_or_else(|| missing("tokenizer.ggml.tokens"))?;
         let tokens: Vec<String> = tokens
             .into_iter()
             .enumerate()
@@ -107,7 +108,10 @@ impl<'a> Vocabulary<'a> {
     fn check(&self) -> Result<(), Error> {
         let count = self.tokens.len();
         if self.types.len() != count {
-            return Err(invalid("tokenizer.ggml.token_type", format!("{} entries for {count} tokens", self.types.len())));
+            return Err(invalid(
+                "tokenizer.ggml.token_type",
+                format!("{} entries for {count} tokens", self.types.len()),
+            ));
         }
         if let Some(scores) = self.scores.as_ref().filter(|scores| scores.len() != count) {
             return Err(invalid("tokenizer.ggml.scores", format!("{} entries for {count} tokens", scores.len())));
@@ -161,9 +165,8 @@ impl<'a> Vocabulary<'a> {
         let name = self.pre.ok_or_else(|| Error::GgufPreTokenizerMissing { known: known_names() })?;
         let rule = Rule::named(name)
             .ok_or_else(|| Error::GgufPreTokenizerUnknown { name: name.to_owned(), known: known_names() })?;
-        let merges = self
-            .file_merges()?
-            .ok_or_else(|| Error::GgufMissingKey { key: "tokenizer.ggml.merges".to_owned() })?;
+        let merges =
+            self.file_merges()?.ok_or_else(|| Error::GgufMissingKey { key: "tokenizer.ggml.merges".to_owned() })?;
         let mut json = self.bpe(merges);
         json["ignore_merges"] = rule.ignore_merges.into();
         Ok(Model {
@@ -237,7 +240,8 @@ impl<'a> Vocabulary<'a> {
 
     /// Control tokens are special; user-defined ones are matched in texts too, but print.
     fn added_tokens(&self) -> Vec<Value> {
-        let is_named = |id: usize| [self.bos, self.eos, self.unk].into_iter().flatten().any(|named| named as usize == id);
+        let is_named =
+            |id: usize| [self.bos, self.eos, self.unk].into_iter().flatten().any(|named| named as usize == id);
         let tokens = self.tokens.iter().zip(&self.types).enumerate();
         tokens
             .filter_map(|(id, (token, &token_type))| {
@@ -299,9 +303,11 @@ fn merges_from_scores<'t>(tokens: &'t [String], scores: &[f32]) -> Vec<(&'t str,
         });
         let mut splits: Vec<_> = splits.collect();
         splits.sort_by_key(|&(left, right, ..)| (left, right));
-        merges.extend(splits.into_iter().map(|(_, _, left, right)| {
-            (score, left.chars().count(), right.chars().count(), left, right)
-        }));
+        merges.extend(
+            splits
+                .into_iter()
+                .map(|(_, _, left, right)| (score, left.chars().count(), right.chars().count(), left, right)),
+        );
     }
     merges.sort_by(|a, b| b.0.total_cmp(&a.0).then(b.1.cmp(&a.1)).then(b.2.cmp(&a.2)));
     merges.into_iter().map(|(_, _, _, left, right)| (left, right)).collect()
@@ -329,7 +335,10 @@ mod tests {
     #[test]
     fn merges_must_be_pairs_of_the_vocabulary() {
         for merge in ["ab", "", " ", "a  b", "a zz"] {
-            assert!(build(Vocabulary { merges: Some(vec![merge]), ..fixture::byte_level_vocabulary() }).is_err(), "{merge:?}");
+            assert!(
+                build(Vocabulary { merges: Some(vec![merge]), ..fixture::byte_level_vocabulary() }).is_err(),
+                "{merge:?}"
+            );
         }
         assert!(build(Vocabulary { merges: None, ..fixture::byte_level_vocabulary() }).is_err());
     }
@@ -352,7 +361,8 @@ mod tests {
 
     #[test]
     fn a_whole_piece_that_is_a_token_needs_no_merges_where_the_rule_says_so() {
-        let vocabulary = |pre| Vocabulary { pre: Some(pre), merges: Some(Vec::new()), ..fixture::byte_level_vocabulary() };
+        let vocabulary =
+            |pre| Vocabulary { pre: Some(pre), merges: Some(Vec::new()), ..fixture::byte_level_vocabulary() };
         assert_eq!(build(vocabulary("llama-bpe")).unwrap().encode("ab").unwrap().len(), 1);
         assert_eq!(build(vocabulary("smollm")).unwrap().encode("ab").unwrap().len(), 2);
     }

@@ -297,9 +297,8 @@ mod tests {
     fn bos_is_never_doubled() {
         let tokenizer = fixture::sentence_piece();
         let bos = tokenizer.bos_token_id().unwrap();
-        let count = |text: &str| {
-            tokenizer.encode_with_special_tokens(text).unwrap().iter().filter(|&&id| id == bos).count()
-        };
+        let count =
+            |text: &str| tokenizer.encode_with_special_tokens(text).unwrap().iter().filter(|&&id| id == bos).count();
         assert_eq!(count("ab"), 1);
         assert_eq!(count("<s>ab"), 1);
         assert_eq!(count(""), 1);
@@ -334,7 +333,8 @@ mod tests {
             assert_eq!(saved.content_hash(), tokenizer.content_hash());
             let source = |tokenizer: &Tokenizer| tokenizer.chat_template().map(|t| t.source().to_owned());
             assert_eq!(source(&saved), source(&tokenizer));
-            let files = |dir: &Path| ["tokenizer.json", "tokenizer_config.json"].map(|f| std::fs::read(dir.join(f)).unwrap());
+            let files =
+                |dir: &Path| ["tokenizer.json", "tokenizer_config.json"].map(|f| std::fs::read(dir.join(f)).unwrap());
             let again = tempfile::tempdir().unwrap();
             saved.save(again.path()).unwrap();
             assert_eq!(files(again.path()), files(&dir));

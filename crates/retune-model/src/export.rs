@@ -1,0 +1,767 @@
+//! Writing a model as a Hugging Face directory: a base with an adapter merged into it, or a model whose weights were trained.
+//!
+//! A tensor is decoded, changed, rounded and written a panel of rows at a time, so that memory does not grow with the model. The header of
+//! a safetensors file is made by hand for that reason: the `safetensors` crate wants every tensor in memory. Files get their names once all
+//! of them are on the disk, `config.json` last: a directory without it is no model to anyone.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::ops::Range;
+use std::path::Path;
+use std::str::FromStr;
+
+use half::{bf16, f16};
+use rayon::prelude::*;
+use retune_adapter::atomic::Staged;
+use retune_adapter::names::{self, Key, Part};
+use retune_adapter::{AdapterFile, check_against, merged_delta};
+use retune_kernels::PanelSource;
+use retune_quant::Matrix;
+use serde_json::{Map, Value, json};
+
+use crate::adapter::linear_modules;
+use crate::checkpoint::{CONFIG, Checkpoint, CheckpointKind, expected_tensors};
+use crate::config::ModelConfig;
+use crate::error::Error;
+use crate::safetensors::{INDEX, SINGLE};
+use crate::tokenizer::Tokenizer;
+
+const GENERATION_CONFIG: &str = "generation_config.json";
+const EMBEDDING: &str = "model.embed_tokens.weight";
+const HEAD: &str = "lm_head.weight";
+
+/// Values of a panel. It exists three times, before and after the change and as bytes: 12 MB.
+const PANEL_VALUES: usize = 1 << 20;
+/// Values that one thread takes of a panel at a time.
+const PIECE_VALUES: usize = 1 << 14;
+
+/// How the values of a written model are stored.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ExportType {
+    #[default]
+    F32,
+    BF16,
+    F16,
+}
+
+impl ExportType {
+    /// Bytes of a value.
+    fn bytes(self) -> usize {
+        match self {
+            ExportType::F32 => 4,
+            ExportType::BF16 | ExportType::F16 => 2,
+        }
+    }
+
+    /// The name in a safetensors header.
+    fn safetensors_name(self) -> &'static str {
+        match self {
+            ExportType::F32 => "F32",
+            ExportType::BF16 => "BF16",
+            ExportType::F16 => "F16",
+        }
+    }
+
+    /// The name in `config.json`.
+    fn torch_name(self) -> &'static str {
+        match self {
+            ExportType::F32 => "float32",
+            ExportType::BF16 => "bfloat16",
+            ExportType::F16 => "float16",
+        }
+    }
+
+    /// Whether a value is finite and stays so when it is rounded to this type.
+    fn holds(self, value: f32) -> bool {
+        // Half a step beyond the greatest value is where rounding gives infinity.
+        let limit = match self {
+            ExportType::F32 => f32::INFINITY,
+            ExportType::BF16 => f32::from_bits(0x7F7F_8000),
+            ExportType::F16 => 65520.0,
+        };
+        value.abs() < limit
+    }
+
+    /// Rounds values to the nearest of this type, ties to even; `bytes` has their size.
+    fn encode(self, values: &[f32], bytes: &mut [u8]) {
+        match self {
+            ExportType::F32 => encode(values, bytes, f32::to_le_bytes),
+            ExportType::BF16 => encode(values, bytes, |value| bf16::from_f32(value).to_le_bytes()),
+            ExportType::F16 => encode(values, bytes, |value| f16::from_f32(value).to_le_bytes()),
+        }
+    }
+}
+
+fn encode<const N: usize>(values: &[f32], bytes: &mut [u8], to_bytes: impl Fn(f32) -> [u8; N] + Sync) {
+    let pieces = bytes.par_chunks_mut(PIECE_VALUES * N).zip(values.par_chunks(PIECE_VALUES));
+    pieces.for_each(|(bytes, values)| {
+        for (to, &value) in bytes.chunks_exact_mut(N).zip(values) {
+            to.copy_from_slice(&to_bytes(value));
+        }
+    });
+}
+
+impl fmt::Display for ExportType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            ExportType::F32 => "f32",
+            ExportType::BF16 => "bf16",
+            ExportType::F16 => "f16",
+        })
+    }
+}
+
+impl FromStr for ExportType {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self, Error> {
+        match text {
+            "f32" => Ok(ExportType::F32),
+            "bf16" => Ok(ExportType::BF16),
+            "f16" => Ok(ExportType::F16),
+            _ => {
+                Err(Error::Unsupported { what: "weight type", found: format!("{text:?}"), supported: "f32, bf16, f16" })
+            }
+        }
+    }
+}
+
+/// How a model is written.
+#[derive(Clone, Copy, Debug)]
+pub struct MergeOptions {
+    pub dtype: ExportType,
+    /// A file of weights ends before the tensor that would make it larger; a tensor is never cut.
+    pub max_shard_bytes: u64,
+}
+
+impl Default for MergeOptions {
+    /// Unrounded, in files of 2 GB.
+    fn default() -> Self {
+        Self { dtype: ExportType::F32, max_shard_bytes: 2_000_000_000 }
+    }
+}
+
+/// What was written.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct MergeReport {
+    /// Number of weight files.
+    pub shards: usize,
+    /// Their total size.
+    pub bytes: u64,
+    /// The largest max |ΔW| / max |W| of a tensor, before rounding. Tensors that were all zero are left out.
+    pub largest_change: f32,
+    /// Number of modules in which any value has changed, before rounding.
+    pub changed_modules: usize,
+}
+
+/// Writes a base, with an adapter merged into it if there is one, into a directory that transformers and [`Checkpoint::open`] load.
+/// The same input gives the same bytes. `progress` is told the bytes of weights written so far, and how many there will be.
+///
+/// A tied model stays tied unless the adapter changes only one of embeddings and head; then both are written.
+///
+/// # Errors
+/// An adapter that does not fit, a directory that is not empty, a base without tokenizer, values that are not finite or beyond the range
+/// of the type, and what the system refuses. What is left behind then is no model.
+pub fn merge(
+    checkpoint: &Checkpoint,
+    adapter: Option<&AdapterFile>,
+    out_dir: &Path,
+    options: &MergeOptions,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<MergeReport, Error> {
+    let changes = match adapter {
+        Some(adapter) => adapter_changes(checkpoint, adapter)?,
+        None => Changes::new(),
+    };
+    // What is saved with an adapter is a copy of its own: the other one of a tied pair is still the base's.
+    let has_own_head = changes.contains_key(HEAD) || changes.contains_key(EMBEDDING);
+    write(checkpoint, &changes, has_own_head, out_dir, options, progress)
+}
+
+/// Writes a model whose tensors were trained: `tensors` gives the values of those by name (row-major), the others are the base's.
+/// Otherwise as [`merge`].
+///
+/// # Errors
+/// As [`merge`]; a tensor with another number of values than the base's.
+pub fn write_model<'a>(
+    checkpoint: &Checkpoint,
+    tensors: &dyn Fn(&str) -> Option<&'a [f32]>,
+    out_dir: &Path,
+    options: &MergeOptions,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<MergeReport, Error> {
+    let mut changes = Changes::new();
+    for (name, shape) in all_shapes(&checkpoint.config) {
+        if let Some(values) = tensors(&name) {
+            if values.len() != shape.iter().product::<usize>() {
+                return Err(Error::TensorShape { tensor: name, found: vec![values.len()], expected: shape });
+            }
+            changes.insert(name, Change::Replaced(values));
+        }
+    }
+    let has_own_head = changes.contains_key(HEAD);
+    write(checkpoint, &changes, has_own_head, out_dir, options, progress)
+}
+
+/// What becomes of a tensor of the base.
+#[derive(Clone, Copy)]
+enum Change<'a> {
+    Nothing,
+    /// Other values, as many.
+    Replaced(&'a [f32]),
+    /// W + scaling·B·A, where A is [r, cols] and B is [rows, r].
+    Lora {
+        r: usize,
+        scaling: f32,
+        a: &'a [f32],
+        b: &'a [f32],
+    },
+}
+
+/// The changes by the names of the tensors. Their sizes fit the base.
+type Changes<'a> = BTreeMap<String, Change<'a>>;
+
+/// Names and shapes of all tensors that a model of this configuration may have, a head beside tied embeddings included.
+fn all_shapes(config: &ModelConfig) -> BTreeMap<String, Vec<usize>> {
+    let mut shapes: BTreeMap<String, Vec<usize>> = expected_tensors(config).into_iter().collect();
+    shapes.insert(HEAD.to_owned(), vec![config.vocab_size, config.hidden_size]);
+    shapes
+}
+
+fn adapter_changes<'a>(checkpoint: &Checkpoint, adapter: &'a AdapterFile) -> Result<Changes<'a>, Error> {
+    let modules = checkpoint.linear_modules();
+    let targets = check_against(adapter, &linear_modules(&modules))?;
+    let values = |name: String| match adapter.tensors.get(&name) {
+        Some((_, values)) => Ok(values.as_slice()),
+        None => Err(Error::AdapterTensorMissing { name }),
+    };
+    let mut changes = Changes::new();
+    for target in &targets {
+        let (a, b) = (values(names::lora_a(&target.module))?, values(names::lora_b(&target.module))?);
+        let change = Change::Lora { r: target.r, scaling: target.scaling, a, b };
+        changes.insert(format!("{}.weight", target.module), change);
+    }
+    let shapes = all_shapes(&checkpoint.config);
+    for (key, (shape, values)) in &adapter.tensors {
+        let name = match names::parse(key) {
+            Key::Part(module, Part::Weight) => format!("{module}.weight"),
+            Key::Part(module, Part::Bias) => format!("{module}.bias"),
+            Key::Part(_, Part::LoraA | Part::LoraB | Part::BaseWeight) | Key::Copy => continue,
+            Key::Unknown => return Err(Error::AdapterTensorUnknown { name: key.clone() }),
+        };
+        match shapes.get(&name) {
+            None => return Err(Error::AdapterTensorUnknown { name: key.clone() }),
+            Some(expected) if expected != shape => {
+                return Err(Error::AdapterShape {
+                    name: key.clone(),
+                    found: shape.clone(),
+                    expected: expected.clone(),
+                });
+            }
+            Some(_) => changes.insert(name, Change::Replaced(values)),
+        };
+    }
+    Ok(changes)
+}
+
+/// A tensor to be written.
+struct Tensor<'a> {
+    name: String,
+    /// `[rows, cols]`, or `[cols]`.
+    shape: Vec<usize>,
+    base: Matrix,
+    change: Change<'a>,
+}
+
+impl Tensor<'_> {
+    fn bytes(&self, dtype: ExportType) -> u64 {
+        (self.base.rows() * self.base.cols() * dtype.bytes()) as u64
+    }
+
+    /// Decodes `rows` into `values`, [rows.len(), cols], and of a tensor that is changed the base's into `base`.
+    fn decode(&self, rows: Range<usize>, base: &mut [f32], values: &mut [f32]) -> Magnitude {
+        let cols = self.base.cols();
+        match self.change {
+            Change::Nothing => {
+                self.base.panel_f32(rows, 0..cols, values);
+                return Magnitude::default();
+            }
+            Change::Replaced(new) => {
+                self.base.panel_f32(rows.clone(), 0..cols, base);
+                values.copy_from_slice(&new[rows.start * cols..rows.end * cols]);
+            }
+            Change::Lora { r, scaling, a, b } => {
+                self.base.panel_f32(rows.clone(), 0..cols, base);
+                values.copy_from_slice(base);
+                merged_delta(r, cols, self.base.rows(), scaling, a, b, rows, values);
+            }
+        }
+        base.iter().zip(values.iter()).fold(Magnitude::default(), |largest, (base, value)| {
+            largest.max(Magnitude { weight: base.abs(), change: (value - base).abs() })
+        })
+    }
+}
+
+/// max |W| and max |ΔW|.
+#[derive(Clone, Copy, Default)]
+struct Magnitude {
+    weight: f32,
+    change: f32,
+}
+
+impl Magnitude {
+    fn max(self, other: Self) -> Self {
+        Self { weight: self.weight.max(other.weight), change: self.change.max(other.change) }
+    }
+}
+
+/// Everything that will be in the directory.
+struct Export<'a> {
+    /// The tensors of each weight file, in the order of their names.
+    shards: Vec<Vec<Tensor<'a>>>,
+    tokenizer: Tokenizer,
+    generation_config: Vec<u8>,
+    config: Vec<u8>,
+}
+
+fn write(
+    checkpoint: &Checkpoint,
+    changes: &Changes<'_>,
+    has_own_head: bool,
+    out_dir: &Path,
+    options: &MergeOptions,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<MergeReport, Error> {
+    refuse_occupied(out_dir)?;
+    let tied = checkpoint.config.tie_word_embeddings && !has_own_head;
+    let tokenizer = checkpoint.tokenizer()?;
+    let export = Export {
+        shards: into_shards(tensors(checkpoint, changes, tied)?, options),
+        generation_config: generation_config(checkpoint, &tokenizer)?,
+        tokenizer,
+        config: config_json(checkpoint, options.dtype, tied)?,
+    };
+    let is_new = !out_dir.exists();
+    fs::create_dir_all(out_dir).map_err(|error| Error::Write { path: out_dir.to_owned(), error })?;
+    let report = export.write(out_dir, options.dtype, progress);
+    if report.is_err() && is_new {
+        // Best effort, and only if nothing is in it: the error that matters is the one returned.
+        let _ = fs::remove_dir(out_dir);
+    }
+    report
+}
+
+fn refuse_occupied(dir: &Path) -> Result<(), Error> {
+    match fs::read_dir(dir).map(|mut entries| entries.next().is_none()) {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(Error::OutputNotEmpty { dir: dir.to_owned() }),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(Error::Write { path: dir.to_owned(), error }),
+    }
+}
+
+/// The tensors to write, in the order of their names.
+fn tensors<'a>(checkpoint: &Checkpoint, changes: &Changes<'a>, tied: bool) -> Result<Vec<Tensor<'a>>, Error> {
+    let shapes = all_shapes(&checkpoint.config).into_iter().filter(|(name, _)| !(tied && name == HEAD));
+    let tensor = |(name, shape): (String, Vec<usize>)| {
+        let is_tied_head = name == HEAD && checkpoint.config.tie_word_embeddings;
+        let base = checkpoint.tensor(if is_tied_head { EMBEDDING } else { &name })?;
+        let change = changes.get(&name).copied().unwrap_or(Change::Nothing);
+        Ok(Tensor { name, shape, base, change })
+    };
+    shapes.map(tensor).collect()
+}
+
+fn into_shards<'a>(tensors: Vec<Tensor<'a>>, options: &MergeOptions) -> Vec<Vec<Tensor<'a>>> {
+    let mut shards: Vec<Vec<Tensor<'a>>> = Vec::new();
+    let mut filled = 0u64;
+    for tensor in tensors {
+        let bytes = tensor.bytes(options.dtype);
+        match shards.last_mut() {
+            Some(shard) if filled + bytes <= options.max_shard_bytes => {
+                filled += bytes;
+                shard.push(tensor);
+            }
+            _ => {
+                filled = bytes;
+                shards.push(vec![tensor]);
+            }
+        }
+    }
+    shards
+}
+
+/// The source's `config.json`, made true of what is written.
+fn config_json(checkpoint: &Checkpoint, dtype: ExportType, tied: bool) -> Result<Vec<u8>, Error> {
+    let mut config = checkpoint.hf_config_json()?;
+    if let Some(fields) = config.as_object_mut() {
+        // However the base is stored, what is written is plain numbers.
+        fields.shift_remove("quantization_config");
+        fields.insert("tie_word_embeddings".to_owned(), tied.into());
+        // transformers 5 says "dtype" and reads both; earlier versions know the other only.
+        let spelled: Vec<&str> = ["dtype", "torch_dtype"].into_iter().filter(|key| fields.contains_key(*key)).collect();
+        let keys = if spelled.is_empty() { vec!["torch_dtype"] } else { spelled };
+        for key in keys {
+            fields.insert(key.to_owned(), dtype.torch_name().into());
+        }
+    }
+    pretty(&config)
+}
+
+/// The source's file, or the tokens that begin and end a text.
+fn generation_config(checkpoint: &Checkpoint, tokenizer: &Tokenizer) -> Result<Vec<u8>, Error> {
+    if checkpoint.kind() == CheckpointKind::HuggingFace {
+        let path = checkpoint.path().join(GENERATION_CONFIG);
+        if path.is_file() {
+            return fs::read(&path).map_err(|error| Error::Io { path, error });
+        }
+    }
+    let mut fields = Map::new();
+    if let Some(bos) = tokenizer.bos_token_id().or(checkpoint.config.bos_token_id) {
+        fields.insert("bos_token_id".to_owned(), bos.into());
+    }
+    let ends = match tokenizer.eos_token_ids() {
+        [] => &checkpoint.config.eos_token_ids,
+        ends => ends,
+    };
+    match ends {
+        [] => None,
+        [one] => fields.insert("eos_token_id".to_owned(), json!(one)),
+        several => fields.insert("eos_token_id".to_owned(), json!(several)),
+    };
+    pretty(&Value::Object(fields))
+}
+
+fn pretty(json: &Value) -> Result<Vec<u8>, Error> {
+    let mut text = serde_json::to_vec_pretty(json).map_err(|error| Error::Json { error })?;
+    text.push(b'\n');
+    Ok(text)
+}
+
+impl Export<'_> {
+    fn write(&self, dir: &Path, dtype: ExportType, progress: &mut dyn FnMut(u64, u64)) -> Result<MergeReport, Error> {
+        let total = self.shards.iter().flatten().map(|tensor| tensor.bytes(dtype)).sum();
+        let mut writer = ShardWriter::new(dtype, total, progress);
+        let names = shard_names(self.shards.len());
+        let mut staged = Vec::new();
+        for (name, shard) in names.iter().zip(&self.shards) {
+            staged.push(writer.stage(&dir.join(name), shard)?);
+        }
+        let stage = |name: &str, bytes: &[u8]| Staged::new(&dir.join(name), |file| file.write_all(bytes));
+        staged.push(stage(GENERATION_CONFIG, &self.generation_config)?);
+        if names.len() > 1 {
+            staged.push(stage(INDEX, &self.index(&names, total)?)?);
+        }
+        staged.push(stage(CONFIG, &self.config)?);
+        self.tokenizer.save(dir)?;
+        for file in staged {
+            file.commit()?;
+        }
+        Ok(writer.report(names.len()))
+    }
+
+    /// The content of `model.safetensors.index.json`.
+    fn index(&self, names: &[String], total: u64) -> Result<Vec<u8>, Error> {
+        let places: BTreeMap<&str, &str> = names
+            .iter()
+            .zip(&self.shards)
+            .flat_map(|(file, shard)| shard.iter().map(|tensor| (tensor.name.as_str(), file.as_str())))
+            .collect();
+        pretty(&json!({"metadata": {"total_size": total}, "weight_map": places}))
+    }
+}
+
+fn shard_names(count: usize) -> Vec<String> {
+    match count {
+        1 => vec![SINGLE.to_owned()],
+        _ => (1..=count).map(|number| format!("model-{number:05}-of-{count:05}.safetensors")).collect(),
+    }
+}
+
+/// What a safetensors file starts with: the length of the header, and the header.
+fn header(tensors: &[Tensor<'_>], dtype: ExportType) -> Vec<u8> {
+    let mut entries = Map::new();
+    entries.insert("__metadata__".to_owned(), json!({"format": "pt"}));
+    let mut start = 0;
+    for tensor in tensors {
+        let end = start + tensor.bytes(dtype);
+        let entry = json!({"dtype": dtype.safetensors_name(), "shape": tensor.shape, "data_offsets": [start, end]});
+        entries.insert(tensor.name.clone(), entry);
+        start = end;
+    }
+    let mut text = Value::Object(entries).to_string().into_bytes();
+    // Values lie at multiples of their size then, for readers that map the file.
+    text.resize(text.len().next_multiple_of(8), b' ');
+    [&(text.len() as u64).to_le_bytes()[..], &text].concat()
+}
+
+/// Writes weight files one after the other, and keeps account.
+struct ShardWriter<'a> {
+    dtype: ExportType,
+    /// Bytes of tensors written, and to write.
+    done: u64,
+    total: u64,
+    progress: &'a mut dyn FnMut(u64, u64),
+    /// A panel of the base, the same panel changed, and encoded.
+    base: Vec<f32>,
+    values: Vec<f32>,
+    encoded: Vec<u8>,
+    header_bytes: u64,
+    largest_change: f32,
+    changed: BTreeSet<String>,
+}
+
+impl<'a> ShardWriter<'a> {
+    fn new(dtype: ExportType, total: u64, progress: &'a mut dyn FnMut(u64, u64)) -> Self {
+        Self {
+            dtype,
+            done: 0,
+            total,
+            progress,
+            base: Vec::new(),
+            values: Vec::new(),
+            encoded: Vec::new(),
+            header_bytes: 0,
+            largest_change: 0.0,
+            changed: BTreeSet::new(),
+        }
+    }
+
+    fn report(&self, shards: usize) -> MergeReport {
+        MergeReport {
+            shards,
+            bytes: self.header_bytes + self.done,
+            largest_change: self.largest_change,
+            changed_modules: self.changed.len(),
+        }
+    }
+
+    fn stage(&mut self, path: &Path, shard: &[Tensor<'_>]) -> Result<Staged, Error> {
+        let header = header(shard, self.dtype);
+        self.header_bytes += header.len() as u64;
+        let staged = Staged::new(path, |file| {
+            file.write_all(&header)?;
+            for tensor in shard {
+                self.write(tensor, file)?;
+            }
+            Ok(())
+        });
+        staged.map_err(refusal_or_system)
+    }
+
+    fn write(&mut self, tensor: &Tensor<'_>, file: &mut File) -> io::Result<()> {
+        let (rows, cols) = (tensor.base.rows(), tensor.base.cols());
+        let panel_rows = (PANEL_VALUES / cols.max(1)).max(1);
+        let mut largest = Magnitude::default();
+        for start in (0..rows).step_by(panel_rows) {
+            largest = largest.max(self.decode(tensor, start..(start + panel_rows).min(rows)));
+            self.check(tensor, start).map_err(io::Error::other)?;
+            self.encoded.resize(self.values.len() * self.dtype.bytes(), 0);
+            self.dtype.encode(&self.values, &mut self.encoded);
+            file.write_all(&self.encoded)?;
+            self.done += self.encoded.len() as u64;
+            (self.progress)(self.done, self.total);
+        }
+        if largest.change > 0.0 {
+            let module = tensor.name.rsplit_once('.').map_or(tensor.name.as_str(), |(module, _)| module);
+            self.changed.insert(module.to_owned());
+            if largest.weight > 0.0 {
+                self.largest_change = self.largest_change.max(largest.change / largest.weight);
+            }
+        }
+        Ok(())
+    }
+
+    /// Decodes `rows` of a tensor into `self.values`.
+    fn decode(&mut self, tensor: &Tensor<'_>, rows: Range<usize>) -> Magnitude {
+        let cols = tensor.base.cols().max(1);
+        let piece_rows = (PIECE_VALUES / cols).max(1);
+        self.base.resize(rows.len() * cols, 0.0);
+        self.values.resize(rows.len() * cols, 0.0);
+        let piece = piece_rows * cols;
+        let pieces = self.base.par_chunks_mut(piece).zip(self.values.par_chunks_mut(piece)).enumerate();
+        pieces
+            .map(|(index, (base, values))| {
+                let first = rows.start + index * piece_rows;
+                tensor.decode(first..first + values.len() / cols, base, values)
+            })
+            .reduce(Magnitude::default, Magnitude::max)
+    }
+
+    /// Refuses the first value of the panel that would not be written as a finite number.
+    fn check(&self, tensor: &Tensor<'_>, first_row: usize) -> Result<(), Error> {
+        let dtype = self.dtype;
+        let found = self.values.par_iter().enumerate().find_first(|(_, value)| !dtype.holds(**value));
+        let Some((at, &value)) = found else { return Ok(()) };
+        let cols = tensor.base.cols().max(1);
+        let (tensor, row, column) = (tensor.name.clone(), first_row + at / cols, at % cols);
+        Err(if value.is_finite() {
+            Error::OutOfRange { tensor, row, column, value, dtype }
+        } else {
+            Error::NotFinite { tensor, row, column, value }
+        })
+    }
+}
+
+/// Takes the refusal of a tensor out of the error of the file that it kept from being written.
+fn refusal_or_system(error: retune_adapter::Error) -> Error {
+    match error {
+        retune_adapter::Error::Io { action, path, source } => match source.downcast::<Error>() {
+            Ok(refusal) => refusal,
+            Err(source) => retune_adapter::Error::Io { action, path, source }.into(),
+        },
+        other => other.into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use ::safetensors::Dtype;
+    use ::safetensors::tensor::TensorView;
+
+    use super::*;
+
+    fn numbers(count: usize, seed: u64) -> Vec<f32> {
+        let mut state = seed;
+        let mut next = || {
+            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            (state >> 40) as f32 / (1 << 23) as f32 - 1.0
+        };
+        (0..count).map(|_| next()).collect()
+    }
+
+    fn tensor<'a>(name: &str, shape: &[usize], values: &[f32], change: Change<'a>) -> Tensor<'a> {
+        let (rows, cols) = if shape.len() == 2 { (shape[0], shape[1]) } else { (1, shape[0]) };
+        Tensor {
+            name: name.to_owned(),
+            shape: shape.to_vec(),
+            base: Matrix::from_f32(rows, cols, values.to_vec()),
+            change,
+        }
+    }
+
+    /// The bytes of one file, and the report.
+    fn written(tensors: &[Tensor<'_>], dtype: ExportType) -> Result<(Vec<u8>, MergeReport), Error> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x");
+        let total = tensors.iter().map(|tensor| tensor.bytes(dtype)).sum();
+        let mut last = (0, 0);
+        let mut progress = |done, total| last = (done, total);
+        let mut writer = ShardWriter::new(dtype, total, &mut progress);
+        writer.stage(&path, tensors)?.commit()?;
+        let report = writer.report(1);
+        assert_eq!(last, (total, total));
+        Ok((fs::read(&path).unwrap(), report))
+    }
+
+    #[test]
+    fn the_bytes_are_those_of_the_safetensors_crate() {
+        let (a, b) = (numbers(6, 1), numbers(3, 2));
+        let tensors = [tensor("a.weight", &[2, 3], &a, Change::Nothing), tensor("b.bias", &[3], &b, Change::Nothing)];
+        for (dtype, theirs) in
+            [(ExportType::F32, Dtype::F32), (ExportType::BF16, Dtype::BF16), (ExportType::F16, Dtype::F16)]
+        {
+            let bytes = |values: &[f32]| -> Vec<u8> {
+                let each = values.iter().map(|&value| match dtype {
+                    ExportType::F32 => value.to_le_bytes().to_vec(),
+                    ExportType::BF16 => bf16::from_f32(value).to_le_bytes().to_vec(),
+                    ExportType::F16 => f16::from_f32(value).to_le_bytes().to_vec(),
+                });
+                each.flatten().collect()
+            };
+            let (a, b) = (bytes(&a), bytes(&b));
+            let views = vec![
+                ("b.bias", TensorView::new(theirs, vec![3], &b).unwrap()),
+                ("a.weight", TensorView::new(theirs, vec![2, 3], &a).unwrap()),
+            ];
+            let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+            let expected = ::safetensors::serialize(views, Some(metadata)).unwrap();
+            let (ours, report) = written(&tensors, dtype).unwrap();
+            assert_eq!(ours, expected, "{dtype}");
+            assert_eq!((report.bytes, report.changed_modules), (expected.len() as u64, 0));
+        }
+    }
+
+    #[test]
+    fn tensors_of_several_panels_are_merged_in_place() {
+        let (rows, cols, r) = (2300, 500, 3);
+        assert!(rows * cols > PANEL_VALUES && !(rows * cols).is_multiple_of(PANEL_VALUES));
+        let (base, a, b) = (numbers(rows * cols, 1), numbers(r * cols, 2), numbers(rows * r, 3));
+        let mut merged = base.clone();
+        merged_delta(r, cols, rows, 0.25, &a, &b, 0..rows, &mut merged);
+        let change = Change::Lora { r, scaling: 0.25, a: &a, b: &b };
+        let replaced = Change::Replaced(&merged);
+        let (bytes, report) = written(&[tensor("x.weight", &[rows, cols], &base, change)], ExportType::F32).unwrap();
+        let data = &bytes[bytes.len() - 4 * merged.len()..];
+        assert!(data.chunks_exact(4).zip(&merged).all(|(bytes, value)| bytes == value.to_le_bytes()));
+        let again = written(&[tensor("x.weight", &[rows, cols], &base, replaced)], ExportType::F32).unwrap();
+        assert_eq!((bytes, report), again);
+
+        let largest = |values: &mut dyn Iterator<Item = f32>| values.fold(0.0f32, |largest, v| largest.max(v.abs()));
+        let change = largest(&mut merged.iter().zip(&base).map(|(merged, base)| merged - base));
+        assert_eq!(report.largest_change, change / largest(&mut base.iter().copied()));
+        assert_eq!(report.changed_modules, 1);
+    }
+
+    #[test]
+    fn a_module_counts_once_and_only_when_it_has_changed() {
+        let (zero, one) = ([0.0; 4], [1.0; 4]);
+        let tensors = [
+            tensor("a.bias", &[4], &zero, Change::Replaced(&one)),
+            tensor("a.weight", &[2, 2], &one, Change::Replaced(&zero)),
+            tensor("b.weight", &[2, 2], &one, Change::Replaced(&one)),
+            tensor("c.weight", &[2, 2], &one, Change::Lora { r: 2, scaling: 1.0, a: &one, b: &zero }),
+        ];
+        let (_, report) = written(&tensors, ExportType::BF16).unwrap();
+        assert_eq!((report.changed_modules, report.largest_change), (1, 1.0));
+    }
+
+    #[test]
+    fn a_type_holds_what_it_rounds_to_a_finite_number() {
+        let edges = [65504.0, 65519.996, 65520.0, 1e30, f32::MAX, f32::INFINITY, f32::NAN, 0.0, -65520.0];
+        let near = [0x7F7F_7FFF, 0x7F7F_8000, 0x7F7F_8001].map(f32::from_bits);
+        for value in edges.into_iter().chain(near) {
+            assert_eq!(ExportType::F16.holds(value), f16::from_f32(value).is_finite(), "{value}");
+            assert_eq!(ExportType::BF16.holds(value), bf16::from_f32(value).is_finite(), "{value}");
+            assert_eq!(ExportType::F32.holds(value), value.is_finite(), "{value}");
+        }
+    }
+
+    #[test]
+    fn values_that_cannot_be_written_are_refused_by_place() {
+        let values = [0.0, 0.0, 0.0, 0.0, 0.0, 7e4];
+        let large = tensor("x.weight", &[2, 3], &values, Change::Nothing);
+        let message = written(&[large], ExportType::F16).unwrap_err().to_string();
+        assert!(message.contains("x.weight would hold 70000 at row 1, column 2, which f16 cannot"), "{message}");
+        let lora = Change::Lora { r: 1, scaling: f32::MAX, a: &values[3..], b: &values[4..] };
+        let overflow = tensor("x.weight", &[2, 3], &values, lora);
+        let message = written(&[overflow], ExportType::F32).unwrap_err().to_string();
+        assert!(message.contains("x.weight holds inf at row 1, column 2"), "{message}");
+    }
+
+    #[test]
+    fn shards_end_before_they_grow_too_large_and_cut_no_tensor() {
+        let counts = |max_shard_bytes| -> Vec<usize> {
+            let tensors = [2, 2, 9, 1, 2].map(|n| tensor("x", &[n], &numbers(n, 1), Change::Nothing));
+            let options = MergeOptions { dtype: ExportType::F16, max_shard_bytes };
+            into_shards(tensors.into(), &options).iter().map(Vec::len).collect()
+        };
+        assert_eq!(counts(8), [2, 1, 2]);
+        assert_eq!(counts(0), [1; 5]);
+        assert_eq!(counts(u64::MAX), [5]);
+        assert_eq!(shard_names(1), ["model.safetensors"]);
+        assert_eq!(shard_names(2), ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]);
+    }
+
+    #[test]
+    fn types_are_spelled_in_one_way() {
+        for dtype in [ExportType::F32, ExportType::BF16, ExportType::F16] {
+            assert_eq!(dtype.to_string().parse::<ExportType>().unwrap(), dtype);
+        }
+        assert!("q4_0".parse::<ExportType>().unwrap_err().to_string().contains("f32, bf16, f16"));
+    }
+}

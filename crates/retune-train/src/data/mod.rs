@@ -1,0 +1,20 @@
+//! Data sets: from a file of rows to token ids with the targets marked.
+//!
+//! `read.rs` makes rows of a file, `split.rs` holds some of them out, `render.rs` makes an example of a row, `dataset.rs` all
+//! examples and the report on them, `order.rs` the steps of an epoch; `sample.rs` shows an example to a person.
+
+mod dataset;
+mod order;
+mod read;
+mod render;
+mod sample;
+mod split;
+#[cfg(test)]
+mod testing;
+
+pub use dataset::{DataReport, Dataset, LengthBin, RowCount};
+pub use order::{batches, order, steps_per_epoch};
+pub use read::{ColumnMap, DataFile, DataFormat, Row, RowFormat, RowText, read_rows};
+pub use render::{Dropped, EncodeOptions, Encoded, Encoder, Example, Overlong, plain_prompt};
+pub use sample::decoded_sample;
+pub use split::split;

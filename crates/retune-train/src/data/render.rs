@@ -1,0 +1,429 @@
+//! A row to token ids with the targets marked.
+//!
+//! A text is always encoded whole, never in pieces, so that the ids are those a model meets when it is used; which tokens are
+//! targets is told afterwards by the bytes they stand for. A token with bytes of both the prompt and the answer is a target.
+//!
+//! Conversations, and instructions for a model that has a chat template, are rendered with it. Instructions for a model without
+//! one get the plain form of [`plain_prompt`].
+
+use std::ops::Range;
+
+use retune_model::chat_template::Message;
+use retune_model::tokenizer::Tokenizer;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::read::{Row, RowText};
+use crate::error::{Error, quoted, shortened};
+
+/// What is done with rows longer than allowed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Overlong {
+    /// Cut off on the right; a row left with nothing to train on is dropped. Both are counted in the data report.
+    #[default]
+    Truncate,
+    /// Left out, and counted in the data report.
+    Drop,
+    /// An error.
+    Error,
+}
+
+/// How rows become examples.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct EncodeOptions {
+    /// Tokens an example may have.
+    pub max_length: usize,
+    pub overlong: Overlong,
+    /// Whether prompts are targets too.
+    pub train_on_prompt: bool,
+}
+
+/// A row as the model sees it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Example {
+    /// The row's number in its file: what dropout is keyed by.
+    pub row: usize,
+    pub ids: Vec<u32>,
+    /// For each token whether it is a target, predicted from the tokens before it; the first never is.
+    pub trained: Vec<bool>,
+}
+
+impl Example {
+    /// How many tokens are targets.
+    pub fn trained_tokens(&self) -> usize {
+        self.trained.iter().filter(|&&trained| trained).count()
+    }
+}
+
+/// What became of a row.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Encoded {
+    /// An example, and how many of the row's tokens were cut off.
+    Kept {
+        example: Example,
+        cut: usize,
+    },
+    Dropped(Dropped),
+}
+
+/// Why a row gives no example.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Dropped {
+    /// It is longer than allowed.
+    TooLong,
+    /// What is allowed of it ends before the first target.
+    CutAway,
+    /// It has no text.
+    Empty,
+}
+
+/// Ids and, for each, whether it is a target.
+type Labelled = (Vec<u32>, Vec<bool>);
+
+/// Makes examples of rows for one model.
+pub struct Encoder<'a> {
+    tokenizer: &'a Tokenizer,
+    options: EncodeOptions,
+    /// The token that ends a plain text.
+    eos: u32,
+}
+
+impl<'a> Encoder<'a> {
+    /// # Errors
+    /// A tokenizer without a token that ends generation.
+    pub fn new(tokenizer: &'a Tokenizer, options: EncodeOptions) -> Result<Self, Error> {
+        let eos = *tokenizer.eos_token_ids().first().ok_or(Error::NoEosToken)?;
+        Ok(Encoder { tokenizer, options, eos })
+    }
+
+    pub fn tokenizer(&self) -> &'a Tokenizer {
+        self.tokenizer
+    }
+
+    pub fn options(&self) -> EncodeOptions {
+        self.options
+    }
+
+    /// The example of a row, held to the length allowed.
+    ///
+    /// # Errors
+    /// A conversation without an assistant's turn, or that the template does not fit; a row too long, where that is an error.
+    pub fn encode(&self, row: &Row) -> Result<Encoded, Error> {
+        let mut example = self.encode_whole(row)?;
+        let EncodeOptions { max_length, overlong, .. } = self.options;
+        let cut = example.ids.len().saturating_sub(max_length);
+        if cut > 0 {
+            match overlong {
+                Overlong::Truncate => {
+                    example.ids.truncate(max_length);
+                    example.trained.truncate(max_length);
+                }
+                Overlong::Drop => return Ok(Encoded::Dropped(Dropped::TooLong)),
+                Overlong::Error => return Err(Error::TooLong { tokens: example.ids.len(), max_length }),
+            }
+        }
+        if example.trained_tokens() == 0 {
+            return Ok(Encoded::Dropped(if cut > 0 { Dropped::CutAway } else { Dropped::Empty }));
+        }
+        Ok(Encoded::Kept { example, cut })
+    }
+
+    /// The example of a row, whatever its length. Its last token is one that ends generation.
+    pub fn encode_whole(&self, row: &Row) -> Result<Example, Error> {
+        let (ids, mut trained) = match &row.text {
+            RowText::Chat(messages) => self.chat(messages)?,
+            RowText::PromptCompletion { prompt, completion } => self.plain(prompt, completion)?,
+            RowText::Instruction { instruction, input, output } if self.tokenizer.chat_template().is_some() => {
+                self.chat(&instruction_messages(instruction, input, output))?
+            }
+            RowText::Instruction { instruction, input, output } => {
+                self.plain(&plain_prompt(instruction, input), output)?
+            }
+            RowText::Text(text) => self.plain("", text)?,
+        };
+        if self.options.train_on_prompt {
+            trained.fill(true);
+        }
+        if let Some(first) = trained.first_mut() {
+            *first = false;
+        }
+        Ok(Example { row: row.index, ids, trained })
+    }
+
+    /// Every assistant turn is trained: what the template adds for it to the turns before it and the opening of an answer, up to
+    /// the last token that ends generation. What follows the last trained token is left out. BOS is the template's affair.
+    fn chat(&self, messages: &[Message]) -> Result<Labelled, Error> {
+        let template = self.tokenizer.chat_template().ok_or(Error::NoChatTemplate)?;
+        let is_answer = |message: &Message| message.role == "assistant";
+        let turns = messages.iter().rposition(is_answer).and_then(|last| messages.get(..=last)).ok_or_else(|| {
+            Error::NoAssistantTurn { roles: quoted(messages.iter().map(|message| message.role.as_str())) }
+        })?;
+        let text = template.render(turns, false)?;
+        let (mut ids, ranges) = self.tokenizer.encode_with_offsets(&text)?;
+        let mut trained = vec![false; ids.len()];
+        let mut end = 0;
+        for (turn, _) in turns.iter().enumerate().filter(|(_, message)| is_answer(message)) {
+            let span = answer_span(turns, turn, &text, |messages, opened| Ok(template.render(messages, opened)?))?;
+            let tokens: Vec<usize> = (0..ids.len()).filter(|&token| overlap(ranges.get(token), &span)).collect();
+            let eos = |token: &usize| ids.get(*token).is_some_and(|id| self.tokenizer.eos_token_ids().contains(id));
+            let closed = tokens.iter().rposition(eos).and_then(|closing| tokens.get(..=closing));
+            let answer = closed.ok_or_else(|| self.no_eos(turn, text.get(span).unwrap_or_default()))?;
+            for &token in answer {
+                if let Some(trained) = trained.get_mut(token) {
+                    *trained = true;
+                }
+                end = token + 1;
+            }
+        }
+        ids.truncate(end);
+        trained.truncate(end);
+        Ok((ids, trained))
+    }
+
+    fn no_eos(&self, turn: usize, found: &str) -> Error {
+        let tokens: Vec<String> =
+            self.tokenizer.eos_token_ids().iter().filter_map(|&id| self.tokenizer.id_to_token(id)).collect();
+        Error::TemplateWithoutEos {
+            turn: turn + 1,
+            found: shortened(found, 60),
+            expected: quoted(tokens.iter().map(String::as_str)),
+        }
+    }
+
+    /// A prompt and its answer as they are, with what the tokenizer puts before a text (BOS) and EOS after the answer, unless
+    /// they are there already.
+    fn plain(&self, prompt: &str, answer: &str) -> Result<Labelled, Error> {
+        let text = format!("{prompt}{answer}");
+        let (encoded, ranges) = self.tokenizer.encode_with_offsets(&text)?;
+        let with_special = self.tokenizer.encode_with_special_tokens(&text)?;
+        let mut starts = 0..=with_special.len().saturating_sub(encoded.len());
+        let before = starts.find(|&start| with_special.get(start..).is_some_and(|rest| rest.starts_with(&encoded)));
+        let mut ids: Vec<u32> = with_special.get(..before.unwrap_or(0)).unwrap_or_default().to_vec();
+        let mut trained = vec![false; ids.len()];
+        let span = prompt.len()..text.len();
+        trained.extend(ranges.iter().map(|range| overlap(Some(range), &span)));
+        ids.extend(encoded);
+        if !ids.last().is_some_and(|id| self.tokenizer.eos_token_ids().contains(id)) {
+            ids.push(self.eos);
+            trained.push(true);
+        } else if let Some(last) = trained.last_mut() {
+            *last = true;
+        }
+        Ok((ids, trained))
+    }
+}
+
+/// The bytes of `text`, which is `turns` rendered, that the assistant adds with the turn of this number.
+fn answer_span(
+    turns: &[Message],
+    turn: usize,
+    text: &str,
+    render: impl Fn(&[Message], bool) -> Result<String, Error>,
+) -> Result<Range<usize>, Error> {
+    let before = render(turns.get(..turn).unwrap_or_default(), true)?;
+    let through = render(turns.get(..=turn).unwrap_or_default(), false)?;
+    for (what, start, whole) in
+        [("the opened answer", &before, through.as_str()), ("the conversation up to this message", &through, text)]
+    {
+        if !whole.starts_with(start.as_str()) {
+            let common = start.char_indices().zip(whole.chars()).find(|((_, a), b)| a != b).map(|((at, _), _)| at);
+            let at = common.unwrap_or(start.len().min(whole.len()));
+            let after = |text: &str| shortened(text.get(at..).unwrap_or_default(), 40);
+            let found = format!("{what} goes on with {:?}, where {:?} was expected", after(start), after(whole));
+            return Err(Error::TemplateNotIncremental { turn: turn + 1, found });
+        }
+    }
+    Ok(before.len()..through.len())
+}
+
+/// Whether a token with this byte range belongs to the span. A token without bytes belongs to what follows it.
+fn overlap(range: Option<&Range<usize>>, span: &Range<usize>) -> bool {
+    range.is_some_and(|range| range.start < span.end && (range.end > span.start || range.start >= span.start))
+}
+
+fn instruction_messages(instruction: &str, input: &str, output: &str) -> [Message; 2] {
+    let message = |role: &str, content: String| Message { role: role.to_owned(), content };
+    let user = if input.is_empty() { instruction.to_owned() } else { format!("{instruction}\n\n{input}") };
+    [message("user", user), message("assistant", output.to_owned())]
+}
+
+/// The prompt of an instruction for a model without a chat template, in the form the Alpaca models made common:
+///
+/// ```text
+/// ### Instruction:
+/// …
+///
+/// ### Input:
+/// …
+///
+/// ### Response:
+/// ```
+///
+/// ending in a line break. Without an input that part is left out.
+pub fn plain_prompt(instruction: &str, input: &str) -> String {
+    if input.is_empty() {
+        format!("### Instruction:\n{instruction}\n\n### Response:\n")
+    } else {
+        format!("### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::decoded_sample;
+    use super::super::testing::{CHATML, tokenizer, tokenizer_with};
+    use super::*;
+
+    const OPTIONS: EncodeOptions =
+        EncodeOptions { max_length: 1000, overlong: Overlong::Truncate, train_on_prompt: false };
+
+    fn row(text: RowText) -> Row {
+        Row { index: 3, line: 5, text }
+    }
+
+    fn chat(messages: &[(&str, &str)]) -> Row {
+        let message = |(role, content): &(&str, &str)| Message { role: role.to_string(), content: content.to_string() };
+        row(RowText::Chat(messages.iter().map(message).collect()))
+    }
+
+    fn whole(tokenizer: &Tokenizer, options: EncodeOptions, row: &Row) -> Example {
+        let example = Encoder::new(tokenizer, options).unwrap().encode_whole(row).unwrap();
+        assert_eq!((example.row, example.ids.len()), (3, example.trained.len()));
+        assert!(!example.trained[0]);
+        assert!(example.trained.last() == Some(&true), "the last token is trained");
+        assert!(tokenizer.eos_token_ids().contains(example.ids.last().unwrap()), "the last token is EOS");
+        example
+    }
+
+    /// The example as text, trained parts between «».
+    fn shown(tokenizer: &Tokenizer, example: &Example) -> String {
+        let pieces = decoded_sample(tokenizer, example);
+        pieces.into_iter().map(|(text, trained)| if trained { format!("«{text}»") } else { text }).collect()
+    }
+
+    fn error(tokenizer: &Tokenizer, row: &Row) -> String {
+        Encoder::new(tokenizer, OPTIONS).unwrap().encode(row).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn every_answer_is_trained_with_its_end_and_nothing_follows_the_last() {
+        let tokenizer = tokenizer();
+        let row = chat(&[
+            ("system", "s"),
+            ("user", "u1"),
+            ("assistant", "a1 é"),
+            ("user", "u2"),
+            ("assistant", "a2"),
+            ("user", "u3"),
+        ]);
+        let example = whole(&tokenizer, OPTIONS, &row);
+        assert_eq!(
+            shown(&tokenizer, &example),
+            "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nu1<|im_end|>\n<|im_start|>assistant\n«a1 é<|im_end|>»\n\
+             <|im_start|>user\nu2<|im_end|>\n<|im_start|>assistant\n«a2<|im_end|>»"
+        );
+        let text = "<|im_start|>user\nu<|im_end|>\n<|im_start|>assistant\na<|im_end|>";
+        let example = whole(&tokenizer, OPTIONS, &chat(&[("user", "u"), ("assistant", "a")]));
+        assert_eq!(example.ids, tokenizer.encode(text).unwrap(), "the ids are those of the text, with no BOS added");
+        let example = whole(&tokenizer, EncodeOptions { train_on_prompt: true, ..OPTIONS }, &row);
+        assert_eq!(example.trained_tokens(), example.ids.len() - 1);
+        let example = whole(&tokenizer, OPTIONS, &chat(&[("user", "u"), ("assistant", "")]));
+        assert_eq!(example.trained_tokens(), 1, "an empty answer is its end alone");
+        let example = whole(&tokenizer, OPTIONS, &chat(&[("user", "u"), ("assistant", "a<|im_end|>b")]));
+        assert!(shown(&tokenizer, &example).ends_with("\n«a<|im_end|>b<|im_end|>»"));
+    }
+
+    #[test]
+    fn a_token_of_prompt_and_answer_is_trained() {
+        // The tokenizer merges "a" and "b".
+        let tokenizer = tokenizer_with(Some("{% for m in messages %}{{ m.content }}{% endfor %}<|im_end|>"));
+        let encoder = Encoder::new(&tokenizer, OPTIONS).unwrap();
+        let merged = encoder
+            .encode_whole(&row(RowText::PromptCompletion { prompt: "xa".into(), completion: "bx".into() }))
+            .unwrap();
+        assert_eq!(shown(&tokenizer, &merged), "<s>x«abx</s>»");
+        let apart = encoder
+            .encode_whole(&row(RowText::PromptCompletion { prompt: "xb".into(), completion: "ax".into() }))
+            .unwrap();
+        assert_eq!(shown(&tokenizer, &apart), "<s>xb«ax</s>»");
+    }
+
+    #[test]
+    fn plain_texts_get_bos_and_eos_once() {
+        let tokenizer = tokenizer();
+        let text = |text: &str| shown(&tokenizer, &whole(&tokenizer, OPTIONS, &row(RowText::Text(text.into()))));
+        assert_eq!(text("xy"), "<s>«xy</s>»");
+        assert_eq!(text("<s>xy"), "<s>«xy</s>»");
+        assert_eq!(text("xy</s>"), "<s>«xy</s>»");
+        assert_eq!(text(" é\n"), "<s>« é\n</s>»");
+        let pair = |prompt: &str, completion: &str| {
+            let row = row(RowText::PromptCompletion { prompt: prompt.into(), completion: completion.into() });
+            shown(&tokenizer, &whole(&tokenizer, OPTIONS, &row))
+        };
+        assert_eq!(pair("Q: é\n", "é!"), "<s>Q: é\n«é!</s>»");
+        assert_eq!(pair("x", ""), "<s>x«</s>»");
+        assert_eq!(pair("", "x"), "<s>«x</s>»");
+        assert_eq!(pair("x", "y<|im_end|>"), "<s>x«y<|im_end|>»", "any token that ends generation will do");
+        let ids = whole(&tokenizer, OPTIONS, &row(RowText::Text("xy".into()))).ids;
+        let mut expected = tokenizer.encode_with_special_tokens("xy").unwrap();
+        expected.push(tokenizer.eos_token_ids()[0]);
+        assert_eq!(ids, expected);
+    }
+
+    #[test]
+    fn instructions_use_the_template_or_the_plain_form() {
+        let instruction = |input: &str| {
+            row(RowText::Instruction { instruction: "do".into(), input: input.into(), output: "done".into() })
+        };
+        let chat_model = tokenizer();
+        let text = |input: &str| shown(&chat_model, &whole(&chat_model, OPTIONS, &instruction(input)));
+        assert_eq!(text(""), "<|im_start|>user\ndo<|im_end|>\n<|im_start|>assistant\n«done<|im_end|>»");
+        assert_eq!(text("in"), "<|im_start|>user\ndo\n\nin<|im_end|>\n<|im_start|>assistant\n«done<|im_end|>»");
+        let base_model = tokenizer_with(None);
+        let text = |input: &str| shown(&base_model, &whole(&base_model, OPTIONS, &instruction(input)));
+        assert_eq!(text(""), "<s>### Instruction:\ndo\n\n### Response:\n«done</s>»");
+        assert_eq!(text("in"), "<s>### Instruction:\ndo\n\n### Input:\nin\n\n### Response:\n«done</s>»");
+    }
+
+    #[test]
+    fn long_rows_are_cut_dropped_or_refused() {
+        let tokenizer = tokenizer();
+        let encode = |text: RowText, max_length, overlong| {
+            Encoder::new(&tokenizer, EncodeOptions { max_length, overlong, train_on_prompt: false })
+                .unwrap()
+                .encode(&row(text))
+        };
+        let pair = || RowText::PromptCompletion { prompt: "xyz".into(), completion: "xyz".into() };
+        let Ok(Encoded::Kept { example, cut }) = encode(pair(), 8, Overlong::Error) else { panic!("8 tokens fit") };
+        assert_eq!((cut, example.ids.len(), example.trained_tokens()), (0, 8, 4));
+        let Ok(Encoded::Kept { example, cut }) = encode(pair(), 6, Overlong::Truncate) else {
+            panic!("a target is left")
+        };
+        assert_eq!((cut, example.ids.len(), example.trained_tokens()), (2, 6, 2));
+        assert_eq!(encode(pair(), 4, Overlong::Truncate).unwrap(), Encoded::Dropped(Dropped::CutAway));
+        assert_eq!(encode(pair(), 7, Overlong::Drop).unwrap(), Encoded::Dropped(Dropped::TooLong));
+        let error = encode(pair(), 7, Overlong::Error).unwrap_err().to_string();
+        assert!(error.contains("8 tokens, data.max_length is 7"), "{error}");
+    }
+
+    #[test]
+    fn what_could_not_be_learnt_is_refused() {
+        let chatml = tokenizer();
+        let question = chat(&[("system", "s"), ("user", "u")]);
+        assert!(error(&chatml, &question).contains("its roles are \"system\", \"user\""));
+        let turns = chat(&[("user", "u"), ("assistant", "a"), ("user", "v"), ("assistant", "b")]);
+        assert!(error(&tokenizer_with(None), &turns).contains("no chat template"));
+        let endless = CHATML.replace("<|im_end|>", "");
+        let found = error(&tokenizer_with(Some(&endless)), &turns);
+        assert!(found.contains("assistant's turn 2 with \"a\\n\"") && found.contains("\"</s>\""), "{found}");
+        // The system's words go into the last turn, wherever that is.
+        let wandering = "{% for m in messages %}{% if loop.last %}[now]{% endif %}{{ m.content }}</s>{% endfor %}";
+        let found = error(&tokenizer_with(Some(wandering)), &turns);
+        assert!(found.contains("message 2") && found.contains("[now]"), "{found}");
+        let opened =
+            "{% for m in messages %}{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}A:{% endif %}";
+        let found = error(&tokenizer_with(Some(opened)), &turns);
+        assert!(found.contains("message 2") && found.contains("\"A:\"") && found.contains("\"a</s>\""), "{found}");
+    }
+}

@@ -1,0 +1,128 @@
+//! AdamW over the flat parameter vector (Loshchilov and Hutter 2019), in PyTorch's form.
+
+use retune_kernels::multiversion;
+use retune_kernels::parallel::{self, SharedMut};
+use retune_model::params::ParamLayout;
+use retune_model::profile::{Operation, span};
+
+/// Constants of AdamW.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AdamWOptions {
+    pub beta1: f64,
+    pub beta2: f64,
+    pub epsilon: f64,
+    pub weight_decay: f64,
+}
+
+/// The moments, one value each per trainable parameter.
+#[derive(Clone, Debug, PartialEq)]
+pub struct AdamW {
+    pub options: AdamWOptions,
+    /// Steps taken.
+    pub steps: u64,
+    pub first: Vec<f32>,
+    pub second: Vec<f32>,
+}
+
+/// Factors of one step, for a piece of one tensor.
+#[derive(Clone, Copy)]
+struct Factors {
+    beta1: f32,
+    beta2: f32,
+    epsilon: f32,
+    /// learning rate / (1 − β₁ᵗ)
+    rate: f32,
+    /// 1 / sqrt(1 − β₂ᵗ)
+    second: f32,
+    /// 1 − learning rate · weight decay
+    keep: f32,
+}
+
+multiversion! {
+    fn update(factors: Factors, gradients: &[f32], parameters: &mut [f32], first: &mut [f32], second: &mut [f32]) {
+        let Factors { beta1, beta2, epsilon, rate, second: correction, keep } = factors;
+        for (((p, g), m), v) in parameters.iter_mut().zip(gradients).zip(first).zip(second) {
+            *m = beta1 * *m + (1.0 - beta1) * g;
+            *v = beta2 * *v + (1.0 - beta2) * g * g;
+            *p = *p * keep - rate * *m / (v.sqrt() * correction + epsilon);
+        }
+    }
+}
+
+impl AdamW {
+    /// Moments of zero for `len` parameters.
+    pub fn new(options: AdamWOptions, len: usize) -> Self {
+        Self { options, steps: 0, first: vec![0.0; len], second: vec![0.0; len] }
+    }
+
+    /// Takes one step. Weight decay is decoupled and spares vectors (norm weights and biases).
+    pub fn step(&mut self, layout: &ParamLayout, learning_rate: f64, gradients: &[f32], parameters: &mut [f32]) {
+        const PIECE: usize = 1 << 15;
+        let _span = span(Operation::Optimizer);
+        self.steps += 1;
+        let AdamWOptions { beta1, beta2, epsilon, weight_decay } = self.options;
+        let t = self.steps as f64;
+        let factors = Factors {
+            beta1: beta1 as f32,
+            beta2: beta2 as f32,
+            epsilon: epsilon as f32,
+            rate: (learning_rate / (1.0 - beta1.powf(t))) as f32,
+            second: (1.0 / (1.0 - beta2.powf(t)).sqrt()) as f32,
+            keep: 1.0,
+        };
+        let decayed = (1.0 - learning_rate * weight_decay) as f32;
+        let (p, m, v) = (SharedMut::new(parameters), SharedMut::new(&mut self.first), SharedMut::new(&mut self.second));
+        for param in layout.params() {
+            let factors = Factors { keep: if param.decay { decayed } else { 1.0 }, ..factors };
+            let len = param.range.len();
+            parallel::for_each(len.div_ceil(PIECE), |piece| {
+                let start = param.range.start + piece * PIECE;
+                let n = PIECE.min(param.range.end - start);
+                // SAFETY: pieces are disjoint.
+                unsafe {
+                    update(
+                        factors,
+                        &gradients[start..start + n],
+                        p.slice(start, n),
+                        m.slice(start, n),
+                        v.slice(start, n),
+                    )
+                };
+            });
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn equals_pytorch() {
+        // torch.optim.AdamW(lr=0.1, weight_decay=0.5) on [1.0, -2.0] with the gradients below, three steps.
+        let mut layout = ParamLayout::default();
+        layout.add("w".into(), vec![1, 2]);
+        let options = AdamWOptions { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.5 };
+        let mut optimizer = AdamW::new(options, 2);
+        let mut p = [1.0, -2.0];
+        for (gradients, expected) in EXPECTED {
+            optimizer.step(&layout, 0.1, &gradients, &mut p);
+            for (p, e) in p.iter().zip(expected) {
+                assert!((p - e).abs() < 2e-6, "{p} instead of {e}");
+            }
+        }
+    }
+
+    #[test]
+    fn vectors_do_not_decay() {
+        let mut layout = ParamLayout::default();
+        layout.add("norm".into(), vec![2]);
+        let options = AdamWOptions { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.5 };
+        let mut p = [1.0, -2.0];
+        AdamW::new(options, 2).step(&layout, 0.1, &[0.0, 0.0], &mut p);
+        assert_eq!(p, [1.0, -2.0]);
+    }
+
+    const EXPECTED: [([f32; 2], [f32; 2]); 3] =
+        [([0.3, -1.5], [0.85, -1.8]), ([2.0, 0.25], [0.723974, -1.6561462]), ([-0.7, 0.01], [0.6476687, -1.5321312])];
+}

@@ -1,0 +1,725 @@
+//! A run's configuration: as a user writes it ([`RawRunConfig`], YAML) and checked, with every default filled in ([`RunConfig`]).
+//!
+//! The descriptions of the keys are the documentation: they become the JSON schema, against which the file is checked first.
+//! A checked configuration written out is itself a valid file that reads back as the same one, so a resumed run decides nothing
+//! anew.
+
+mod tree;
+
+use std::path::{Path, PathBuf};
+
+use retune_adapter::LoraConfig;
+use schemars::{JsonSchema, schema_for};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use crate::data::{ColumnMap, DataFormat, EncodeOptions, Overlong};
+use crate::error::Error;
+use crate::schedule::SchedulerType;
+
+/// The peak learning rate of LoRA where none is given.
+const LORA_LEARNING_RATE: f64 = 2e-4;
+/// The peak learning rate of full fine-tuning where none is given; it needs about a tenth of LoRA's.
+const FULL_LEARNING_RATE: f64 = 2e-5;
+/// Tokens of a pass where none are given, unless a row may be longer.
+const TOKENS_PER_PASS: usize = 1024;
+/// More threads or tokens than any machine or model has: what is above is a slip.
+const MOST_THREADS: usize = 4096;
+const MOST_TOKENS: usize = 1 << 24;
+
+/// A fine-tuning run. Relative paths are relative to the directory the run is started in.
+#[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RawRunConfig {
+    /// The base model: a Hugging Face model directory or a GGUF file.
+    pub model: String,
+    /// The directory that the run writes to: the adapter or the model, checkpoints, metrics.
+    pub output_dir: PathBuf,
+    /// What is trained.
+    #[serde(default)]
+    pub method: Method,
+    /// The LoRA adapter, in PEFT's terms. Only with method lora. Rank 16 on every linear layer when absent.
+    #[serde(default)]
+    pub adapter: Option<LoraConfig>,
+    /// The directory of a PEFT adapter to go on from. Without the section adapter, that adapter's own configuration is used.
+    #[serde(default)]
+    pub adapter_init: Option<PathBuf>,
+    /// How the frozen base model is computed.
+    #[serde(default)]
+    pub base: BaseConfig,
+    /// What is learnt from.
+    pub data: DataConfig,
+    /// How long, how fast and in what pieces is learnt.
+    #[serde(default)]
+    pub training: RawTrainingConfig,
+    /// Threads to compute with; all of the machine when absent. The result does not depend on it.
+    #[serde(default)]
+    pub threads: Option<usize>,
+}
+
+/// What is trained.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Method {
+    /// A low-rank adapter; the base model stays as it is.
+    #[default]
+    Lora,
+    /// All weights of the model.
+    Full,
+}
+
+/// How the frozen base model is computed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct BaseConfig {
+    /// The arithmetic of the products with the base model's weights.
+    pub compute: Compute,
+}
+
+/// The arithmetic of the products with the base model's weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Compute {
+    /// 32-bit floating point.
+    #[default]
+    F32,
+}
+
+/// What is learnt from, and how rows become tokens.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct DataConfig {
+    /// The file of training rows: .jsonl, .json or .csv.
+    pub train: PathBuf,
+    /// The file of held-out rows, never trained on. When absent, `eval_fraction` of the training file is held out.
+    #[serde(default)]
+    pub eval: Option<PathBuf>,
+    /// The part of the training file that is held out when `eval` is absent, at least 0 and below 1; 0 for none. Equal rows are kept on one side.
+    #[serde(default = "default_eval_fraction")]
+    pub eval_fraction: f64,
+    /// How many of the held-out rows are scored, the first ones; all when absent.
+    #[serde(default)]
+    pub eval_limit: Option<usize>,
+    /// What the rows hold; told by their columns when auto.
+    #[serde(default)]
+    pub format: DataFormat,
+    /// The names of the file's columns, where they are not the usual ones.
+    #[serde(default)]
+    pub columns: ColumnMap,
+    /// Tokens of a row at most.
+    #[serde(default = "default_max_length")]
+    pub max_length: usize,
+    /// What is done with longer rows.
+    #[serde(default)]
+    pub overlong: Overlong,
+    /// Whether the prompts are learnt too, not the answers alone.
+    #[serde(default)]
+    pub train_on_prompt: bool,
+    /// Whether every epoch takes the rows in another order, which depends on the seed; the file's order otherwise.
+    #[serde(default = "default_shuffle")]
+    pub shuffle: bool,
+}
+
+fn default_eval_fraction() -> f64 {
+    0.05
+}
+
+fn default_max_length() -> usize {
+    1024
+}
+
+fn default_shuffle() -> bool {
+    true
+}
+
+impl DataConfig {
+    /// How rows become examples.
+    pub fn encode_options(&self) -> EncodeOptions {
+        let DataConfig { max_length, overlong, train_on_prompt, .. } = *self;
+        EncodeOptions { max_length, overlong, train_on_prompt }
+    }
+}
+
+/// How long, how fast and in what pieces is learnt.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct RawTrainingConfig {
+    /// How many times the training rows are gone through; need not be whole.
+    pub epochs: f64,
+    /// Steps of the run, in place of `epochs`.
+    pub max_steps: Option<usize>,
+    /// Rows of a batch. The last batch of an epoch may be smaller.
+    pub batch_size: usize,
+    /// Batches whose gradients make one step. The loss is the mean over all label tokens of the step.
+    pub gradient_accumulation_steps: usize,
+    /// The peak learning rate. When absent 2e-4 for LoRA and 2e-5 for full fine-tuning.
+    pub learning_rate: Option<f64>,
+    /// How the learning rate goes on after the warm-up.
+    pub lr_scheduler_type: SchedulerType,
+    /// Steps in which the learning rate rises from 0; in place of `warmup_ratio`.
+    pub warmup_steps: Option<usize>,
+    /// The part of all steps in which the learning rate rises from 0, rounded up.
+    pub warmup_ratio: f64,
+    /// Decoupled weight decay of AdamW, on matrices alone.
+    pub weight_decay: f64,
+    /// AdamW's decay of the mean of gradients.
+    pub adam_beta1: f64,
+    /// AdamW's decay of the mean of squared gradients.
+    pub adam_beta2: f64,
+    /// AdamW's term that keeps it from dividing by 0.
+    pub adam_epsilon: f64,
+    /// The norm that a step's gradient is clipped to; 0 for no clipping.
+    pub max_grad_norm: f64,
+    /// Steps from one evaluation on the held-out rows to the next; at the end of every epoch when absent.
+    pub eval_steps: Option<usize>,
+    /// Steps from one checkpoint to the next. The end of the run is always saved.
+    pub save_steps: usize,
+    /// Checkpoints kept, the latest ones.
+    pub save_total_limit: usize,
+    /// The seed of everything random: initial weights, order of the rows, the held-out part, dropout.
+    pub seed: u64,
+    /// Tokens computed at once; memory grows with it, the result does not depend on it beyond rounding. 1024 when absent, or `data.max_length` if that is more.
+    pub tokens_per_pass: Option<usize>,
+    /// What is computed anew in the backward pass to save memory.
+    pub activation_checkpointing: ActivationCheckpointing,
+}
+
+impl Default for RawTrainingConfig {
+    fn default() -> Self {
+        RawTrainingConfig {
+            epochs: 1.0,
+            max_steps: None,
+            batch_size: 8,
+            gradient_accumulation_steps: 1,
+            learning_rate: None,
+            lr_scheduler_type: SchedulerType::Cosine,
+            warmup_steps: None,
+            warmup_ratio: 0.03,
+            weight_decay: 0.0,
+            adam_beta1: 0.9,
+            adam_beta2: 0.999,
+            adam_epsilon: 1e-8,
+            max_grad_norm: 1.0,
+            eval_steps: None,
+            save_steps: 50,
+            save_total_limit: 2,
+            seed: 42,
+            tokens_per_pass: None,
+            activation_checkpointing: ActivationCheckpointing::None,
+        }
+    }
+}
+
+/// What is computed anew in the backward pass to save memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ActivationCheckpointing {
+    /// Norms and products only.
+    #[default]
+    None,
+    /// Every layer, from its input: the least memory, about a third more time.
+    Layer,
+}
+
+/// A checked configuration, nothing of it left open. Its fields are those of [`RawRunConfig`].
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct RunConfig {
+    pub model: String,
+    pub output_dir: PathBuf,
+    pub method: Method,
+    /// `None` for full fine-tuning, and where the configuration of the adapter at `adapter_init` is to be used.
+    pub adapter: Option<LoraConfig>,
+    pub adapter_init: Option<PathBuf>,
+    pub base: BaseConfig,
+    pub data: DataConfig,
+    pub training: TrainingConfig,
+    pub threads: Option<usize>,
+}
+
+/// The checked form of [`RawTrainingConfig`].
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct TrainingConfig {
+    pub epochs: f64,
+    pub max_steps: Option<usize>,
+    pub batch_size: usize,
+    pub gradient_accumulation_steps: usize,
+    pub learning_rate: f64,
+    pub lr_scheduler_type: SchedulerType,
+    pub warmup_steps: Option<usize>,
+    pub warmup_ratio: f64,
+    pub weight_decay: f64,
+    pub adam_beta1: f64,
+    pub adam_beta2: f64,
+    pub adam_epsilon: f64,
+    pub max_grad_norm: f64,
+    pub eval_steps: Option<usize>,
+    pub save_steps: usize,
+    pub save_total_limit: usize,
+    pub seed: u64,
+    pub tokens_per_pass: usize,
+    pub activation_checkpointing: ActivationCheckpointing,
+}
+
+impl RunConfig {
+    /// Reads and checks a YAML (or JSON) file, with overrides of the form `training.epochs=2`.
+    ///
+    /// # Errors
+    /// A file that cannot be read or is not YAML; an unknown key, a wrong type, a value out of range: each with the key's path.
+    pub fn load(path: &Path, overrides: &[String]) -> Result<RunConfig, Error> {
+        let read = |error| Error::Read { path: path.to_owned(), error };
+        let text = std::fs::read_to_string(path).map_err(read)?;
+        RunConfig::parse(&text, &path.display().to_string(), overrides)
+    }
+
+    /// As [`RunConfig::load`], from text; `origin` is what errors call it.
+    pub fn parse(text: &str, origin: &str, overrides: &[String]) -> Result<RunConfig, Error> {
+        let mut tree = tree::parse(text, origin)?;
+        if tree.is_null() {
+            tree = Value::Object(Map::new());
+        }
+        for text in overrides {
+            tree::set(&mut tree, text)?;
+        }
+        tree::Schema::new(schema_for!(RawRunConfig).as_value()).check(&tree)?;
+        let raw: RawRunConfig =
+            serde_json::from_value(tree).map_err(|error| Error::Config { cause: error.to_string() })?;
+        raw.check()
+    }
+}
+
+/// The JSON schema of the configuration file, for editors and as a reference.
+pub fn json_schema() -> String {
+    format!("{:#}", schema_for!(RawRunConfig).as_value())
+}
+
+impl RawRunConfig {
+    /// Checks ranges and contradictions and fills in what depends on other keys.
+    pub fn check(self) -> Result<RunConfig, Error> {
+        let RawRunConfig { model, output_dir, method, adapter, adapter_init, base, data, training, threads } = self;
+        require(
+            !model.trim().is_empty(),
+            "model",
+            "empty",
+            "a path",
+            "Name a Hugging Face model directory or a GGUF file",
+        )?;
+        check_path("output_dir", &output_dir, "Name the directory to write to")?;
+        let adapter = check_adapter(method, adapter, adapter_init.as_deref())?;
+        check_data(&data)?;
+        if let Some(threads) = threads {
+            let expected = format!("1 to {MOST_THREADS}");
+            require(
+                (1..=MOST_THREADS).contains(&threads),
+                "threads",
+                threads,
+                &expected,
+                "Remove the key to use all of the machine",
+            )?;
+        }
+        let training = training.check(method, &data)?;
+        Ok(RunConfig { model, output_dir, method, adapter, adapter_init, base, data, training, threads })
+    }
+}
+
+fn check_adapter(
+    method: Method,
+    adapter: Option<LoraConfig>,
+    init: Option<&Path>,
+) -> Result<Option<LoraConfig>, Error> {
+    const ADVICE: &str = "Remove it, or set method to lora";
+    if method == Method::Full {
+        require(adapter.is_none(), "adapter", "given with method full", "no adapter", ADVICE)?;
+        require(init.is_none(), "adapter_init", "given with method full", "no adapter", ADVICE)?;
+        return Ok(None);
+    }
+    if let Some(path) = init {
+        check_path("adapter_init", path, "Name the directory of an adapter")?;
+    }
+    let adapter = if init.is_some() { adapter } else { Some(adapter.unwrap_or_default()) };
+    if let Some(adapter) = &adapter {
+        adapter.check().map_err(Error::AdapterConfig)?;
+    }
+    Ok(adapter)
+}
+
+fn check_data(data: &DataConfig) -> Result<(), Error> {
+    check_path("data.train", &data.train, "Name the file of training rows")?;
+    if let Some(eval) = &data.eval {
+        check_path("data.eval", eval, "Name the file of held-out rows")?;
+    }
+    let fraction = data.eval_fraction;
+    require(
+        (0.0..1.0).contains(&fraction),
+        "data.eval_fraction",
+        fraction,
+        "at least 0 and below 1",
+        "0.05 holds out a twentieth",
+    )?;
+    if let Some(limit) = data.eval_limit {
+        require(limit > 0, "data.eval_limit", limit, "at least 1", "Remove the key to score all held-out rows")?;
+    }
+    let length = data.max_length;
+    let expected = format!("2 to {MOST_TOKENS}");
+    require((2..=MOST_TOKENS).contains(&length), "data.max_length", length, &expected, "1024 is usual")?;
+    if let Some(column) = data.columns.not_read_by(data.format) {
+        let expected = "no name for a column that the chosen data.format does not read";
+        return require(
+            false,
+            &format!("data.columns.{column}"),
+            "given",
+            expected,
+            "Remove it, or choose another data.format",
+        );
+    }
+    Ok(())
+}
+
+impl RawTrainingConfig {
+    fn check(self, method: Method, data: &DataConfig) -> Result<TrainingConfig, Error> {
+        let learning_rate = self.learning_rate.unwrap_or(match method {
+            Method::Lora => LORA_LEARNING_RATE,
+            Method::Full => FULL_LEARNING_RATE,
+        });
+        let tokens_per_pass = self.tokens_per_pass.unwrap_or(TOKENS_PER_PASS.max(data.max_length));
+        self.check_steps()?;
+        self.check_optimizer(learning_rate)?;
+        let key = "training.tokens_per_pass";
+        require(
+            tokens_per_pass <= MOST_TOKENS,
+            key,
+            tokens_per_pass,
+            &format!("at most {MOST_TOKENS}"),
+            "1024 is usual",
+        )?;
+        require(
+            tokens_per_pass >= data.max_length,
+            key,
+            tokens_per_pass,
+            &format!("at least data.max_length, which is {}", data.max_length),
+            "A row is computed in one pass: raise it or lower data.max_length",
+        )?;
+        Ok(TrainingConfig {
+            epochs: self.epochs,
+            max_steps: self.max_steps,
+            batch_size: self.batch_size,
+            gradient_accumulation_steps: self.gradient_accumulation_steps,
+            learning_rate,
+            lr_scheduler_type: self.lr_scheduler_type,
+            warmup_steps: self.warmup_steps,
+            warmup_ratio: self.warmup_ratio,
+            weight_decay: self.weight_decay,
+            adam_beta1: self.adam_beta1,
+            adam_beta2: self.adam_beta2,
+            adam_epsilon: self.adam_epsilon,
+            max_grad_norm: self.max_grad_norm,
+            eval_steps: self.eval_steps,
+            save_steps: self.save_steps,
+            save_total_limit: self.save_total_limit,
+            seed: self.seed,
+            tokens_per_pass,
+            activation_checkpointing: self.activation_checkpointing,
+        })
+    }
+
+    fn check_steps(&self) -> Result<(), Error> {
+        /// Rows of a step and steps of a run: above is a slip.
+        const MOST: usize = 1 << 31;
+        let epochs = self.epochs;
+        require(
+            epochs > 0.0 && epochs <= 1e6,
+            "training.epochs",
+            epochs,
+            "above 0 and at most 1000000",
+            "1 to 3 are usual",
+        )?;
+        let counts = [
+            ("max_steps", self.max_steps, "Remove the key to train for training.epochs"),
+            ("batch_size", Some(self.batch_size), "8 is usual"),
+            ("gradient_accumulation_steps", Some(self.gradient_accumulation_steps), "1 is usual"),
+            ("eval_steps", self.eval_steps, "Remove the key to evaluate at the end of every epoch"),
+            ("save_steps", Some(self.save_steps), "For no checkpoints but the last, give more than the run has steps"),
+            ("save_total_limit", Some(self.save_total_limit), "One checkpoint is needed to resume from"),
+        ];
+        for (key, count, advice) in counts {
+            if let Some(count) = count {
+                require(
+                    (1..=MOST).contains(&count),
+                    &format!("training.{key}"),
+                    count,
+                    &format!("1 to {MOST}"),
+                    advice,
+                )?;
+            }
+        }
+        let rows = self.batch_size.checked_mul(self.gradient_accumulation_steps);
+        require(
+            rows.is_some_and(|rows| rows <= MOST),
+            "training.batch_size",
+            self.batch_size,
+            "fewer rows in a step",
+            "training.batch_size times training.gradient_accumulation_steps is too large",
+        )
+    }
+
+    fn check_optimizer(&self, learning_rate: f64) -> Result<(), Error> {
+        let part = 0.0..1.0;
+        let size = 0.0..f64::INFINITY;
+        let advice = "Usual are 2e-4 for LoRA and 2e-5 for full fine-tuning";
+        require(
+            size.contains(&learning_rate) && learning_rate > 0.0,
+            "training.learning_rate",
+            learning_rate,
+            "above 0",
+            advice,
+        )?;
+        let ratio = self.warmup_ratio;
+        require((0.0..=1.0).contains(&ratio), "training.warmup_ratio", ratio, "0 to 1", "0.03 is usual")?;
+        let decay = self.weight_decay;
+        require(size.contains(&decay), "training.weight_decay", decay, "at least 0", "0 to 0.1 are usual")?;
+        let norm = self.max_grad_norm;
+        require(
+            size.contains(&norm),
+            "training.max_grad_norm",
+            norm,
+            "at least 0",
+            "1 is usual, 0 switches clipping off",
+        )?;
+        let (beta1, beta2) = (self.adam_beta1, self.adam_beta2);
+        require(part.contains(&beta1), "training.adam_beta1", beta1, "at least 0 and below 1", "0.9 is usual")?;
+        require(part.contains(&beta2), "training.adam_beta2", beta2, "at least 0 and below 1", "0.999 is usual")?;
+        let epsilon = self.adam_epsilon;
+        require(size.contains(&epsilon) && epsilon > 0.0, "training.adam_epsilon", epsilon, "above 0", "1e-8 is usual")
+    }
+}
+
+fn check_path(key: &str, path: &Path, advice: &str) -> Result<(), Error> {
+    require(!path.as_os_str().is_empty(), key, "empty", "a path", advice)
+}
+
+fn require(holds: bool, key: &str, found: impl ToString, expected: &str, advice: &str) -> Result<(), Error> {
+    if holds {
+        return Ok(());
+    }
+    let (key, found) = (key.to_owned(), found.to_string());
+    Err(Error::KeyValue { key, found, expected: expected.to_owned(), advice: advice.to_owned() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LEAST: &str = "model: m\noutput_dir: out\ndata:\n  train: rows.jsonl\n";
+
+    fn parse(overrides: &[&str]) -> Result<RunConfig, Error> {
+        let overrides: Vec<String> = overrides.iter().map(|text| text.to_string()).collect();
+        RunConfig::parse(LEAST, "run.yaml", &overrides)
+    }
+
+    fn error(overrides: &[&str]) -> String {
+        parse(overrides).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn the_least_file_gets_the_documented_defaults() {
+        let config = parse(&[]).unwrap();
+        assert_eq!((config.method, config.base.compute, config.threads), (Method::Lora, Compute::F32, None));
+        assert_eq!(config.adapter, Some(LoraConfig::default()));
+        assert_eq!(config.adapter_init, None);
+        let DataConfig {
+            train,
+            eval,
+            eval_fraction,
+            eval_limit,
+            format,
+            columns,
+            max_length,
+            overlong,
+            train_on_prompt,
+            shuffle,
+        } = config.data;
+        assert_eq!((train, eval, eval_fraction, eval_limit), (PathBuf::from("rows.jsonl"), None, 0.05, None));
+        assert_eq!((format, columns), (DataFormat::Auto, ColumnMap::default()));
+        assert_eq!((max_length, overlong, train_on_prompt, shuffle), (1024, Overlong::Truncate, false, true));
+        let training = config.training;
+        assert_eq!((training.epochs, training.max_steps, training.batch_size), (1.0, None, 8));
+        assert_eq!((training.learning_rate, training.lr_scheduler_type), (2e-4, SchedulerType::Cosine));
+        assert_eq!((training.warmup_steps, training.warmup_ratio, training.weight_decay), (None, 0.03, 0.0));
+        assert_eq!((training.adam_beta1, training.adam_beta2, training.adam_epsilon), (0.9, 0.999, 1e-8));
+        assert_eq!((training.max_grad_norm, training.eval_steps), (1.0, None));
+        assert_eq!((training.save_steps, training.save_total_limit, training.seed), (50, 2, 42));
+        assert_eq!((training.gradient_accumulation_steps, training.tokens_per_pass), (1, 1024));
+        assert_eq!(training.activation_checkpointing, ActivationCheckpointing::None);
+    }
+
+    #[test]
+    fn a_whole_file_is_read() {
+        let text = r#"
+# A run.
+model: models/smollm2
+output_dir: runs/one
+adapter:
+  r: 8
+  target_modules: [q_proj, v_proj]
+  rank_pattern: {"layers.0.self_attn.q_proj": 4}
+data:
+  train: rows.csv
+  format: prompt_completion
+  columns: {prompt: question, completion: answer}
+  max_length: 2048
+  overlong: drop
+training:
+  epochs: 2
+  learning_rate: 1e-3
+  lr_scheduler_type: linear
+  activation_checkpointing: layer
+threads: 2
+"#;
+        let config =
+            RunConfig::parse(text, "run.yaml", &["training.epochs=0.5".to_owned(), "adapter.lora_alpha=16".to_owned()])
+                .unwrap();
+        let adapter = config.adapter.unwrap();
+        assert_eq!((adapter.r, adapter.lora_alpha), (8, 16.0));
+        assert_eq!(config.data.columns.completion.as_deref(), Some("answer"));
+        assert_eq!((config.training.epochs, config.training.learning_rate), (0.5, 1e-3));
+        assert_eq!(config.training.tokens_per_pass, 2048, "a pass holds the longest row");
+        assert_eq!((config.data.overlong, config.threads), (Overlong::Drop, Some(2)));
+    }
+
+    #[test]
+    fn a_checked_configuration_reads_back_as_itself() {
+        let cases: [&[&str]; 4] = [
+            &[],
+            &["method=full", "training.warmup_steps=0"],
+            &["adapter_init=runs/a/adapter"],
+            &[
+                "adapter={r: 4, layers_to_transform: [1, 2], target_modules: [q_proj], alpha_pattern: {q_proj: 0.1}}",
+                "data.eval=e.csv",
+            ],
+        ];
+        for overrides in cases {
+            let config = parse(overrides).unwrap();
+            let written = serde_json::to_string_pretty(&config).unwrap();
+            assert_eq!(RunConfig::parse(&written, "config.json", &[]).unwrap(), config, "{written}");
+        }
+    }
+
+    #[test]
+    fn what_depends_on_the_method_is_decided_by_it() {
+        let full = parse(&["method=full"]).unwrap();
+        assert_eq!((full.training.learning_rate, full.adapter), (2e-5, None));
+        assert_eq!(parse(&["method=full", "training.learning_rate=1e-5"]).unwrap().training.learning_rate, 1e-5);
+        assert!(error(&["method=full", "adapter.r=8"]).contains("adapter is given with method full"));
+        assert!(error(&["method=full", "adapter_init=a"]).contains("adapter_init is given with method full"));
+        assert_eq!(parse(&["adapter_init=a"]).unwrap().adapter, None);
+        assert_eq!(parse(&["adapter_init=a", "adapter.r=8"]).unwrap().adapter.map(|adapter| adapter.r), Some(8));
+    }
+
+    #[test]
+    fn mistakes_are_named_by_the_keys_path() {
+        let unknown = error(&["training.learning_rte=1"]);
+        assert!(
+            unknown.contains("unknown key training.learning_rte; did you mean training.learning_rate?"),
+            "{unknown}"
+        );
+        assert!(error(&["learning_rate=1"]).contains("did you mean training.learning_rate?"));
+        assert!(error(&["adapter.lora_r=1"]).contains("unknown key adapter.lora_r"));
+        assert!(error(&["adapter.target_module=[q_proj]"]).contains("did you mean adapter.target_modules?"));
+        assert!(
+            error(&["training.batch_size=eight"])
+                .contains("training.batch_size is the text \"eight\"; expected a whole number")
+        );
+        assert!(error(&["training.batch_size=1.5"]).contains("expected a whole number"));
+        assert!(error(&["training.seed=-1"]).contains("training.seed is -1; expected a number of at least 0"));
+        assert!(
+            error(&["data.train_on_prompt=yes"])
+                .contains("data.train_on_prompt is the text \"yes\"; expected true or false")
+        );
+        assert!(
+            error(&["training.lr_scheduler_type=cosin"])
+                .contains("one of linear, cosine, constant. Did you mean cosine?")
+        );
+        assert!(error(&["base.compute=int8"]).contains("base.compute is the text \"int8\"; expected f32"));
+        assert!(error(&["adapter.target_modules=5"]).contains("adapter.target_modules is 5"));
+        assert!(error(&["adapter.rank_pattern={a: x}"]).contains("adapter.rank_pattern.a is the text \"x\""));
+        assert!(error(&["training="]).contains("training is nothing (null); expected a section with keys"));
+        let missing = RunConfig::parse("", "run.yaml", &[]).unwrap_err().to_string();
+        assert!(missing.contains("the key model is missing: The base model"), "{missing}");
+        let missing = RunConfig::parse("model: m\noutput_dir: o\ndata: {}", "run.yaml", &[]).unwrap_err().to_string();
+        assert!(missing.contains("the key data.train is missing: The file of training rows"), "{missing}");
+        assert!(
+            RunConfig::parse("- a", "run.yaml", &[]).unwrap_err().to_string().contains("expected a section with keys")
+        );
+        assert!(RunConfig::load(Path::new("absent.yaml"), &[]).unwrap_err().to_string().contains("absent.yaml"));
+    }
+
+    #[test]
+    fn values_out_of_range_are_refused() {
+        for (setting, expected) in [
+            ("model=''", "model is empty"),
+            ("output_dir=''", "output_dir is empty"),
+            ("data.train=''", "data.train is empty"),
+            ("adapter.r=0", "adapter.r: a rank of 0"),
+            ("adapter.lora_dropout=1", "adapter.lora_dropout"),
+            ("data.eval_fraction=1", "data.eval_fraction is 1;"),
+            ("data.eval_fraction=-0.1", "data.eval_fraction is -0.1;"),
+            ("data.max_length=1", "data.max_length is 1; expected 2 to"),
+            ("training.epochs=0", "training.epochs is 0; expected above 0"),
+            ("training.max_steps=0", "training.max_steps is 0; expected 1 to 2147483648. Remove the key"),
+            ("training.batch_size=0", "training.batch_size is 0"),
+            ("training.gradient_accumulation_steps=0", "training.gradient_accumulation_steps is 0"),
+            ("training.eval_steps=0", "training.eval_steps is 0"),
+            ("training.save_steps=0", "training.save_steps is 0"),
+            ("training.save_total_limit=0", "training.save_total_limit is 0"),
+            ("training.learning_rate=0", "training.learning_rate is 0; expected above 0"),
+            ("training.warmup_ratio=1.5", "training.warmup_ratio is 1.5; expected 0 to 1"),
+            ("training.weight_decay=-1", "training.weight_decay is -1"),
+            ("training.adam_beta1=1", "training.adam_beta1 is 1"),
+            ("training.adam_beta2=1", "training.adam_beta2 is 1"),
+            ("training.adam_epsilon=0", "training.adam_epsilon is 0"),
+            ("training.max_grad_norm=-1", "training.max_grad_norm is -1"),
+            (
+                "training.tokens_per_pass=512",
+                "training.tokens_per_pass is 512; expected at least data.max_length, which is 1024",
+            ),
+            ("training.learning_rate=.inf", "not valid YAML"),
+            ("threads=0", "threads is 0; expected 1 to"),
+        ] {
+            let error = error(&[setting]);
+            assert!(error.contains(expected), "{setting}: {error}");
+        }
+        let product = error(&["training.batch_size=1000000000", "training.gradient_accumulation_steps=1000000000"]);
+        assert!(product.contains("is too large"), "{product}");
+        let column = error(&["data.format=text", "data.columns.prompt=question"]);
+        assert!(column.contains("data.columns.prompt is given"), "{column}");
+        assert_eq!(parse(&["training.max_grad_norm=0"]).unwrap().training.max_grad_norm, 0.0);
+    }
+
+    #[test]
+    fn every_key_is_described() {
+        let schema: Value = serde_json::from_str(&json_schema()).unwrap();
+        let definitions = schema["$defs"].as_object().unwrap().iter();
+        let mut described = 0;
+        for (name, definition) in
+            definitions.map(|(name, definition)| (name.as_str(), definition)).chain([("RawRunConfig", &schema)])
+        {
+            for (key, property) in definition["properties"].as_object().into_iter().flatten() {
+                assert!(
+                    property["description"].as_str().is_some_and(|text| text.len() > 10),
+                    "{name}.{key} has no description"
+                );
+                described += 1;
+            }
+        }
+        assert!(described > 50, "{described}");
+    }
+
+    #[test]
+    fn the_schema_in_the_repository_is_this_one() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../schema/run_config.schema.json");
+        let stored = std::fs::read_to_string(&path).unwrap_or_default();
+        assert!(
+            stored.trim_end() == json_schema(),
+            "the keys changed: run `retune schema > schema/run_config.schema.json` and commit it"
+        );
+    }
+}

@@ -1,0 +1,194 @@
+//! Checkpoints of a run: everything that is needed to go on and end with the same bytes.
+//!
+//! A checkpoint is one safetensors file, `checkpoints/step-00000050.safetensors`: parameters and both moments, and the progress as JSON
+//! in its metadata. It appears under its name only when it is whole; the newest few are kept. The parameters with the best held-out loss
+//! are kept beside them.
+
+use std::collections::HashMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use retune_adapter::atomic;
+use safetensors::SafeTensors;
+use safetensors::tensor::{Dtype, TensorView};
+use serde::{Deserialize, Serialize};
+
+use crate::error::Error;
+
+const NAMES: [&str; 3] = ["parameters", "first_moment", "second_moment"];
+const PROGRESS: &str = "progress";
+const BEST: &str = "best.safetensors";
+
+/// How far a run has come. No times and no speeds: two runs of the same configuration have the same progress.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Progress {
+    /// Optimizer steps done.
+    pub step: u64,
+    pub total_steps: u64,
+    /// Tokens trained on.
+    pub tokens: u64,
+    /// Held-out loss before the first step.
+    pub initial_loss: Option<f64>,
+    /// The latest held-out loss.
+    pub last_loss: Option<f64>,
+    pub best_loss: Option<f64>,
+    pub best_step: u64,
+}
+
+fn bytes(values: &[f32]) -> &[u8] {
+    // SAFETY: f32 has no padding and any byte is a valid u8; little-endian targets alone are built (asserted below).
+    unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), size_of_val(values)) }
+}
+
+#[cfg(target_endian = "big")]
+compile_error!("retune's files are little-endian, as are the machines it supports");
+
+fn serialize(tensors: &[(&str, &[f32])], progress: Option<&Progress>) -> Result<Vec<u8>, Error> {
+    let views = tensors.iter().map(|(name, values)| {
+        TensorView::new(Dtype::F32, vec![values.len()], bytes(values)).map(|view| ((*name).to_owned(), view))
+    });
+    let views = views.collect::<Result<Vec<_>, _>>().map_err(|error| Error::Serialize { error: error.to_string() })?;
+    let metadata = match progress {
+        Some(progress) => {
+            let text =
+                serde_json::to_string(progress).map_err(|error| Error::Serialize { error: error.to_string() })?;
+            Some(HashMap::from([(PROGRESS.to_owned(), text)]))
+        }
+        None => None,
+    };
+    safetensors::serialize(views, metadata).map_err(|error| Error::Serialize { error: error.to_string() })
+}
+
+/// Writes a checkpoint and removes all but the newest `keep`; returns its path.
+///
+/// # Errors
+/// A file that cannot be written, such as on a full disk; older checkpoints are untouched then.
+pub fn write(directory: &Path, progress: &Progress, tensors: [&[f32]; 3], keep: usize) -> Result<PathBuf, Error> {
+    let path = directory.join(format!("step-{:08}.safetensors", progress.step));
+    let tensors: Vec<_> = NAMES.into_iter().zip(tensors).collect();
+    create(directory)?;
+    atomic::write(&path, &serialize(&tensors, Some(progress))?)?;
+    let checkpoints = list(directory)?;
+    for old in checkpoints.iter().rev().skip(keep.max(1)) {
+        fs::remove_file(old).map_err(|error| Error::Io { path: old.clone(), error })?;
+    }
+    Ok(path)
+}
+
+/// Writes the parameters with the best held-out loss so far.
+///
+/// # Errors
+/// As [`write`].
+pub fn write_best(directory: &Path, params: &[f32]) -> Result<(), Error> {
+    create(directory)?;
+    atomic::write(&directory.join(BEST), &serialize(&[(NAMES[0], params)], None)?)?;
+    Ok(())
+}
+
+fn create(directory: &Path) -> Result<(), Error> {
+    fs::create_dir_all(directory).map_err(|error| Error::Io { path: directory.to_owned(), error })
+}
+
+/// The checkpoints in a directory, oldest first.
+///
+/// # Errors
+/// A directory that cannot be read; one that is not there holds none.
+pub fn list(directory: &Path) -> Result<Vec<PathBuf>, Error> {
+    let entries = match fs::read_dir(directory) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(Error::Io { path: directory.to_owned(), error }),
+    };
+    let mut paths = Vec::new();
+    for entry in entries {
+        let path = entry.map_err(|error| Error::Io { path: directory.to_owned(), error })?.path();
+        let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
+        if name.starts_with("step-") && name.ends_with(".safetensors") {
+            paths.push(path);
+        }
+    }
+    paths.sort();
+    Ok(paths)
+}
+
+fn damaged(path: &Path, reason: impl std::fmt::Display) -> Error {
+    Error::CheckpointDamaged { path: path.to_owned(), reason: reason.to_string() }
+}
+
+fn read_into(path: &Path, file: &SafeTensors, name: &str, values: &mut [f32]) -> Result<(), Error> {
+    let tensor = file.tensor(name).map_err(|error| damaged(path, error))?;
+    if tensor.dtype() != Dtype::F32 || tensor.data().len() != size_of_val(values) {
+        return Err(Error::CheckpointOfAnotherRun {
+            path: path.to_owned(),
+            found: format!("{} values of {:?} in {name}", tensor.shape().iter().product::<usize>(), tensor.dtype()),
+            expected: format!("{} of F32", values.len()),
+        });
+    }
+    for (value, bytes) in values.iter_mut().zip(tensor.data().as_chunks::<4>().0) {
+        *value = f32::from_le_bytes(*bytes);
+    }
+    Ok(())
+}
+
+/// Reads a checkpoint into parameters, first and second moments.
+///
+/// # Errors
+/// A file that is damaged, or holds another number of parameters.
+pub fn read(path: &Path, tensors: [&mut Vec<f32>; 3]) -> Result<Progress, Error> {
+    let content = fs::read(path).map_err(|error| Error::Io { path: path.to_owned(), error })?;
+    let file = SafeTensors::deserialize(&content).map_err(|error| damaged(path, error))?;
+    for (name, values) in NAMES.into_iter().zip(tensors) {
+        read_into(path, &file, name, values)?;
+    }
+    let (_, header) = SafeTensors::read_metadata(&content).map_err(|error| damaged(path, error))?;
+    let metadata = header.metadata().as_ref().and_then(|m| m.get(PROGRESS));
+    let text = metadata.ok_or_else(|| damaged(path, "its progress is missing"))?;
+    serde_json::from_str(text).map_err(|error| damaged(path, error))
+}
+
+/// Reads the parameters with the best held-out loss.
+///
+/// # Errors
+/// As [`read`].
+pub fn read_best(directory: &Path, params: &mut [f32]) -> Result<(), Error> {
+    let path = directory.join(BEST);
+    let content = fs::read(&path).map_err(|error| Error::Io { path: path.clone(), error })?;
+    let file = SafeTensors::deserialize(&content).map_err(|error| damaged(&path, error))?;
+    read_into(&path, &file, NAMES[0], params)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn checkpoints_round_trip_rotate_and_refuse_damage() {
+        let directory = tempfile::tempdir().unwrap();
+        let (p, m, v) = (vec![1.5, -2.0], vec![0.25, 0.5], vec![3.0, 4.0]);
+        let mut progress = Progress { total_steps: 9, best_loss: Some(0.1 + 0.2), ..Progress::default() };
+        for step in 1..=4 {
+            progress.step = step;
+            write(directory.path(), &progress, [&p, &m, &v], 2).unwrap();
+        }
+        let kept = list(directory.path()).unwrap();
+        assert_eq!(kept.len(), 2);
+        let (mut a, mut b, mut c) = (vec![0.0; 2], vec![0.0; 2], vec![0.0; 2]);
+        assert_eq!(read(&kept[1], [&mut a, &mut b, &mut c]).unwrap(), progress);
+        assert_eq!((a, b, c), (p.clone(), m, v));
+
+        let other = read(&kept[1], [&mut vec![0.0; 3], &mut vec![0.0; 3], &mut vec![0.0; 3]]);
+        assert!(matches!(other, Err(Error::CheckpointOfAnotherRun { .. })));
+        let whole = fs::read(&kept[1]).unwrap();
+        for len in [0, 7, 20, whole.len() - 1] {
+            fs::write(&kept[1], &whole[..len]).unwrap();
+            let result = read(&kept[1], [&mut vec![0.0; 2], &mut vec![0.0; 2], &mut vec![0.0; 2]]);
+            assert!(matches!(result, Err(Error::CheckpointDamaged { .. })), "{len} bytes");
+        }
+
+        write_best(directory.path(), &p).unwrap();
+        let mut best = vec![0.0; 2];
+        read_best(directory.path(), &mut best).unwrap();
+        assert_eq!(best, p);
+        assert_eq!(list(directory.path()).unwrap().len(), 2, "the best parameters are no checkpoint");
+    }
+}

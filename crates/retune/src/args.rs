@@ -1,0 +1,339 @@
+//! The command line, as clap reads it. What the arguments mean is decided in `commands`.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// Adapts large language models by parameter-efficient fine-tuning, on this computer's CPU.
+///
+/// A model (a Hugging Face directory or a GGUF file) and a data file go in; an adapter of a few megabytes comes out, in PEFT's format.
+#[derive(Parser)]
+#[command(
+    version,
+    max_term_width = 110,
+    after_help = "\
+First steps:
+  retune train examples/debian-synopsis.yaml    fine-tune a small model on bundled data
+  retune data run.yaml                          see what the model will see, before training
+  retune inspect PATH                           a model's or an adapter's shapes and names
+
+Models are given as a path or as a Hub id (owner/name). Set RETUNE_CACHE to choose where fetched models are kept."
+)]
+pub struct Cli {
+    /// Threads to use; all cores by default
+    #[arg(long, global = true, value_name = "N")]
+    pub threads: Option<usize>,
+
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Subcommand)]
+pub enum Command {
+    /// Fine-tune a model as a run file says
+    Train(TrainArgs),
+    /// Continue a text or answer a message, with or without an adapter
+    Generate(GenerateArgs),
+    /// Merge an adapter into its base and write the whole model
+    Merge(MergeArgs),
+    /// Score a model on a data file: loss and perplexity
+    Eval(EvalArgs),
+    /// Show what a model or an adapter is made of
+    Inspect(InspectArgs),
+    /// Show what the model will see of a run's data, and what is wrong with it
+    Data(DataArgs),
+    /// Fetch a model into the cache
+    Fetch(FetchArgs),
+    /// Print a text's token ids
+    Tokenize(TokenizeArgs),
+    /// Write the logits of given tokens, and with labels the loss and gradients, for comparing with other software
+    Logits(LogitsArgs),
+    /// Measure speed and memory on this machine
+    #[command(subcommand)]
+    Bench(BenchCommand),
+    /// Print the JSON Schema of run files
+    Schema,
+}
+
+#[derive(Args)]
+pub struct RunFile {
+    /// The run file (YAML); `retune schema` describes its keys
+    #[arg(value_name = "RUN.yaml")]
+    pub path: PathBuf,
+
+    /// Override a key of the run file, as often as needed: --set training.learning_rate=1e-4
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub overrides: Vec<String>,
+}
+
+#[derive(Args)]
+pub struct TrainArgs {
+    #[command(flatten)]
+    pub run: RunFile,
+
+    /// Go on where the run was stopped
+    #[arg(long, conflicts_with = "overwrite")]
+    pub resume: bool,
+
+    /// Throw away what an earlier run left in the output folder
+    #[arg(long)]
+    pub overwrite: bool,
+
+    /// Print one JSON object at the end instead of text
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Args)]
+pub struct ModelArgs {
+    /// The base model: a directory, a .gguf file or a Hub id
+    #[arg(long, short, value_name = "MODEL")]
+    pub model: String,
+
+    /// A PEFT adapter directory to put on it
+    #[arg(long, short, value_name = "DIR")]
+    pub adapter: Option<PathBuf>,
+}
+
+#[derive(Args)]
+pub struct GenerateArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+
+    /// The message to answer, or with --raw the text to continue; read from standard input when absent
+    pub prompt: Option<String>,
+
+    /// Continue the text as it is, without the chat template
+    #[arg(long)]
+    pub raw: bool,
+
+    /// A system message before the prompt
+    #[arg(long, conflicts_with = "raw")]
+    pub system: Option<String>,
+
+    /// Longest answer, in tokens
+    #[arg(long, default_value_t = 256, value_name = "N")]
+    pub max_new_tokens: usize,
+
+    /// 0 always takes the likeliest token; higher values vary more
+    #[arg(long, default_value_t = 0.0, value_name = "T")]
+    pub temperature: f32,
+
+    /// Sample among the likeliest tokens that together have this probability
+    #[arg(long, default_value_t = 1.0, value_name = "P")]
+    pub top_p: f32,
+
+    /// Sample among this many of the likeliest tokens; 0 means all
+    #[arg(long, default_value_t = 0, value_name = "K")]
+    pub top_k: usize,
+
+    /// Seed of the sampling
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+
+    /// Print one JSON object instead of streaming
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Args)]
+pub struct MergeArgs {
+    /// The base model: a directory, a .gguf file or a Hub id
+    #[arg(long, short, value_name = "MODEL")]
+    pub model: String,
+
+    /// The PEFT adapter directory to merge into it
+    #[arg(long, short, value_name = "DIR")]
+    pub adapter: PathBuf,
+
+    /// Where the merged model goes; must not exist yet
+    #[arg(long, short, value_name = "DIR")]
+    pub out: PathBuf,
+
+    /// Type of the written weights
+    #[arg(long, value_enum, default_value_t = Dtype::F32)]
+    pub dtype: Dtype,
+
+    /// Print one JSON object instead of text
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub enum Dtype {
+    F32,
+    Bf16,
+    F16,
+}
+
+#[derive(Args)]
+pub struct EvalArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+
+    /// The rows to score: JSONL, JSON or CSV
+    #[arg(long, short, value_name = "FILE")]
+    pub data: PathBuf,
+
+    /// Longest row, in tokens; longer ones are cut on the right
+    #[arg(long, default_value_t = 1024, value_name = "N")]
+    pub max_length: usize,
+
+    /// Score every token, not the answers alone
+    #[arg(long)]
+    pub whole_text: bool,
+
+    /// Score the first rows only
+    #[arg(long, value_name = "N")]
+    pub limit: Option<usize>,
+
+    /// Print one JSON object instead of text
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Args)]
+pub struct InspectArgs {
+    /// A model directory, a .gguf file, a Hub id, or an adapter directory
+    pub path: String,
+
+    /// Print one JSON object instead of text
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Args)]
+pub struct DataArgs {
+    #[command(flatten)]
+    pub run: RunFile,
+
+    /// How many rows to show
+    #[arg(long, default_value_t = 2, value_name = "N")]
+    pub rows: usize,
+
+    /// Print the report as one JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Args)]
+pub struct FetchArgs {
+    /// The model's Hub id, owner/name, or owner/name/file.gguf
+    pub id: String,
+}
+
+#[derive(Args)]
+pub struct TokenizeArgs {
+    /// The model whose tokenizer to use
+    #[arg(long, short, value_name = "MODEL")]
+    pub model: String,
+
+    /// The text; read from standard input when absent
+    pub text: Option<String>,
+
+    /// Treat the text as a user's message and render the chat template around it
+    #[arg(long)]
+    pub chat: bool,
+
+    /// Leave out BOS and whatever else the tokenizer adds around a text
+    #[arg(long)]
+    pub no_special_tokens: bool,
+
+    /// Print one JSON object instead of text
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+pub enum Compute {
+    F32,
+}
+
+#[derive(Args)]
+pub struct LogitsArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+
+    /// Arithmetic of the base's matrix products
+    #[arg(long, value_enum, default_value_t = Compute::F32)]
+    pub compute: Compute,
+
+    /// Token ids, separated by commas
+    #[arg(long, value_delimiter = ',', required = true, value_name = "IDS")]
+    pub tokens: Vec<u32>,
+
+    /// For each token its own id where it is trained and -100 elsewhere, separated by commas
+    #[arg(long, value_delimiter = ',', allow_negative_numbers = true, value_name = "IDS")]
+    pub labels: Option<Vec<i64>>,
+
+    /// The safetensors file to write
+    #[arg(long, short, value_name = "FILE")]
+    pub out: PathBuf,
+}
+
+#[derive(Subcommand)]
+pub enum BenchCommand {
+    /// Time training steps on packed text with a label on every token
+    Train(BenchTrainArgs),
+}
+
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+pub enum BenchMethod {
+    Lora,
+    Full,
+}
+
+#[derive(Args)]
+pub struct BenchTrainArgs {
+    /// The base model: a directory, a .gguf file or a Hub id
+    #[arg(long, short, value_name = "MODEL")]
+    pub model: String,
+
+    /// What is trained
+    #[arg(long, value_enum, default_value_t = BenchMethod::Lora)]
+    pub method: BenchMethod,
+
+    /// Rank of the adapter
+    #[arg(long, default_value_t = 16, value_name = "R")]
+    pub rank: usize,
+
+    /// Target modules: all-linear, or name endings separated by commas
+    #[arg(long, default_value = "all-linear", value_name = "NAMES")]
+    pub targets: String,
+
+    /// Tokens of a sequence
+    #[arg(long, default_value_t = 512, value_name = "N")]
+    pub seq: usize,
+
+    /// Sequences of a step
+    #[arg(long, default_value_t = 4, value_name = "N")]
+    pub batch: usize,
+
+    /// Steps, of which the first three are not counted
+    #[arg(long, default_value_t = 15, value_name = "N")]
+    pub steps: usize,
+
+    /// Arithmetic of the base's matrix products
+    #[arg(long, value_enum, default_value_t = Compute::F32)]
+    pub compute: Compute,
+
+    /// Tokens that go through the layers at once
+    #[arg(long, default_value_t = 1024, value_name = "N")]
+    pub tokens_per_pass: usize,
+
+    /// Learning rate
+    #[arg(long, default_value_t = 2e-4)]
+    pub learning_rate: f64,
+
+    /// Text to train on (JSONL, JSON or CSV); its rows are joined and cut into sequences
+    #[arg(long, value_name = "FILE", default_value = "examples/data/debian-synopsis.train.jsonl")]
+    pub data: PathBuf,
+
+    /// Write the token ids of every step and the initial adapter here, for the same run in other software
+    #[arg(long, value_name = "DIR")]
+    pub save_inputs: Option<PathBuf>,
+
+    /// Print one JSON object instead of text
+    #[arg(long)]
+    pub json: bool,
+}

@@ -1,0 +1,166 @@
+//! `retune bench`: speed and memory of training steps on this machine.
+
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+use retune_adapter::{AdapterFile, LoraConfig, ModuleSelection};
+use retune_model::adapter::{AdapterPlan, linear_modules};
+use retune_model::checkpoint::Checkpoint;
+use retune_model::model::{Model, Trainable};
+use retune_model::profile;
+use retune_train::data::{ColumnMap, DataFormat, Example, RowText, read_rows};
+use retune_train::run_config::{ActivationCheckpointing, TrainingConfig};
+use retune_train::schedule::SchedulerType;
+use retune_train::trainer::Trainer;
+use serde_json::{Map, Value, json};
+
+use super::print_json;
+use crate::args::{BenchCommand, BenchMethod, BenchTrainArgs, Compute};
+use crate::{fetch, memory};
+
+/// Steps that are not counted.
+const WARM_UP: usize = 3;
+
+/// Runs the benchmark named.
+pub fn run(command: &BenchCommand) -> Result<()> {
+    match command {
+        BenchCommand::Train(args) => train(args),
+    }
+}
+
+fn train(args: &BenchTrainArgs) -> Result<()> {
+    let Compute::F32 = args.compute;
+    if args.steps <= WARM_UP || args.seq < 2 || args.batch == 0 || args.rank == 0 {
+        bail!("--steps must be more than {WARM_UP}, --seq at least 2, --batch and --rank at least 1");
+    }
+    let checkpoint = Checkpoint::open(&fetch::resolve(&args.model)?)?;
+    let examples = sequences(&checkpoint, &args.data, args.seq, args.batch * args.steps)?;
+    let config = LoraConfig {
+        r: args.rank,
+        lora_alpha: 2.0 * args.rank as f64,
+        target_modules: if args.targets == "all-linear" {
+            ModuleSelection::Pattern(args.targets.clone())
+        } else {
+            ModuleSelection::List(args.targets.split(',').map(str::to_owned).collect())
+        },
+        ..LoraConfig::default()
+    };
+    let plan = AdapterPlan::new(&config, &checkpoint)?;
+    let trainable = match args.method {
+        BenchMethod::Lora => Trainable::Adapter(&plan),
+        BenchMethod::Full => Trainable::Everything,
+    };
+    let model = Model::load(&checkpoint, trainable)?;
+    let params = model.initial_params(&checkpoint, &config.init_lora_weights, 0)?;
+    if let Some(directory) = &args.save_inputs {
+        save_inputs(directory, args, &examples)?;
+        if args.method == BenchMethod::Lora {
+            let tensors = model.tensors_of(&params);
+            let file = AdapterFile { config: config.clone(), base_model: Some(args.model.clone()), tensors };
+            file.write(&directory.join("adapter"), &linear_modules(&checkpoint.linear_modules()))?;
+        }
+    }
+    let training = TrainingConfig {
+        epochs: 1.0,
+        max_steps: Some(args.steps),
+        batch_size: args.batch,
+        gradient_accumulation_steps: 1,
+        learning_rate: args.learning_rate,
+        lr_scheduler_type: SchedulerType::Constant,
+        warmup_steps: Some(0),
+        warmup_ratio: 0.0,
+        weight_decay: 0.0,
+        adam_beta1: 0.9,
+        adam_beta2: 0.999,
+        adam_epsilon: 1e-8,
+        max_grad_norm: 0.0,
+        eval_steps: None,
+        save_steps: args.steps,
+        save_total_limit: 1,
+        seed: 0,
+        tokens_per_pass: args.tokens_per_pass.max(args.seq),
+        activation_checkpointing: ActivationCheckpointing::None,
+    };
+    let mut trainer = Trainer::new(&model, &training, false, &examples, &[], params);
+    let (mut losses, mut seconds) = (Vec::new(), Vec::new());
+    for step in 0..args.steps {
+        if step == WARM_UP {
+            profile::reset();
+        }
+        let report = trainer.step()?;
+        losses.push(report.loss);
+        seconds.push(report.seconds);
+    }
+    let counted = &mut seconds[WARM_UP..];
+    let measured: f64 = counted.iter().sum();
+    let shares: Map<String, Value> = profile::seconds()
+        .into_iter()
+        .map(|(name, s)| (name.to_owned(), json!({ "seconds": s / counted.len() as f64, "share": s / measured })))
+        .collect();
+    counted.sort_by(f64::total_cmp);
+    let median = counted[counted.len() / 2];
+    let tokens_per_second = (args.seq * args.batch) as f64 / median;
+    let peak = memory::peak_resident();
+    if args.json {
+        print_json(&json!({
+            "tokens_per_second": tokens_per_second,
+            "peak_rss_bytes": peak,
+            "losses": losses,
+            "trainable_parameters": model.layout.len(),
+            "step_seconds": median,
+            "operations": shares,
+            "threads": rayon::current_num_threads(),
+            "isa": retune_kernels::isa::isa().to_string(),
+        }));
+        return Ok(());
+    }
+    println!("{tokens_per_second:.1} tokens/s  (median of {} steps, {median:.3} s each)", counted.len());
+    println!("{} peak memory", peak.map_or_else(|| "unknown".to_owned(), memory::human));
+    println!("{} trainable parameters, loss {:.4} to {:.4}", model.layout.len(), losses[0], losses[losses.len() - 1]);
+    for (name, value) in &shares {
+        let (s, share) = (value["seconds"].as_f64().unwrap_or(0.0), value["share"].as_f64().unwrap_or(0.0));
+        println!("  {name:20} {s:8.3} s  {:5.1}%", 100.0 * share);
+    }
+    Ok(())
+}
+
+/// Real text, joined and cut into sequences with a label on every token; it starts again from the front when it is used up.
+fn sequences(checkpoint: &Checkpoint, data: &Path, length: usize, count: usize) -> Result<Vec<Example>> {
+    let tokenizer = checkpoint.tokenizer()?;
+    let file = read_rows(data, DataFormat::Auto, &ColumnMap::default())
+        .context("--data names the text to train on; run from the project's folder or give a file")?;
+    let mut ids = Vec::new();
+    for row in &file.rows {
+        let text = match &row.text {
+            RowText::Chat(messages) => messages.iter().map(|m| m.content.as_str()).collect::<Vec<_>>().join("\n"),
+            RowText::PromptCompletion { prompt, completion } => format!("{prompt}{completion}"),
+            RowText::Instruction { input, output, .. } => format!("{input}\n{output}\n"),
+            RowText::Text(text) => text.clone(),
+        };
+        ids.extend(tokenizer.encode(&text)?);
+        if ids.len() >= length * count {
+            break;
+        }
+    }
+    if ids.len() < length {
+        bail!("{} holds {} tokens, fewer than one sequence of {length}", data.display(), ids.len());
+    }
+    let mut cycle = ids.iter().copied().cycle();
+    let sequence = |row| Example { row, ids: cycle.by_ref().take(length).collect(), trained: trained(length) };
+    Ok((0..count).map(sequence).collect())
+}
+
+fn trained(length: usize) -> Vec<bool> {
+    (0..length).map(|i| i > 0).collect()
+}
+
+/// Writes the ids of all steps as `tokens.safetensors`: `tokens` [steps, batch, seq], int64.
+fn save_inputs(directory: &Path, args: &BenchTrainArgs, examples: &[Example]) -> Result<()> {
+    use safetensors::tensor::{Dtype, TensorView};
+    std::fs::create_dir_all(directory).with_context(|| format!("cannot create {}", directory.display()))?;
+    let bytes: Vec<u8> = examples.iter().flat_map(|e| &e.ids).flat_map(|&id| i64::from(id).to_le_bytes()).collect();
+    let view = TensorView::new(Dtype::I64, vec![args.steps, args.batch, args.seq], &bytes)?;
+    let content = safetensors::serialize([("tokens", view)], None)?;
+    retune_adapter::atomic::write(&directory.join("tokens.safetensors"), &content)?;
+    Ok(())
+}

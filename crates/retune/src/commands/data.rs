@@ -1,0 +1,82 @@
+//! `retune data`: what the model will see of a run's data, and what is wrong with it.
+
+use std::io::IsTerminal;
+
+use anyhow::Result;
+use retune_model::checkpoint::Checkpoint;
+use retune_model::tokenizer::Tokenizer;
+use retune_train::data::{DataReport, Example, LengthBin, RowCount, decoded_sample};
+use retune_train::run_config::RunConfig;
+use serde_json::json;
+
+use super::print_json;
+use crate::args::DataArgs;
+use crate::fetch;
+use crate::run_data::RunData;
+
+/// Prints rendered rows, then the report.
+pub fn run(args: &DataArgs) -> Result<()> {
+    let config = RunConfig::load(&args.run.path, &args.run.overrides)?;
+    let tokenizer = Checkpoint::open(&fetch::resolve(&config.model)?)?.tokenizer()?;
+    let data = RunData::load(&config, &tokenizer)?;
+    if args.json {
+        print_json(&json!({ "train": data.train.report, "eval": data.eval.as_ref().map(|e| &e.report) }));
+        return Ok(());
+    }
+    for example in data.train.examples.iter().take(args.rows) {
+        print_example(&tokenizer, example);
+    }
+    print_report("training rows", &data.train.report);
+    if let Some(eval) = &data.eval {
+        print_report("held-out rows", &eval.report);
+    }
+    Ok(())
+}
+
+/// The row as text, the trained part green (or between «» where there are no colours).
+fn print_example(tokenizer: &Tokenizer, example: &Example) {
+    let colours = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+    let (on, off) = if colours { ("\x1b[1;32m", "\x1b[0m") } else { ("«", "»") };
+    println!("row {}: {} tokens, {} trained", example.row, example.ids.len(), example.trained_tokens());
+    for (text, trained) in decoded_sample(tokenizer, example) {
+        if trained { print!("{on}{text}{off}") } else { print!("{text}") }
+    }
+    println!("\n");
+}
+
+fn print_report(title: &str, report: &DataReport) {
+    println!("{title}: {} ({})", report.path.display(), report.format);
+    println!("  {} rows, {} used", report.rows, report.examples);
+    println!("  {} tokens, {} trained; the longest row has {}", report.tokens, report.trained_tokens, report.longest);
+    let most = report.lengths.iter().map(|b| b.examples).max().unwrap_or(0);
+    for LengthBin { from, to, examples } in &report.lengths {
+        let bar = "#".repeat((examples * 40).div_ceil(most.max(1)));
+        println!("  {from:>6}–{to:<6} {examples:>6} {bar}");
+    }
+    for problem in problems(report) {
+        println!("  ! {problem}");
+    }
+    println!();
+}
+
+/// What is wrong with a data set, a line each; empty when nothing is.
+pub fn problems(report: &DataReport) -> Vec<String> {
+    let line = |count: &RowCount, what: &str| {
+        let lines: Vec<_> = count.first_lines.iter().map(usize::to_string).collect();
+        let more = if count.count > lines.len() { ", …" } else { "" };
+        (count.count > 0).then(|| format!("{} {what} (lines {}{more})", count.count, lines.join(", ")))
+    };
+    let cut = format!("rows cut at data.max_length, {} tokens lost", report.tokens_cut);
+    [
+        line(&report.truncated, &cut),
+        line(&report.dropped_too_long, "rows left out: longer than data.max_length"),
+        line(&report.dropped_cut_away, "rows left out: the answer lies beyond data.max_length"),
+        line(&report.dropped_empty, "rows left out: no text"),
+        line(&report.duplicates, "rows repeat an earlier one"),
+        line(&report.empty_answers, "rows with an empty answer: the model learns to say nothing"),
+        line(&report.overlap_with_held_out, "rows are held out as well: the held-out loss will flatter"),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
+}

@@ -1,0 +1,157 @@
+//! What a person and a program see of a run while it trains: the progress bar and `metrics.jsonl`.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{IsTerminal, Write};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use indicatif::{ProgressBar, ProgressStyle};
+use retune_adapter::atomic;
+use retune_train::Error;
+use retune_train::trainer::{Evaluation, Observer, StepReport};
+use serde_json::{Value, json};
+
+use crate::memory;
+
+/// Set by Ctrl-C.
+static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+
+/// Makes the first Ctrl-C stop the run after its current step, and a second one at once.
+pub fn watch_interrupts() -> anyhow::Result<()> {
+    ctrlc::set_handler(|| {
+        if INTERRUPTED.swap(true, Ordering::SeqCst) {
+            std::process::exit(130);
+        }
+        eprintln!("\nstopping after this step, with everything saved (Ctrl-C again stops at once)");
+    })?;
+    Ok(())
+}
+
+/// Lines between two reports where there is no terminal to draw a bar on.
+const LINES_EVERY: u64 = 10;
+
+/// Shows a run on the terminal and appends it to its metrics file.
+pub struct Progress {
+    bar: Option<ProgressBar>,
+    metrics: File,
+    path: PathBuf,
+    start: Instant,
+    steps_here: u64,
+    tokens_here: usize,
+    smoothed: Option<f64>,
+    pub evaluations: Vec<Evaluation>,
+}
+
+impl Progress {
+    /// Opens the metrics file of a run that has done `step` steps; what was written beyond them, before a kill, is dropped.
+    ///
+    /// # Errors
+    /// A metrics file that cannot be read or written.
+    pub fn new(path: &Path, step: u64, total_steps: u64) -> anyhow::Result<Self> {
+        if path.exists() {
+            let kept: String = fs::read_to_string(path)?
+                .lines()
+                .filter(|line| {
+                    let value: Option<Value> = serde_json::from_str(line).ok();
+                    value.and_then(|v| v["step"].as_u64()).is_some_and(|s| s <= step && step > 0)
+                })
+                .map(|line| format!("{line}\n"))
+                .collect();
+            atomic::write(path, kept.as_bytes())?;
+        }
+        let metrics = OpenOptions::new().create(true).append(true).open(path)?;
+        let bar = std::io::stderr().is_terminal().then(|| {
+            let bar = ProgressBar::new(total_steps);
+            let style = ProgressStyle::with_template("{wide_bar} {pos}/{len}  {msg}  {eta} left");
+            bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+            bar.set_position(step);
+            bar.reset_eta();
+            bar
+        });
+        Ok(Self {
+            bar,
+            metrics,
+            path: path.to_owned(),
+            start: Instant::now(),
+            steps_here: 0,
+            tokens_here: 0,
+            smoothed: None,
+            evaluations: Vec::new(),
+        })
+    }
+
+    fn print(&self, line: &str) {
+        match &self.bar {
+            Some(bar) => bar.println(line),
+            None => eprintln!("{line}"),
+        }
+    }
+
+    fn record(&mut self, value: &Value) -> Result<(), Error> {
+        let written = writeln!(self.metrics, "{value}");
+        written.map_err(|error| Error::Io { path: self.path.clone(), error })
+    }
+
+    /// Takes the bar away.
+    pub fn finish(&self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+impl Observer for Progress {
+    fn step(&mut self, report: &StepReport) -> Result<(), Error> {
+        self.steps_here += 1;
+        self.tokens_here += report.tokens;
+        let smoothed = self.smoothed.map_or(report.loss, |s| 0.9 * s + 0.1 * report.loss);
+        self.smoothed = Some(smoothed);
+        let elapsed = self.start.elapsed().as_secs_f64();
+        let speed = self.tokens_here as f64 / elapsed;
+        let resident = memory::resident().map_or_else(String::new, |bytes| format!("  {}", memory::human(bytes)));
+        let message = format!("loss {smoothed:.3}  {speed:.0} tok/s{resident}");
+        match &self.bar {
+            Some(bar) => {
+                bar.set_position(report.step);
+                bar.set_message(message);
+            }
+            None if self.steps_here == 1
+                || report.step.is_multiple_of(LINES_EVERY)
+                || report.step == report.total_steps =>
+            {
+                let left = elapsed / self.steps_here as f64 * (report.total_steps - report.step) as f64;
+                eprintln!("step {}/{}  {message}  {left:.0} s left", report.step, report.total_steps);
+            }
+            None => {}
+        }
+        self.record(&json!({
+            "step": report.step,
+            "loss": report.loss,
+            "gradient_norm": report.gradient_norm,
+            "learning_rate": report.learning_rate,
+            "tokens": report.tokens,
+            "label_tokens": report.label_tokens,
+            "seconds": report.seconds,
+        }))
+    }
+
+    fn evaluation(&mut self, evaluation: &Evaluation) -> Result<(), Error> {
+        self.evaluations.push(*evaluation);
+        let best = if evaluation.best { "  (best so far)" } else { "" };
+        self.print(&format!("step {}: held-out loss {:.4}{best}", evaluation.step, evaluation.loss));
+        self.record(&json!({
+            "step": evaluation.step,
+            "eval_loss": evaluation.loss,
+            "eval_label_tokens": evaluation.label_tokens,
+        }))
+    }
+
+    fn saved(&mut self, _step: u64, _path: &Path) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn interrupted(&self) -> bool {
+        INTERRUPTED.load(Ordering::SeqCst)
+    }
+}

@@ -1,0 +1,35 @@
+//! The training and held-out examples of a run.
+
+use anyhow::Result;
+use retune_model::tokenizer::Tokenizer;
+use retune_train::data::{Dataset, Encoder, read_rows, split};
+use retune_train::run_config::RunConfig;
+
+/// Both data sets; no held-out one when none was asked for.
+pub struct RunData {
+    pub train: Dataset,
+    pub eval: Option<Dataset>,
+}
+
+impl RunData {
+    /// Reads the files a run names. One file alone is split.
+    pub fn load(config: &RunConfig, tokenizer: &Tokenizer) -> Result<Self> {
+        let data = &config.data;
+        let rows = read_rows(&data.train, data.format, &data.columns)?;
+        let (rows, held_out) = match &data.eval {
+            Some(path) => (rows, Some(read_rows(path, data.format, &data.columns)?)),
+            None if data.eval_fraction > 0.0 => {
+                let (rows, held_out) = split(rows, data.eval_fraction, config.training.seed);
+                (rows, Some(held_out).filter(|file| !file.rows.is_empty()))
+            }
+            None => (rows, None),
+        };
+        let encoder = Encoder::new(tokenizer, data.encode_options())?;
+        let train = Dataset::build(&rows, &encoder, held_out.as_ref())?;
+        let eval = held_out.map(|mut file| {
+            file.rows.truncate(data.eval_limit.unwrap_or(usize::MAX));
+            Dataset::build(&file, &encoder, None)
+        });
+        Ok(Self { train, eval: eval.transpose()? })
+    }
+}
