@@ -30,7 +30,7 @@ fn main() {
                 let mut best = f64::MAX;
                 for _ in 0..8 {
                     let start = Instant::now();
-                    match kind {
+                    let _ = match kind {
                         0 => gemm(
                             t,
                             n,
@@ -46,7 +46,7 @@ fn main() {
                             &[Term::new(t, MatRef::rows(&g, n).t(), Rhs::View(MatRef::rows(&x, k)))],
                             Out::add(&mut dw, k),
                         ),
-                    }
+                    };
                     best = best.min(start.elapsed().as_secs_f64());
                 }
                 line += &format!(" {:6.1}", flops / best / 1e9);

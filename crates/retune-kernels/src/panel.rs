@@ -15,6 +15,11 @@ pub trait PanelSource: Send + Sync {
     /// legal; whole rows and ranges aligned to the storage's blocks are fast.
     fn panel_f32(&self, rows: Range<usize>, cols: Range<usize>, dst: &mut [f32]);
 
+    /// Number of columns that are stored as one block: panels cut at its multiples decode nothing twice.
+    fn block_cols(&self) -> usize {
+        1
+    }
+
     /// The whole matrix as one row-major slice, when it is stored that way.
     fn as_f32(&self) -> Option<&[f32]> {
         None

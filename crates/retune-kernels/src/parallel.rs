@@ -4,24 +4,33 @@
 //! depend on the number of threads or on which of them runs what.
 
 use std::marker::PhantomData;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// Calls `f(i)` for every `i` in `0..n`, on all threads of the pool.
+/// Calls `f(i)` for every `i` in `0..n`, on all threads of the pool. Threads take the next index as they become free, so the work is even
+/// as long as the last pieces are small.
 pub fn for_each(n: usize, f: impl Fn(usize) + Sync) {
-    fn split(start: usize, end: usize, f: &(impl Fn(usize) + Sync)) {
-        match end - start {
-            0 => {}
-            1 => f(start),
-            len => {
-                let middle = start + len / 2;
-                rayon::join(|| split(start, middle, f), || split(middle, end, f));
-            }
+    fn on_threads(threads: usize, work: &(impl Fn() + Sync)) {
+        if threads <= 1 {
+            work();
+        } else {
+            let half = threads / 2;
+            rayon::join(|| on_threads(threads - half, work), || on_threads(half, work));
         }
     }
-    if n <= 1 || rayon::current_num_threads() == 1 {
-        (0..n).for_each(f);
-    } else {
-        split(0, n, &f);
+    let threads = rayon::current_num_threads().min(n);
+    if threads <= 1 {
+        return (0..n).for_each(f);
     }
+    let next = AtomicUsize::new(0);
+    on_threads(threads, &|| {
+        loop {
+            let i = next.fetch_add(1, Ordering::Relaxed);
+            if i >= n {
+                return;
+            }
+            f(i);
+        }
+    });
 }
 
 /// Rows per piece so that `rows` rows make a few pieces per thread, each of at least `minimum` rows.
@@ -72,7 +81,6 @@ impl SharedMut<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::atomic::{AtomicUsize, Ordering};
 
     #[test]
     fn every_index_is_visited_once() {

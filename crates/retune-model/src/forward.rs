@@ -112,8 +112,7 @@ impl Layer {
         }
         let attention = &saved.attention[..tokens * wide];
         let residual = &mut saved.residual[..tokens * d];
-        residual.copy_from_slice(x);
-        self.o.forward(params, attention, u_o, dropout, scratch, Out::add(residual, d));
+        self.o.forward(params, attention, u_o, dropout, scratch, Out::sum(residual, d, x));
         {
             let _span = span(Operation::Norm);
             rms_norm::forward(residual, self.post_norm.values(params), c.rms_norm_eps, norm);
@@ -133,8 +132,7 @@ impl Layer {
         }
         match output {
             Some(output) => {
-                output.copy_from_slice(residual);
-                self.down.forward(params, hidden, u_down, dropout, scratch, Out::add(output, d));
+                self.down.forward(params, hidden, u_down, dropout, scratch, Out::sum(output, d, residual));
             }
             None => self.down.project(params, hidden, u_down, dropout, scratch),
         }

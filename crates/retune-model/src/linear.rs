@@ -126,30 +126,23 @@ impl Linear {
         self.project(params, x, u, dropout, scratch);
         let _span = span(Operation::Linear);
         let source = self.weight.source(params);
-        let mut terms = ArrayVec::<Term, 2>::new();
         let mut y = y;
-        if tokens <= matvec::MAX_ROWS {
-            // Too few rows to be worth packing the weight.
-            if y.accumulate {
-                let product = sized(&mut scratch.low_rank, tokens * n);
-                matvec::forward(x, source.panel(), product);
-                vector::add(&mut y.data[..tokens * n], product);
-            } else {
-                matvec::forward(x, source.panel(), &mut y.data[..tokens * n]);
-                y.accumulate = true;
-            }
-        } else {
+        let mut terms = ArrayVec::<Term, 2>::new();
+        if tokens > matvec::MAX_ROWS {
             terms.push(Term::new(k, MatRef::rows(x, k), Rhs::Transposed(source.panel())));
+        } else {
+            // Too few rows to be worth packing the weight.
+            let product = sized(&mut scratch.low_rank, tokens * n);
+            matvec::forward(x, source.panel(), product);
+            y = y.plus(product);
         }
         if let Some(lora) = &self.lora {
             let b = Rhs::View(MatRef::rows(&params[lora.b.clone()], lora.r).t());
             terms.push(Term { scale: lora.scaling, ..Term::new(lora.r, MatRef::rows(u, lora.r), b) });
         }
-        if !terms.is_empty() {
-            gemm(tokens, n, &terms, Out { data: &mut *y.data, ..y });
-        }
+        let y = if terms.is_empty() { y.into_data() } else { gemm(tokens, n, &terms, y) };
         if let Some(bias) = &self.bias {
-            vector::add_bias(&mut y.data[..tokens * n], bias.values(params));
+            vector::add_bias(&mut y[..tokens * n], bias.values(params));
         }
     }
 }

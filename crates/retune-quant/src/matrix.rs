@@ -122,6 +122,10 @@ impl PanelSource for Matrix {
         blocks::decode_panel(self.format, stored, rows, cols, dst);
     }
 
+    fn block_cols(&self) -> usize {
+        self.format.block_len()
+    }
+
     fn as_f32(&self) -> Option<&[f32]> {
         if self.format != Format::F32 || self.row_map.is_some() {
             return None;

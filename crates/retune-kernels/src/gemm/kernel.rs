@@ -30,13 +30,22 @@ pub struct Tile {
     pub a: *const f32,
     pub a_row_stride: usize,
     pub a_k_stride: usize,
-    /// Packed panel: `k` rows of [`panel_width`] elements.
+    /// Packed panel: `k` rows of `b_stride` elements, `cols` rounded up to whole vectors of them readable.
     pub b: *const f32,
+    pub b_stride: usize,
     pub c: *mut f32,
     pub c_stride: usize,
-    /// Whether to add to what C holds.
-    pub accumulate: bool,
+    /// What the product is added to, with the stride of C; null for nothing. It may be C itself.
+    pub addend: *const f32,
     pub cols: usize,
+}
+
+/// Elements of a vector.
+pub fn lanes(isa: Isa) -> usize {
+    match isa {
+        Isa::Avx512 => 16,
+        Isa::Avx2 | Isa::Portable => 8,
+    }
 }
 
 /// Columns of a packed panel of the right operand.
@@ -49,7 +58,7 @@ pub fn panel_width(isa: Isa) -> usize {
 }
 
 #[inline(always)]
-unsafe fn tile<V: Vector, const ROWS: usize, const VECTORS: usize>(t: &Tile, width: usize) {
+unsafe fn tile<V: Vector, const ROWS: usize, const VECTORS: usize>(t: &Tile) {
     // SAFETY (whole body): the caller of `run` promises that the tile's pointers cover its shape.
     unsafe {
         let full = t.cols == VECTORS * V::LANES;
@@ -69,17 +78,19 @@ unsafe fn tile<V: Vector, const ROWS: usize, const VECTORS: usize>(t: &Tile, wid
                 }
             }
             a = a.add(t.a_k_stride);
-            b = b.add(width);
+            b = b.add(t.b_stride);
         }
         let one = V::splat(1.0);
+        let add = !t.addend.is_null();
         for (i, row) in acc.iter().enumerate() {
             for (j, &sum) in row.iter().enumerate() {
-                let to = t.c.add(i * t.c_stride + j * V::LANES);
+                let offset = i * t.c_stride + j * V::LANES;
+                let (to, from) = (t.c.add(offset), t.addend.wrapping_add(offset));
                 if full || j + 1 < VECTORS {
-                    let sum = if t.accumulate { V::load(to).add_product(sum, one) } else { sum };
+                    let sum = if add { V::load(from).add_product(sum, one) } else { sum };
                     sum.store(to);
                 } else {
-                    let sum = if t.accumulate { V::load_first(to, last).add_product(sum, one) } else { sum };
+                    let sum = if add { V::load_first(from, last).add_product(sum, one) } else { sum };
                     sum.store_first(to, last);
                 }
             }
@@ -88,16 +99,16 @@ unsafe fn tile<V: Vector, const ROWS: usize, const VECTORS: usize>(t: &Tile, wid
 }
 
 #[inline(always)]
-unsafe fn rows<V: Vector, const VECTORS: usize>(t: &Tile, mr: usize, width: usize) {
+unsafe fn rows<V: Vector, const VECTORS: usize>(t: &Tile, mr: usize) {
     // SAFETY: passed on from the caller.
     unsafe {
         match mr {
-            1 => tile::<V, 1, VECTORS>(t, width),
-            2 => tile::<V, 2, VECTORS>(t, width),
-            3 => tile::<V, 3, VECTORS>(t, width),
-            4 => tile::<V, 4, VECTORS>(t, width),
-            5 => tile::<V, 5, VECTORS>(t, width),
-            _ => tile::<V, 6, VECTORS>(t, width),
+            1 => tile::<V, 1, VECTORS>(t),
+            2 => tile::<V, 2, VECTORS>(t),
+            3 => tile::<V, 3, VECTORS>(t),
+            4 => tile::<V, 4, VECTORS>(t),
+            5 => tile::<V, 5, VECTORS>(t),
+            _ => tile::<V, 6, VECTORS>(t),
         }
     }
 }
@@ -105,8 +116,8 @@ unsafe fn rows<V: Vector, const VECTORS: usize>(t: &Tile, mr: usize, width: usiz
 /// Computes one tile of `mr` ≤ [`MR`] rows and at most [`panel_width`] columns.
 ///
 /// # Safety
-/// `isa` is one this machine has; `t.a` covers `mr` rows and `t.k` steps at its strides, `t.b` covers `t.k` packed rows, `t.c` covers
-/// `mr` rows of `t.cols` elements at its stride; `1 <= mr <= MR` and `1 <= t.cols <= panel_width(isa)`.
+/// `isa` is one this machine has; `t.a` covers `mr` rows and `t.k` steps at its strides, `t.b` covers `t.k` packed rows, `t.c` and
+/// `t.addend`, unless null, cover `mr` rows of `t.cols` elements at the stride of C; `1 <= mr <= MR` and `1 <= t.cols <= panel_width(isa)`.
 #[inline]
 pub unsafe fn run(isa: Isa, t: &Tile, mr: usize) {
     match isa {
@@ -119,8 +130,8 @@ pub unsafe fn run(isa: Isa, t: &Tile, mr: usize) {
         // SAFETY: as above.
         _ => unsafe {
             match t.cols.div_ceil(8) {
-                1 => rows::<Portable, 1>(t, mr, 8 * NARROW),
-                _ => rows::<Portable, 2>(t, mr, 8 * NARROW),
+                1 => rows::<Portable, 1>(t, mr),
+                _ => rows::<Portable, 2>(t, mr),
             }
         },
     }
@@ -192,10 +203,10 @@ mod x86 {
         // SAFETY: passed on from the caller.
         unsafe {
             match t.cols.div_ceil(16) {
-                1 => rows::<__m512, 1>(t, mr, 64),
-                2 => rows::<__m512, 2>(t, mr, 64),
-                3 => rows::<__m512, 3>(t, mr, 64),
-                _ => rows::<__m512, 4>(t, mr, 64),
+                1 => rows::<__m512, 1>(t, mr),
+                2 => rows::<__m512, 2>(t, mr),
+                3 => rows::<__m512, 3>(t, mr),
+                _ => rows::<__m512, 4>(t, mr),
             }
         }
     }
@@ -205,8 +216,8 @@ mod x86 {
         // SAFETY: passed on from the caller.
         unsafe {
             match t.cols.div_ceil(8) {
-                1 => rows::<__m256, 1>(t, mr, 16),
-                _ => rows::<__m256, 2>(t, mr, 16),
+                1 => rows::<__m256, 1>(t, mr),
+                _ => rows::<__m256, 2>(t, mr),
             }
         }
     }

@@ -1,13 +1,15 @@
 //! f32 matrix product `C[m, n] (+)= Σ A·B` over one or several terms, the right operand read by panels whatever its storage.
 //!
 //! Several terms share one pass over C: a linear and its low-rank adapter are `[x, u]·[W, B]ᵀ`, and the input gradients of q, k and v
-//! with their adapters are one product. The right operand is packed into panels as wide as a register tile; the left one is read in
-//! place when its rows are contiguous and packed otherwise. M and N are cut among threads freely, K only at term ends and at multiples
+//! with their adapters are one product. The right operand is packed into panels as wide as a register tile, by the thread that uses them
+//! next; the left one is read in place when its rows are contiguous and packed otherwise. M and N are cut among threads freely, K only at term ends and at multiples
 //! of [`KC`], so every element is summed in the same order whatever the number of threads.
 //!
 //! Blocking after Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication" (2008).
 
 mod kernel;
+
+use std::ops::Range;
 
 use crate::isa::isa;
 use crate::panel::PanelSource;
@@ -17,10 +19,8 @@ use kernel::{MR, Tile};
 
 /// Longest run of the contraction between two visits of a tile of C.
 const KC: usize = 1024;
-/// Elements of packed right operand held at once (8 MB: a share of the last-level cache).
-const PACKED: usize = 2 << 20;
-/// Columns decoded at once where the storage's blocks lie along them.
-const DECODE_COLS: usize = 256;
+/// Least number of columns that one piece of work packs and multiplies.
+const GROUP_COLS: usize = 64;
 
 /// A strided view of f32 values: element (i, j) is `data[i * row_stride + j * col_stride]`.
 #[derive(Clone, Copy)]
@@ -75,50 +75,90 @@ impl<'a> Term<'a> {
 
 /// Where a product's result goes: row-major, rows `stride` apart.
 pub struct Out<'a> {
-    pub data: &'a mut [f32],
-    pub stride: usize,
-    /// Add to what is there instead of overwriting it.
-    pub accumulate: bool,
+    data: &'a mut [f32],
+    stride: usize,
+    to: To<'a>,
+}
+
+/// What a product is added to.
+#[derive(Clone, Copy)]
+enum To<'a> {
+    Nothing,
+    Itself,
+    Other(&'a [f32]),
 }
 
 impl<'a> Out<'a> {
-    /// Overwrites dense rows of `stride` columns.
+    /// Overwrites rows that start `stride` elements apart.
     pub fn set(data: &'a mut [f32], stride: usize) -> Self {
-        Self { data, stride, accumulate: false }
+        Self { data, stride, to: To::Nothing }
     }
 
-    /// Adds to dense rows of `stride` columns.
+    /// Adds to rows that start `stride` elements apart.
     pub fn add(data: &'a mut [f32], stride: usize) -> Self {
-        Self { data, stride, accumulate: true }
+        Self { data, stride, to: To::Itself }
+    }
+
+    /// Overwrites rows with the product plus `addend`, which has the same stride.
+    pub fn sum(data: &'a mut [f32], stride: usize, addend: &'a [f32]) -> Self {
+        Self { data, stride, to: To::Other(addend) }
+    }
+
+    /// Puts the dense rows `values` (plus what was to be added to) in place; what follows is added to that.
+    pub fn plus(self, values: &[f32]) -> Self {
+        let Self { data, stride, to } = self;
+        for (i, row) in values.chunks_exact(stride).enumerate() {
+            let range = i * stride..(i + 1) * stride;
+            for (j, v) in range.clone().zip(row) {
+                let before = match to {
+                    To::Nothing => 0.0,
+                    To::Itself => data[j],
+                    To::Other(addend) => addend[j],
+                };
+                data[j] = before + v;
+            }
+        }
+        Self { data, stride, to: To::Itself }
+    }
+
+    /// The values.
+    pub fn into_data(self) -> &'a mut [f32] {
+        self.data
     }
 }
 
-/// Computes the product on the threads of the pool.
+/// Computes the product on the threads of the pool, and gives its rows back.
 ///
 /// # Panics
 /// When an operand is too small for the shape: a fault of the caller, never of a file.
-pub fn gemm(m: usize, n: usize, terms: &[Term], out: Out) {
-    product(m, n, terms, out, true);
+pub fn gemm<'a>(m: usize, n: usize, terms: &[Term], out: Out<'a>) -> &'a mut [f32] {
+    product(m, n, terms, out, true)
 }
 
 /// Computes the product on the calling thread alone, for pieces of an operation that is itself cut among threads.
 ///
 /// # Panics
 /// As [`gemm`].
-pub fn gemm_serial(m: usize, n: usize, terms: &[Term], out: Out) {
-    product(m, n, terms, out, false);
+pub fn gemm_serial<'a>(m: usize, n: usize, terms: &[Term], out: Out<'a>) -> &'a mut [f32] {
+    product(m, n, terms, out, false)
 }
 
 fn for_each(parallel: bool, n: usize, f: impl Fn(usize) + Sync) {
     if parallel { parallel::for_each(n, f) } else { (0..n).for_each(f) }
 }
 
-fn product(m: usize, n: usize, terms: &[Term], out: Out, parallel: bool) {
+fn product<'a>(m: usize, n: usize, terms: &[Term], out: Out<'a>, parallel: bool) -> &'a mut [f32] {
+    let Out { data, stride, to } = out;
     if m == 0 || n == 0 {
-        return;
+        return data;
     }
-    assert!((m - 1) * out.stride + n <= out.data.len(), "C is smaller than [{m}, {n}]");
+    let covered = (m - 1) * stride + n;
+    assert!(covered <= data.len(), "C is smaller than [{m}, {n}]");
+    if let To::Other(addend) = to {
+        assert!(covered <= addend.len(), "the addend is smaller than [{m}, {n}]");
+    }
     for term in terms {
+        assert!(term.k > 0, "a term without a contraction");
         assert!(term.a.covers(m, term.k), "A is smaller than [{m}, {}]", term.k);
         let fits = match term.b {
             Rhs::View(view) => view.covers(term.k, n),
@@ -127,15 +167,7 @@ fn product(m: usize, n: usize, terms: &[Term], out: Out, parallel: bool) {
         };
         assert!(fits, "B is not [{}, {n}]", term.k);
     }
-    let k_total: usize = terms.iter().map(|t| t.k).sum();
-    if k_total == 0 {
-        if !out.accumulate {
-            for row in out.data.chunks_mut(out.stride).take(m) {
-                row[..n].fill(0.0);
-            }
-        }
-        return;
-    }
+    assert!(!terms.is_empty(), "a product of nothing");
     let packed_a: usize = terms.iter().filter(|t| t.a.col_stride != 1).map(|t| t.k).sum();
     let m_padded = m.next_multiple_of(MR);
     scratch::with(Purpose::PackedA, packed_a * m_padded, |packed| {
@@ -145,106 +177,122 @@ fn product(m: usize, n: usize, terms: &[Term], out: Out, parallel: bool) {
             pack_a(term.a, m, term.k, &mut packed[from..to], parallel);
             from = to;
         }
-        let width = kernel::panel_width(isa());
-        let n_chunk = (PACKED / k_total / width * width).clamp(width, n.next_multiple_of(width));
-        for n0 in (0..n).step_by(n_chunk) {
-            let cols = n_chunk.min(n - n0);
-            let panels = cols.div_ceil(width);
-            scratch::with(Purpose::PackedB, panels * width * k_total, |packed_b| {
-                pack_b(terms, k_total, n0, cols, packed_b, parallel);
-                let c = SharedMut::new(out.data);
-                let job = Job { m, n0, cols, k_total, terms, packed_a: packed, packed_b };
-                job.run(c, out.stride, out.accumulate, parallel);
-            });
-        }
+        Job { m, n, terms, packed_a: packed, c: SharedMut::new(data), stride, to }.run(parallel);
     });
+    data
 }
 
-/// A product whose right operand is packed for the columns `n0..n0 + cols`.
+/// A product whose left operands are ready.
 struct Job<'a> {
     m: usize,
-    n0: usize,
-    cols: usize,
-    k_total: usize,
+    n: usize,
     terms: &'a [Term<'a>],
     packed_a: &'a [f32],
-    packed_b: &'a [f32],
+    c: SharedMut<'a>,
+    stride: usize,
+    to: To<'a>,
 }
 
 impl Job<'_> {
-    fn run(&self, c: SharedMut, stride: usize, accumulate: bool, parallel: bool) {
+    /// Cuts C into groups of columns. A piece packs the right operand for its group, a run of K at a time, into the second-level cache,
+    /// and passes all rows by it. Groups that would leave threads without work are cut by rows as well.
+    fn run(&self, parallel: bool) {
         let width = kernel::panel_width(isa());
-        let panels = self.cols.div_ceil(width);
-        let threads = if parallel { rayon::current_num_threads() } else { 1 };
-        // Rows are cut into as many equal pieces as keep all threads busy, near 128 each so that a piece of A stays in the second-level
-        // cache; where there are too few rows, columns are cut as well.
+        let block = |term: &Term| match term.b {
+            Rhs::Plain(w) if w.as_f32().is_none() => w.block_cols(),
+            _ => 1,
+        };
+        let columns = self.terms.iter().map(block).fold(GROUP_COLS, usize::max).next_multiple_of(width);
+        let groups = self.n.div_ceil(columns);
         let tiles = self.m.div_ceil(MR);
-        let pieces = tiles.div_ceil(20).next_multiple_of(threads).min(tiles);
-        let tiles_per_piece = tiles.div_ceil(pieces);
-        let row_pieces = tiles.div_ceil(tiles_per_piece);
-        let column_pieces = if row_pieces.is_multiple_of(threads) { 1 } else { (4 * threads).min(panels) };
-        let panels_per_piece = panels.div_ceil(column_pieces);
-        for_each(parallel, row_pieces * column_pieces, |piece| {
-            let (rows, columns) = (piece / column_pieces, piece % column_pieces);
-            let tile_range = rows * tiles_per_piece..((rows + 1) * tiles_per_piece).min(tiles);
-            let first = columns * panels_per_piece;
-            for panel in first..((columns + 1) * panels_per_piece).min(panels) {
-                self.panel(panel, width, tile_range.clone(), c, stride, accumulate);
-            }
+        let threads = if parallel { rayon::current_num_threads() } else { 1 };
+        let whole = groups / threads * threads;
+        let parts = threads.min(tiles);
+        for_each(parallel, whole + (groups - whole) * parts, |piece| {
+            let (group, rows) = if piece < whole {
+                (piece, 0..tiles)
+            } else {
+                let part = (piece - whole) % parts;
+                (whole + (piece - whole) / parts, part * tiles / parts..(part + 1) * tiles / parts)
+            };
+            let start = group * columns;
+            self.group(start..(start + columns).min(self.n), width, rows);
         });
     }
 
-    fn panel(
-        &self,
-        panel: usize,
-        width: usize,
-        tiles: std::ops::Range<usize>,
-        c: SharedMut,
-        stride: usize,
-        accumulate: bool,
-    ) {
-        let cols = width.min(self.cols - panel * width);
-        let mut b = &self.packed_b[panel * width * self.k_total..];
-        let m_padded = self.m.next_multiple_of(MR);
+    fn group(&self, columns: Range<usize>, width: usize, tiles: Range<usize>) {
         let mut packed_a = self.packed_a;
-        let mut accumulate = accumulate;
+        let mut first = true;
         for term in self.terms {
-            let in_place = term.a.col_stride == 1;
             for k0 in (0..term.k).step_by(KC) {
                 let k = KC.min(term.k - k0);
-                for tile in tiles.clone() {
-                    let row = tile * MR;
-                    let mr = MR.min(self.m - row);
-                    let (a, a_row_stride, a_k_stride) = if in_place {
-                        (&term.a.data[row * term.a.row_stride + k0..], term.a.row_stride, 1)
-                    } else {
-                        (&packed_a[row * term.k + k0 * MR..], 1, MR)
-                    };
-                    let start = row * stride + self.n0 + panel * width;
-                    // SAFETY: pieces own disjoint tiles of C, and `product` checked that every operand covers its shape.
-                    unsafe {
-                        let t = Tile {
-                            k,
-                            a: a.as_ptr(),
-                            a_row_stride,
-                            a_k_stride,
-                            b: b.as_ptr(),
-                            c: c.pointer(start),
-                            c_stride: stride,
-                            accumulate,
-                            cols,
-                        };
-                        kernel::run(isa(), &t, mr);
+                scratch::with(Purpose::PackedB, columns.len().next_multiple_of(width) * k, |packed_b| {
+                    pack_b(term, k0..k0 + k, columns.clone(), packed_b);
+                    for start in columns.clone().step_by(width) {
+                        let cols = width.min(columns.end - start);
+                        let b = &packed_b[(start - columns.start) * k..];
+                        for tile in tiles.clone() {
+                            self.tile(term, packed_a, k0, k, tile * MR, start..start + cols, b, first);
+                        }
                     }
-                }
-                b = &b[k * width..];
-                accumulate = true;
+                });
+                first = false;
             }
-            if !in_place {
-                packed_a = &packed_a[term.k * m_padded..];
+            if term.a.col_stride != 1 {
+                packed_a = &packed_a[term.k * self.m.next_multiple_of(MR)..];
             }
         }
     }
+
+    #[allow(clippy::too_many_arguments)]
+    #[inline]
+    fn tile(
+        &self,
+        term: &Term,
+        packed_a: &[f32],
+        k0: usize,
+        k: usize,
+        row: usize,
+        cols: Range<usize>,
+        b: &[f32],
+        first: bool,
+    ) {
+        let mr = MR.min(self.m - row);
+        let (a, a_row_stride, a_k_stride) = if term.a.col_stride == 1 {
+            (&term.a.data[row * term.a.row_stride + k0..], term.a.row_stride, 1)
+        } else {
+            (&packed_a[row * term.k + k0 * MR..], 1, MR)
+        };
+        let start = row * self.stride + cols.start;
+        let c = self.c.pointer(start);
+        let addend = match self.to {
+            _ if !first => c.cast_const(),
+            To::Nothing => std::ptr::null(),
+            To::Itself => c.cast_const(),
+            To::Other(addend) => addend[start..].as_ptr(),
+        };
+        let b_stride = packed_width(cols.len());
+        let t = Tile {
+            k,
+            a: a.as_ptr(),
+            a_row_stride,
+            a_k_stride,
+            b: b.as_ptr(),
+            b_stride,
+            c,
+            c_stride: self.stride,
+            addend,
+            cols: cols.len(),
+        };
+        debug_assert!(b.len() >= k * b_stride);
+        // SAFETY: pieces own disjoint tiles of C, and `product` checked that every operand covers its shape.
+        unsafe { kernel::run(isa(), &t, mr) };
+    }
+}
+
+/// Elements from one packed row of a panel of `cols` columns to the next: the last panel is no wider than it must be.
+fn packed_width(cols: usize) -> usize {
+    cols.next_multiple_of(kernel::lanes(isa()))
 }
 
 /// A right operand `B[k, n]` packed once for several products on one thread.
@@ -257,46 +305,50 @@ pub struct Packed<'a> {
 impl<'a> Packed<'a> {
     /// Elements of memory that [`Packed::new`] needs.
     pub fn len(k: usize, n: usize) -> usize {
-        k * n.next_multiple_of(kernel::panel_width(isa()))
+        let width = kernel::panel_width(isa());
+        k * (n / width * width + packed_width(n % width))
     }
 
     /// Packs `b` into `memory`, of [`Packed::len`] elements, on the calling thread.
     pub fn new(k: usize, n: usize, b: MatRef, memory: &'a mut [f32]) -> Self {
         assert!(b.covers(k, n), "B is smaller than [{k}, {n}]");
         let len = Self::len(k, n);
-        pack_b(&[Term::new(k, b, Rhs::View(b))], k, 0, n, &mut memory[..len], false);
+        pack_b(&Term::new(k, b, Rhs::View(b)), 0..k, 0..n, &mut memory[..len]);
         Self { k, n, data: memory }
     }
 
     /// `C[m, cols] (+)= A[m, rows] · B[rows, cols]` for a range of B's rows and a range of its columns that starts at a panel, on the
-    /// calling thread. A's rows are contiguous.
-    pub fn product(&self, m: usize, rows: std::ops::Range<usize>, cols: std::ops::Range<usize>, a: MatRef, out: Out) {
+    /// calling thread. A's rows are contiguous, and C is overwritten or added to.
+    pub fn product(&self, m: usize, rows: Range<usize>, cols: Range<usize>, a: MatRef, out: Out) {
         let width = kernel::panel_width(isa());
         let k = rows.len();
         assert!(m > 0 && k > 0 && !cols.is_empty(), "an empty product");
         assert!(rows.end <= self.k && cols.end <= self.n && cols.start.is_multiple_of(width), "outside B");
         assert!(a.covers(m, k) && a.col_stride == 1, "A is not rows of [{m}, {k}]");
         assert!((m - 1) * out.stride + cols.len() <= out.data.len(), "C is smaller than [{m}, {}]", cols.len());
+        let data = SharedMut::new(out.data);
         let first = cols.start / width;
         for panel in first..cols.end.div_ceil(width) {
-            let b = &self.data[(panel * self.k + rows.start) * width..];
+            let b_stride = packed_width(width.min(self.n - panel * width));
+            let b = &self.data[panel * self.k * width + rows.start * b_stride..];
             let wide = width.min(cols.end - panel * width);
             for row in (0..m).step_by(MR) {
+                let c = data.pointer(row * out.stride + (panel - first) * width);
+                let addend = if matches!(out.to, To::Nothing) { std::ptr::null() } else { c.cast_const() };
+                let t = Tile {
+                    k,
+                    a: a.data[row * a.row_stride..].as_ptr(),
+                    a_row_stride: a.row_stride,
+                    a_k_stride: 1,
+                    b: b.as_ptr(),
+                    b_stride,
+                    c,
+                    c_stride: out.stride,
+                    addend,
+                    cols: wide,
+                };
                 // SAFETY: the shapes were checked above.
-                unsafe {
-                    let t = Tile {
-                        k,
-                        a: a.data[row * a.row_stride..].as_ptr(),
-                        a_row_stride: a.row_stride,
-                        a_k_stride: 1,
-                        b: b.as_ptr(),
-                        c: out.data[row * out.stride + (panel - first) * width..].as_mut_ptr(),
-                        c_stride: out.stride,
-                        accumulate: out.accumulate,
-                        cols: wide,
-                    };
-                    kernel::run(isa(), &t, MR.min(m - row));
-                }
+                unsafe { kernel::run(isa(), &t, MR.min(m - row)) };
             }
         }
     }
@@ -339,76 +391,55 @@ fn pack_a(a: MatRef, m: usize, k: usize, packed: &mut [f32], parallel: bool) {
     });
 }
 
-/// Packs the columns `n0..n0 + cols` of every term's right operand: panels of [`kernel::panel_width`] columns, padded with zeros, each
-/// holding all terms one after the other.
-fn pack_b(terms: &[Term], k_total: usize, n0: usize, cols: usize, packed: &mut [f32], parallel: bool) {
+/// Packs the rows `ks` and the columns `cols` of a term's right operand: panels of [`kernel::panel_width`] columns one after the other,
+/// the last one as wide as [`packed_width`] says.
+fn pack_b(term: &Term, ks: Range<usize>, cols: Range<usize>, packed: &mut [f32]) {
     let width = kernel::panel_width(isa());
-    let panels = cols.div_ceil(width);
-    let group = (DECODE_COLS / width).max(1);
-    let shared = SharedMut::new(packed);
-    let mut k_before = 0;
-    for term in terms {
-        let blocks = term.k.div_ceil(KC);
-        let groups = panels.div_ceil(group);
-        for_each(parallel, groups * blocks, |piece| {
-            let k0 = piece % blocks * KC;
-            let k = KC.min(term.k - k0);
-            let first = piece / blocks * group;
-            let panels_here = group.min(panels - first);
-            let start = n0 + first * width;
-            let columns = (panels_here * width).min(n0 + cols - start);
-            let fill = |panel: usize, source: MatRef| {
-                let from = ((first + panel) * k_total + k_before + k0) * width;
-                // SAFETY: pieces own disjoint panels or disjoint runs of K within them.
-                let to = unsafe { shared.slice(from, k * width) };
-                let wide = width.min(columns - panel * width);
-                pack_panel(source, wide, width, to);
-                if term.scale != 1.0 {
-                    to.iter_mut().for_each(|v| *v *= term.scale);
+    let k = ks.len();
+    let fill = |packed: &mut [f32], start: usize, wide: usize, source: MatRef| {
+        let stride = packed_width(wide);
+        let to = &mut packed[(start - cols.start) * k..][..k * stride];
+        pack_panel(source, wide, stride, to);
+        if term.scale != 1.0 {
+            to.iter_mut().for_each(|v| *v *= term.scale);
+        }
+    };
+    let panels = cols.clone().step_by(width).map(|start| (start, width.min(cols.end - start)));
+    match term.b {
+        Rhs::View(view) => {
+            for (start, wide) in panels {
+                let offset = ks.start * view.row_stride + start * view.col_stride;
+                fill(packed, start, wide, MatRef { data: &view.data[offset..], ..view });
+            }
+        }
+        Rhs::Transposed(w) => match w.as_f32() {
+            Some(values) => {
+                for (start, wide) in panels {
+                    fill(packed, start, wide, MatRef::rows(&values[start * w.cols() + ks.start..], w.cols()).t());
                 }
-            };
-            match term.b {
-                Rhs::View(view) => {
-                    for panel in 0..panels_here {
-                        let offset = k0 * view.row_stride + (start + panel * width) * view.col_stride;
-                        fill(panel, MatRef { data: &view.data[offset..], ..view });
-                    }
-                }
-                Rhs::Transposed(w) => {
-                    if let Some(values) = w.as_f32() {
-                        for panel in 0..panels_here {
-                            let offset = (start + panel * width) * w.cols() + k0;
-                            fill(panel, MatRef::rows(&values[offset..], w.cols()).t());
-                        }
-                        return;
-                    }
-                    for panel in 0..panels_here {
-                        let row = start + panel * width;
-                        let wide = width.min(columns - panel * width);
-                        scratch::with(Purpose::Panel, wide * k, |decoded| {
-                            w.panel_f32(row..row + wide, k0..k0 + k, decoded);
-                            fill(panel, MatRef::rows(decoded, k).t());
-                        });
-                    }
-                }
-                Rhs::Plain(w) => {
-                    if let Some(values) = w.as_f32() {
-                        for panel in 0..panels_here {
-                            let offset = k0 * w.cols() + start + panel * width;
-                            fill(panel, MatRef::rows(&values[offset..], w.cols()));
-                        }
-                        return;
-                    }
-                    scratch::with(Purpose::Panel, columns * k, |decoded| {
-                        w.panel_f32(k0..k0 + k, start..start + columns, decoded);
-                        for panel in 0..panels_here {
-                            fill(panel, MatRef::rows(&decoded[panel * width..], columns));
-                        }
+            }
+            None => {
+                for (start, wide) in panels {
+                    scratch::with(Purpose::Panel, wide * k, |decoded| {
+                        w.panel_f32(start..start + wide, ks.clone(), decoded);
+                        fill(packed, start, wide, MatRef::rows(decoded, k).t());
                     });
                 }
             }
-        });
-        k_before += term.k;
+        },
+        Rhs::Plain(w) => match w.as_f32() {
+            Some(values) => {
+                for (start, wide) in panels {
+                    fill(packed, start, wide, MatRef::rows(&values[ks.start * w.cols() + start..], w.cols()));
+                }
+            }
+            None => scratch::with(Purpose::Panel, cols.len() * k, |decoded| {
+                w.panel_f32(ks.clone(), cols.clone(), decoded);
+                for (start, wide) in panels {
+                    fill(packed, start, wide, MatRef::rows(&decoded[start - cols.start..], cols.len()));
+                }
+            }),
+        },
     }
 }
 
@@ -467,7 +498,7 @@ mod tests {
         fn cols(&self) -> usize {
             self.0.cols()
         }
-        fn panel_f32(&self, rows: std::ops::Range<usize>, cols: std::ops::Range<usize>, dst: &mut [f32]) {
+        fn panel_f32(&self, rows: Range<usize>, cols: std::ops::Range<usize>, dst: &mut [f32]) {
             self.0.panel_f32(rows, cols, dst);
         }
     }
@@ -545,7 +576,7 @@ mod tests {
             Term::new(k, MatRef::rows(&x, k), Rhs::Transposed(&weight)),
             Term { scale: 0.5, ..Term::new(r, MatRef::rows(&u, r), Rhs::View(MatRef::rows(&b, r).t())) },
         ];
-        gemm(m, n, &terms, Out { data: &mut c, stride, accumulate: true });
+        gemm(m, n, &terms, Out::add(&mut c, stride));
         let main = reference(m, n, k, |i, p| x[i * k + p], |p, j| w[j * k + p]);
         let low = reference(m, n, r, |i, p| u[i * r + p], |p, j| b[j * r + p]);
         for i in 0..m {
@@ -559,6 +590,18 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn an_addend_is_added_once() {
+        let (m, n, k) = (9, 70, 1500);
+        let (a, b, addend) = (random(1, m * k), random(2, n * k), random(3, m * n));
+        let weight = F32Panel::new(&b, k);
+        let term = Term::new(k, MatRef::rows(&a, k), Rhs::Transposed(&weight));
+        let (mut sum, mut plain) = (vec![f32::NAN; m * n], addend.clone());
+        gemm(m, n, &[term], Out::sum(&mut sum, n, &addend));
+        gemm(m, n, &[term], Out::add(&mut plain, n));
+        assert_eq!(sum, plain);
     }
 
     #[test]
