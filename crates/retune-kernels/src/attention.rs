@@ -9,7 +9,7 @@ use crate::gemm::{self, MatRef, Out, Packed, Rhs, Term, gemm_serial};
 use crate::multiversion;
 use crate::parallel::{self, SharedMut};
 use crate::scratch::{self, Purpose};
-use crate::vector::{LANES, dot_inline, exp, sum_lanes};
+use crate::vector::{LANES, dot, exp, sum_lanes};
 
 /// Queries whose scores are held at once.
 const BLOCK: usize = 64;
@@ -180,12 +180,6 @@ multiversion! {
     }
 }
 
-multiversion! {
-    fn row_dot(a: &[f32], b: &[f32]) -> f32 {
-        dot_inline(a, b)
-    }
-}
-
 /// What the backward reads: the forward's inputs and outputs.
 pub struct Saved<'a> {
     pub q: &'a [f32],
@@ -288,7 +282,7 @@ fn head_backward(
                     let rows = scores.chunks_exact_mut(width).zip(gradients.chunks_exact_mut(width));
                     for (i, (scores, gradients)) in rows.enumerate() {
                         let at = start + i * q_stride;
-                        let delta = row_dot(&dout[at..at + d], &saved.out[at..at + d]);
+                        let delta = dot(&dout[at..at + d], &saved.out[at..at + d]);
                         let lse = saved.lse[(token + i) * heads.queries + head];
                         let seen = block.seen(heads, i);
                         gradient_row(scores, gradients, seen.start, seen.end, heads.scale, lse, delta);

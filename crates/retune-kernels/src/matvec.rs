@@ -4,7 +4,7 @@ use crate::multiversion;
 use crate::panel::PanelSource;
 use crate::parallel::{self, SharedMut};
 use crate::scratch::{self, Purpose};
-use crate::vector::dot_inline;
+use crate::vector::dot;
 
 /// Largest number of rows for which reading the weight once beats packing it.
 pub const MAX_ROWS: usize = 4;
@@ -16,7 +16,7 @@ multiversion! {
         for (i, w) in weights.chunks_exact(k).enumerate() {
             for (row, x) in x.chunks_exact(k).enumerate() {
                 // SAFETY: one element, owned by the piece that owns this weight row.
-                unsafe { y.slice(row * n + first + i, 1)[0] = dot_inline(x, w) };
+                unsafe { y.slice(row * n + first + i, 1)[0] = dot(x, w) };
             }
         }
     }

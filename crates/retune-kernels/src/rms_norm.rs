@@ -3,13 +3,13 @@
 use crate::multiversion;
 use crate::parallel::{self, SharedMut};
 use crate::scratch::{self, Purpose};
-use crate::vector::{LANES, dot_inline, sum_lanes};
+use crate::vector::dot;
 
 multiversion! {
     fn forward_rows(x: &[f32], weight: &[f32], eps: f32, y: &mut [f32]) {
         let d = weight.len();
         for (x, y) in x.chunks_exact(d).zip(y.chunks_exact_mut(d)) {
-            let r = 1.0 / (dot_inline(x, x) / d as f32 + eps).sqrt();
+            let r = 1.0 / (dot(x, x) / d as f32 + eps).sqrt();
             for ((y, x), w) in y.iter_mut().zip(x).zip(weight) {
                 *y = x * r * w;
             }
@@ -33,27 +33,19 @@ pub fn forward(x: &[f32], weight: &[f32], eps: f32, y: &mut [f32]) {
 }
 
 multiversion! {
-    fn backward_rows(x: &[f32], weight: &[f32], eps: f32, dy: &[f32], dx: &mut [f32], inverse: &mut [f32]) {
+    fn backward_rows(x: &[f32], weight: &[f32], eps: f32, dy: &[f32], dx: &mut [f32], inverse: &mut [f32], scaled: &mut [f32]) {
         let d = weight.len();
         let rows = x.chunks_exact(d).zip(dy.chunks_exact(d)).zip(dx.chunks_exact_mut(d)).zip(inverse);
         for (((x, dy), dx), inverse) in rows {
-            let r = 1.0 / (dot_inline(x, x) / d as f32 + eps).sqrt();
+            let r = 1.0 / (dot(x, x) / d as f32 + eps).sqrt();
             *inverse = r;
-            let mut lanes = [0.0f32; LANES];
-            let whole = d / LANES * LANES;
-            let blocks = dy[..whole].chunks_exact(LANES).zip(weight[..whole].chunks_exact(LANES)).zip(x[..whole].chunks_exact(LANES));
-            for ((g, w), x) in blocks {
-                for i in 0..LANES {
-                    lanes[i] += g[i] * w[i] * x[i];
-                }
+            // Two sweeps over a row that stays in the first-level cache: dy ⊙ w, then its product with x.
+            for ((scaled, g), w) in scaled.iter_mut().zip(dy).zip(weight) {
+                *scaled = g * w;
             }
-            let mut mean = sum_lanes(lanes);
-            for i in whole..d {
-                mean += dy[i] * weight[i] * x[i];
-            }
-            let factor = r * r * (mean / d as f32);
-            for (((dx, x), g), w) in dx.iter_mut().zip(x).zip(dy).zip(weight) {
-                *dx += r * (g * w - x * factor);
+            let factor = r * r * (dot(scaled, x) / d as f32);
+            for ((dx, x), scaled) in dx.iter_mut().zip(x).zip(scaled.iter()) {
+                *dx += r * (scaled - x * factor);
             }
         }
     }
@@ -85,7 +77,9 @@ pub fn backward(x: &[f32], weight: &[f32], eps: f32, dy: &[f32], dx: &mut [f32],
             let range = first * d..(first + n) * d;
             // SAFETY: pieces are disjoint.
             let (dx, inverse) = unsafe { (shared.slice(first * d, n * d), inverses.slice(first, n)) };
-            backward_rows(&x[range.clone()], weight, eps, &dy[range], dx, inverse);
+            scratch::with(Purpose::Panel, d, |scaled| {
+                backward_rows(&x[range.clone()], weight, eps, &dy[range], dx, inverse, scaled);
+            });
         });
         if let Some(dw) = dw {
             let shared = SharedMut::new(dw);

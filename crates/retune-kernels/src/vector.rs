@@ -1,5 +1,7 @@
 //! Elementwise arithmetic and reductions over slices that the operations share.
 
+#[cfg(target_arch = "x86_64")]
+use crate::isa::Isa;
 use crate::multiversion;
 use crate::parallel::{self, SharedMut};
 
@@ -47,34 +49,82 @@ pub(crate) fn sum_lanes(lanes: [f32; LANES]) -> f32 {
     sums[0]
 }
 
-/// Σ a ⊙ b, inlined into the caller's instruction set.
-#[inline(always)]
-pub(crate) fn dot_inline(a: &[f32], b: &[f32]) -> f32 {
-    let mut lanes = [[0.0f32; LANES]; 4];
-    let mut a_blocks = a.chunks_exact(4 * LANES);
-    let mut b_blocks = b.chunks_exact(4 * LANES);
-    for (x, y) in a_blocks.by_ref().zip(b_blocks.by_ref()) {
-        for (lane, (x, y)) in lanes.iter_mut().zip(x.chunks_exact(LANES).zip(y.chunks_exact(LANES))) {
-            for i in 0..LANES {
-                lane[i] += x[i] * y[i];
-            }
+/// Σ a ⊙ b over the shorter length. Written with intrinsics where there are any: of a sum over fixed lanes the compiler makes 128-bit code.
+#[inline]
+pub fn dot(a: &[f32], b: &[f32]) -> f32 {
+    #[cfg(target_arch = "x86_64")]
+    match crate::isa::isa() {
+        // SAFETY: `isa` returns a variant only when the machine has its features.
+        Isa::Avx512 => return unsafe { x86::dot_avx512(a, b) },
+        // SAFETY: as above.
+        Isa::Avx2 => return unsafe { x86::dot_avx2(a, b) },
+        Isa::Portable => {}
+    }
+    let mut lanes = [0.0f32; LANES];
+    let (a_blocks, b_blocks) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
+    for (x, y) in a_blocks.0.iter().zip(b_blocks.0) {
+        for i in 0..LANES {
+            lanes[i] += x[i] * y[i];
         }
     }
-    let mut total = [0.0f32; LANES];
-    for i in 0..LANES {
-        total[i] = (lanes[0][i] + lanes[1][i]) + (lanes[2][i] + lanes[3][i]);
-    }
-    let mut rest = 0.0;
-    for (x, y) in a_blocks.remainder().iter().zip(b_blocks.remainder()) {
-        rest += x * y;
-    }
-    sum_lanes(total) + rest
+    let done = a_blocks.0.len().min(b_blocks.0.len()) * LANES;
+    sum_lanes(lanes) + a[done..].iter().zip(&b[done..]).map(|(x, y)| x * y).sum::<f32>()
 }
 
-multiversion! {
-    /// Σ a ⊙ b.
-    pub fn dot(a: &[f32], b: &[f32]) -> f32 {
-        dot_inline(a, b)
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use std::arch::x86_64::*;
+
+    #[target_feature(enable = "avx512f")]
+    pub fn dot_avx512(a: &[f32], b: &[f32]) -> f32 {
+        let n = a.len().min(b.len());
+        let mut sums = [_mm512_setzero_ps(); 4];
+        let mut i = 0;
+        // SAFETY: every load is below n, the masked one by its mask.
+        unsafe {
+            while i + 64 <= n {
+                for (j, sum) in sums.iter_mut().enumerate() {
+                    let at = i + 16 * j;
+                    *sum =
+                        _mm512_fmadd_ps(_mm512_loadu_ps(a.as_ptr().add(at)), _mm512_loadu_ps(b.as_ptr().add(at)), *sum);
+                }
+                i += 64;
+            }
+            while i < n {
+                let mask = if n - i >= 16 { u16::MAX } else { (1u16 << (n - i)) - 1 };
+                let (x, y) =
+                    (_mm512_maskz_loadu_ps(mask, a.as_ptr().add(i)), _mm512_maskz_loadu_ps(mask, b.as_ptr().add(i)));
+                sums[0] = _mm512_fmadd_ps(x, y, sums[0]);
+                i += 16;
+            }
+        }
+        let [a, b, c, d] = sums;
+        _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(a, b), _mm512_add_ps(c, d)))
+    }
+
+    #[target_feature(enable = "avx2,fma")]
+    pub fn dot_avx2(a: &[f32], b: &[f32]) -> f32 {
+        let n = a.len().min(b.len());
+        let mut sums = [_mm256_setzero_ps(); 4];
+        let mut i = 0;
+        // SAFETY: every load is below n.
+        unsafe {
+            while i + 32 <= n {
+                for (j, sum) in sums.iter_mut().enumerate() {
+                    let at = i + 8 * j;
+                    *sum =
+                        _mm256_fmadd_ps(_mm256_loadu_ps(a.as_ptr().add(at)), _mm256_loadu_ps(b.as_ptr().add(at)), *sum);
+                }
+                i += 32;
+            }
+        }
+        let [w, x, y, z] = sums;
+        let sum = _mm256_add_ps(_mm256_add_ps(w, x), _mm256_add_ps(y, z));
+        let mut lanes = [0.0f32; 8];
+        // SAFETY: eight elements.
+        unsafe { _mm256_storeu_ps(lanes.as_mut_ptr(), sum) };
+        let rest: f32 = a[i..n].iter().zip(&b[i..n]).map(|(x, y)| x * y).sum();
+        lanes.iter().sum::<f32>() + rest
     }
 }
 
@@ -146,6 +196,16 @@ pub fn sum_squares(values: &[f32]) -> f64 {
     a + b
 }
 
+/// `to += scale · fromᵀ` for `to: [n, r]` and `from: [r, n]`.
+pub fn add_transposed(to: &mut [f32], from: &[f32], r: usize, scale: f32) {
+    let n = to.len() / r;
+    for (i, row) in to.chunks_exact_mut(r).enumerate() {
+        for (j, v) in row.iter_mut().enumerate() {
+            *v += scale * from[j * n + i];
+        }
+    }
+}
+
 /// Adds the vector `bias` to each row of `y: [T, n]`.
 pub fn add_bias(y: &mut [f32], bias: &[f32]) {
     let n = bias.len();
@@ -201,6 +261,13 @@ mod tests {
             let squares: f64 = to_f64(&a).iter().map(|x| x * x).sum();
             assert!((sum_squares(&a) - squares).abs() < 1e-9 * (squares + 1.0), "n = {n}");
         }
+    }
+
+    #[test]
+    fn a_transpose_is_added() {
+        let mut to = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0];
+        add_transposed(&mut to, &[10.0, 20.0, 30.0, 40.0, 50.0, 60.0], 2, 0.5);
+        assert_eq!(to, [6.0, 22.0, 13.0, 29.0, 20.0, 36.0]);
     }
 
     #[test]

@@ -87,7 +87,7 @@ impl Model {
     ) -> f64 {
         let (d, v) = (self.config.hidden_size, self.config.vocab_size);
         let last = workspace.input(self.layers.len(), backward);
-        let block = Workspace::head_rows(self);
+        let block = Workspace::head_rows(self, pass.labels.len());
         let Workspace { x, temporary, head, losses, .. } = workspace;
         losses.resize(pass.labels.len(), 0.0);
         if backward {
@@ -96,7 +96,7 @@ impl Model {
         for (labels, losses) in pass.labels.chunks(block).zip(losses.chunks_mut(block)) {
             let rows = labels.len();
             self.gather_normalised(params, labels.iter().map(|l| l.token), rows, &x[last], head);
-            grow(&mut head.logits, block.min(pass.labels.len()) * v);
+            grow(&mut head.logits, block * v);
             grow(&mut head.u, block * self.head.rank());
             head.targets.clear();
             head.targets.extend(labels.iter().map(|l| l.target));

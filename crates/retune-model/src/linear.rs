@@ -67,6 +67,7 @@ impl Dropout<'_> {
 pub struct LinearScratch {
     dropped: Vec<f32>,
     low_rank: Vec<f32>,
+    b_gradient: Vec<f32>,
 }
 
 fn sized(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
@@ -178,7 +179,7 @@ pub fn parameter_gradients(
     dropout: Option<&Dropout>,
     scratch: &mut LinearScratch,
 ) {
-    let LinearScratch { dropped, low_rank } = scratch;
+    let LinearScratch { dropped, low_rank, b_gradient } = scratch;
     let mut rest = &low_rank[..];
     for Branch { linear, g, u } in branches {
         let (k, n) = (linear.in_features, linear.out_features);
@@ -200,8 +201,11 @@ pub fn parameter_gradients(
             };
             let term = Term::new(tokens, MatRef::rows(v, r).t(), Rhs::View(MatRef::rows(x, k)));
             gemm(r, k, &[term], Out::add(&mut grads[lora.a.clone()], k));
-            let term = Term { scale: lora.scaling, ..Term::new(tokens, g_t, Rhs::View(MatRef::rows(u, r))) };
-            gemm(n, r, &[term], Out::add(&mut grads[lora.b.clone()], r));
+            // dBᵀ has few rows, so that g is read as it lies.
+            let transposed = sized(b_gradient, r * n);
+            let term = Term::new(tokens, MatRef::rows(u, r).t(), Rhs::View(MatRef::rows(g, n)));
+            gemm(r, n, &[term], Out::set(transposed, n));
+            vector::add_transposed(&mut grads[lora.b.clone()], transposed, r, lora.scaling);
         }
         if let Some(range) = linear.weight.range() {
             let _span = span(Operation::WeightGradient);
@@ -225,7 +229,7 @@ pub fn input_gradient(
 ) {
     let Some(first) = branches.first() else { return };
     let k = first.linear.in_features;
-    let LinearScratch { dropped, low_rank } = scratch;
+    let LinearScratch { dropped, low_rank, .. } = scratch;
     let _span = span(Operation::Linear);
     let sources: ArrayVec<_, MAX_BRANCHES> = branches.iter().map(|b| b.linear.weight.source(params)).collect();
     let mut terms = ArrayVec::<Term, { 2 * MAX_BRANCHES }>::new();

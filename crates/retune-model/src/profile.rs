@@ -1,6 +1,6 @@
 //! Where a step's time goes: one counter per kind of operation, always on, read by `retune bench`.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Instant;
 
 /// A kind of operation.
@@ -36,21 +36,22 @@ pub const OPERATIONS: [(Operation, &str); 11] = [
 
 static NANOSECONDS: [AtomicU64; OPERATIONS.len()] = [const { AtomicU64::new(0) }; OPERATIONS.len()];
 
-/// Adds the time until it is dropped to an operation's counter.
-pub struct Span {
-    operation: Operation,
-    start: Instant,
-}
+/// Whether an operation is being counted: what runs inside it (the head's product inside the head) is not counted again.
+static COUNTING: AtomicBool = AtomicBool::new(false);
 
-/// Starts counting.
+/// Adds the time until it is dropped to an operation's counter, unless it is part of another operation.
+pub struct Span(Option<(Operation, Instant)>);
+
+/// Starts counting. Operations follow each other on one thread, whatever they do in parallel inside.
 pub fn span(operation: Operation) -> Span {
-    Span { operation, start: Instant::now() }
+    Span((!COUNTING.swap(true, Ordering::Relaxed)).then(|| (operation, Instant::now())))
 }
 
 impl Drop for Span {
     fn drop(&mut self) {
-        let elapsed = self.start.elapsed().as_nanos() as u64;
-        NANOSECONDS[self.operation as usize].fetch_add(elapsed, Ordering::Relaxed);
+        let Some((operation, start)) = self.0 else { return };
+        NANOSECONDS[operation as usize].fetch_add(start.elapsed().as_nanos() as u64, Ordering::Relaxed);
+        COUNTING.store(false, Ordering::Relaxed);
     }
 }
 

@@ -7,8 +7,9 @@ use retune_kernels::rope;
 use crate::linear::LinearScratch;
 use crate::model::Model;
 
-/// Bytes of logits that exist at once: the head works through the label tokens in blocks of rows this large.
-const LOGITS_BYTES: usize = 64 << 20;
+/// Most bytes of logits that exist at once: the head works through the label tokens in blocks of rows. Each block reads and packs the
+/// whole head, so blocks are as large as that allows.
+const LOGITS_BYTES: usize = 104 << 20;
 
 /// What is kept of each layer's activations.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -125,9 +126,10 @@ impl Workspace {
         }
     }
 
-    /// Rows of logits that exist at once.
-    pub fn head_rows(model: &Model) -> usize {
-        (LOGITS_BYTES / (4 * model.config.vocab_size)).clamp(12, 1024) / 12 * 12
+    /// Rows of logits that exist at once in a pass of `labels` labels: blocks of equal size.
+    pub fn head_rows(model: &Model, labels: usize) -> usize {
+        let most = (LOGITS_BYTES / (4 * model.config.vocab_size)).max(16);
+        labels.div_ceil(labels.div_ceil(most).max(1)).max(1)
     }
 
     /// Where the input of layer `l` is kept in a pass that will (`backward`) or will not be followed by its backward.
@@ -195,7 +197,7 @@ impl Workspace {
         let inputs = if keep == Keep::Nothing { 2 } else { layers + 1 };
         let temporary = 3 * d + f + 2 * q + 2 * k;
         let attention = 2 * q;
-        let rows = Self::head_rows(model).min(labels);
+        let rows = Self::head_rows(model, labels);
         let head = rows * (4 * d + c.vocab_size);
         let packing = 3 << 20;
         4 * (tokens * (saved + inputs * d + temporary + attention) + head + packing)

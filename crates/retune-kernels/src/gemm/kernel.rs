@@ -80,18 +80,26 @@ unsafe fn tile<V: Vector, const ROWS: usize, const VECTORS: usize>(t: &Tile) {
             a = a.add(t.a_k_stride);
             b = b.add(t.b_stride);
         }
+        // Small loops with nothing to decide inside: they unroll, and the accumulators stay in registers throughout.
         let one = V::splat(1.0);
-        let add = !t.addend.is_null();
+        let whole = if full { VECTORS } else { VECTORS - 1 };
+        if !t.addend.is_null() {
+            for (i, row) in acc.iter_mut().enumerate() {
+                for (j, sum) in row.iter_mut().enumerate() {
+                    if j < VECTORS - 1 || full {
+                        *sum = V::load(t.addend.add(i * t.c_stride + j * V::LANES)).add_product(*sum, one);
+                    } else {
+                        *sum = V::load_first(t.addend.add(i * t.c_stride + j * V::LANES), last).add_product(*sum, one);
+                    }
+                }
+            }
+        }
         for (i, row) in acc.iter().enumerate() {
-            for (j, &sum) in row.iter().enumerate() {
-                let offset = i * t.c_stride + j * V::LANES;
-                let (to, from) = (t.c.add(offset), t.addend.wrapping_add(offset));
-                if full || j + 1 < VECTORS {
-                    let sum = if add { V::load(from).add_product(sum, one) } else { sum };
-                    sum.store(to);
+            for (j, sum) in row.iter().enumerate() {
+                if j < whole {
+                    sum.store(t.c.add(i * t.c_stride + j * V::LANES));
                 } else {
-                    let sum = if add { V::load_first(from, last).add_product(sum, one) } else { sum };
-                    sum.store_first(to, last);
+                    sum.store_first(t.c.add(i * t.c_stride + j * V::LANES), last);
                 }
             }
         }

@@ -19,6 +19,8 @@ use kernel::{MR, Tile};
 
 /// Longest run of the contraction between two visits of a tile of C.
 const KC: usize = 1024;
+/// Rows of C up to which a right operand with contiguous columns is read in place: packing would cost as much as the product.
+const FEW_ROWS: usize = 4 * MR;
 /// Least number of columns that one piece of work packs and multiplies.
 const GROUP_COLS: usize = 64;
 
@@ -226,13 +228,25 @@ impl Job<'_> {
         for term in self.terms {
             for k0 in (0..term.k).step_by(KC) {
                 let k = KC.min(term.k - k0);
+                if let Some(view) = self.in_place(term, &columns) {
+                    for start in columns.clone().step_by(width) {
+                        let cols = start..(start + width).min(columns.end);
+                        let b = &view.data[k0 * view.row_stride + start..];
+                        for tile in tiles.clone() {
+                            self.tile(term, packed_a, k0, k, tile * MR, cols.clone(), b, view.row_stride, first);
+                        }
+                    }
+                    first = false;
+                    continue;
+                }
                 scratch::with(Purpose::PackedB, columns.len().next_multiple_of(width) * k, |packed_b| {
                     pack_b(term, k0..k0 + k, columns.clone(), packed_b);
                     for start in columns.clone().step_by(width) {
                         let cols = width.min(columns.end - start);
                         let b = &packed_b[(start - columns.start) * k..];
                         for tile in tiles.clone() {
-                            self.tile(term, packed_a, k0, k, tile * MR, start..start + cols, b, first);
+                            let b_stride = packed_width(cols);
+                            self.tile(term, packed_a, k0, k, tile * MR, start..start + cols, b, b_stride, first);
                         }
                     }
                 });
@@ -241,6 +255,21 @@ impl Job<'_> {
             if term.a.col_stride != 1 {
                 packed_a = &packed_a[term.k * self.m.next_multiple_of(MR)..];
             }
+        }
+    }
+
+    /// The right operand of a term, where it can be multiplied as it lies: few rows to multiply it with, whole vectors of columns.
+    fn in_place<'b>(&self, term: &Term<'b>, columns: &Range<usize>) -> Option<MatRef<'b>> {
+        match term.b {
+            Rhs::View(view)
+                if self.m <= FEW_ROWS
+                    && view.col_stride == 1
+                    && term.scale == 1.0
+                    && columns.len().is_multiple_of(kernel::lanes(isa())) =>
+            {
+                Some(view)
+            }
+            _ => None,
         }
     }
 
@@ -255,6 +284,7 @@ impl Job<'_> {
         row: usize,
         cols: Range<usize>,
         b: &[f32],
+        b_stride: usize,
         first: bool,
     ) {
         let mr = MR.min(self.m - row);
@@ -271,7 +301,6 @@ impl Job<'_> {
             To::Itself => c.cast_const(),
             To::Other(addend) => addend[start..].as_ptr(),
         };
-        let b_stride = packed_width(cols.len());
         let t = Tile {
             k,
             a: a.as_ptr(),
@@ -284,7 +313,7 @@ impl Job<'_> {
             addend,
             cols: cols.len(),
         };
-        debug_assert!(b.len() >= k * b_stride);
+        debug_assert!(b.len() >= (k - 1) * b_stride + cols.len());
         // SAFETY: pieces own disjoint tiles of C, and `product` checked that every operand covers its shape.
         unsafe { kernel::run(isa(), &t, mr) };
     }
@@ -443,12 +472,27 @@ fn pack_b(term: &Term, ks: Range<usize>, cols: Range<usize>, packed: &mut [f32])
     }
 }
 
+#[inline(always)]
+fn copy_rows<const N: usize>(source: MatRef, to: &mut [f32]) {
+    for (step, row) in to.as_chunks_mut::<N>().0.iter_mut().enumerate() {
+        if let Some(values) = source.data[step * source.row_stride..].first_chunk::<N>() {
+            *row = *values;
+        }
+    }
+}
+
 crate::multiversion! {
     /// Copies `[k, wide]` of `source` into a panel `[k, width]`, the rest of each row zero.
     fn pack_panel(source: MatRef<'_>, wide: usize, width: usize, to: &mut [f32]) {
         /// Rows transposed at a time: their cache lines stay in the first-level cache.
         const STEP: usize = 16;
         if source.col_stride == 1 {
+            // Sizes the compiler knows: no call for each row.
+            match (wide, width) {
+                (64, 64) => return copy_rows::<64>(source, to),
+                (16, 16) => return copy_rows::<16>(source, to),
+                _ => {}
+            }
             for (step, row) in to.chunks_exact_mut(width).enumerate() {
                 let from = step * source.row_stride;
                 row[..wide].copy_from_slice(&source.data[from..from + wide]);

@@ -1,0 +1,146 @@
+"""Shared by the comparisons: both programs run in turn, the machine checked before and after each, the pairs printed.
+
+This is the side that starts the programs; what runs inside the measured PyTorch process is in pytorch_common.py.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
+import numpy
+
+BENCH = Path(__file__).resolve().parent
+DATA = BENCH.parent / "examples" / "data"
+SLOWER = 1.15  # fastest over slowest check of a pair's machine beyond which the pair is flagged
+LOSS_TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}
+
+
+def parser(doc, pairs):
+    """The arguments that both comparisons take."""
+    options = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--model", required=True, help="retune's: a GGUF file or a Hugging Face directory")
+    options.add_argument("--torch-model", required=True, help="PyTorch's: a Hugging Face directory of the same weights")
+    options.add_argument("--method", choices=["lora", "full"], default="lora")
+    options.add_argument("--learning-rate", type=float, help="default: 2e-4 for lora, 2e-5 for full")
+    options.add_argument("--pairs", type=int, default=pairs)
+    options.add_argument("--threads", type=int, help="of both; default: all cores")
+    options.add_argument("--compile", action="store_true", help="PyTorch's: torch.compile")
+    options.add_argument("--dtype", choices=list(LOSS_TOLERANCE), default="float32", help="PyTorch's")
+    options.add_argument("--allocator", choices=["tcmalloc", "default"], default="tcmalloc", help="PyTorch's")
+    options.add_argument("--retune", default=str(BENCH.parent / "target" / "release" / "retune"), help="the program")
+    options.add_argument("--json", help="write everything measured to this file too")
+    return options
+
+
+def parse(options):
+    args = options.parse_args()
+    if args.pairs < 1:
+        options.error("--pairs must be at least 1")
+    if args.learning_rate is None:
+        args.learning_rate = 2e-5 if args.method == "full" else 2e-4
+    return args
+
+
+def run(command):
+    """Standard output of a program that must succeed; what it says on standard error is passed on."""
+    done = subprocess.run([str(word) for word in command], stdout=subprocess.PIPE, text=True)
+    if done.returncode != 0:
+        sys.exit(f"exit code {done.returncode} of: {' '.join(map(str, command))}")
+    return done.stdout
+
+
+def run_retune(args, *command):
+    """What `retune` prints with --json."""
+    threads = [] if args.threads is None else ["--threads", args.threads]
+    return json.loads(run([args.retune, *threads, *command, "--json"]))
+
+
+def run_torch(args, script, *command):
+    """What a PyTorch counterpart prints, on its last line."""
+    command = [*command, "--model", args.torch_model, "--method", args.method, "--learning-rate", args.learning_rate]
+    command += ["--dtype", args.dtype, "--allocator", args.allocator]
+    command += [] if args.threads is None else ["--threads", args.threads]
+    command += ["--compile"] if args.compile else []
+    return json.loads(run([sys.executable, BENCH / script, *command]).splitlines()[-1])
+
+
+def machine_gflops(seconds=1.0, size=1024):
+    """Speed of one fixed matrix product, repeated for a while on all cores: it falls when the machine slows down."""
+    a = numpy.random.default_rng(0).standard_normal((size, size), numpy.float32)
+    out = a @ a
+    start, products = perf_counter(), 0
+    while (elapsed := perf_counter() - start) < seconds:
+        numpy.matmul(a, a, out=out)
+        products += 1
+    return products * 2 * size**3 / elapsed / 1e9
+
+
+def pairs(args, sides):
+    """Runs the sides ({name: function}) in turn, --pairs times, the order changing from pair to pair.
+
+    Yields {"order", "gflops": before, between and after, "slowed", and each side's result under its name}."""
+    speed = machine_gflops()
+    for number in range(args.pairs):
+        order = list(sides) if number % 2 == 0 else list(reversed(sides))
+        pair = {"order": order, "gflops": [speed]}
+        for name in order:
+            pair[name] = sides[name]()
+            speed = machine_gflops()
+            pair["gflops"].append(speed)
+        pair["slowed"] = max(pair["gflops"]) > SLOWER * min(pair["gflops"])
+        yield pair
+
+
+def largest_difference(ours, theirs):
+    """Largest relative difference of two lists of losses; infinite if one of them is not a number."""
+    differences = [abs(a - b) / abs(b) for a, b in zip(ours, theirs)]
+    return max(d if d == d else float("inf") for d in differences)
+
+
+def disagreement(pair, dtype):
+    """Why the two sides did not do the same work, judged by their first three losses; None if they did."""
+    ours, theirs = (pair[name]["losses"][:3] for name in ("retune", "torch"))
+    difference = largest_difference(ours, theirs)
+    if difference <= LOSS_TOLERANCE[dtype]:
+        return None
+    return f"the first losses differ by {difference:.1e} relative: retune {ours}, torch {theirs}"
+
+
+def print_metric(label, values, pattern):
+    """One line: the value of each side, and retune's over PyTorch's. `values` holds one {side: value} a pair."""
+    cells = [f"  {label:15}"]
+    cells += [f"{name} {median(v[name] for v in values):{pattern}}" for name in values[0]]
+    if len(values[0]) == 2:
+        cells.append(f"retune/torch {median(v['retune'] / v['torch'] for v in values):.3f}")
+    print("   ".join(cells), flush=True)
+
+
+def print_pair(number, pair, metrics):
+    """`metrics` lists (label, key of the results, factor, number format)."""
+    sides = sorted(pair["order"])
+    gflops = ", ".join(f"{speed:.1f}" for speed in pair["gflops"])
+    print(f"pair {number}: {' then '.join(pair['order'])}; machine {gflops} GFLOP/s")
+    for label, key, factor, pattern in metrics:
+        print_metric(label, [{name: factor * pair[name][key] for name in sides}], pattern)
+    if pair["slowed"]:
+        print(f"  FLAGGED: the machine's speed changed by more than {SLOWER - 1:.0%}")
+    if pair.get("void"):
+        print(f"  VOID: {pair['void']}", flush=True)
+
+
+def finish(args, done, metrics):
+    """Prints the medians over the pairs that are not void, writes --json, and exits with 1 if a pair was void."""
+    valid = [pair for pair in done if not pair.get("void")]
+    if valid:
+        flagged = sum(pair["slowed"] for pair in valid)
+        print(f"median of {len(valid)} pairs ({len(done) - len(valid)} more void, {flagged} of them flagged)")
+        for label, key, factor, pattern in metrics:
+            sides = sorted(valid[0]["order"])
+            print_metric(label, [{name: factor * pair[name][key] for name in sides} for pair in valid], pattern)
+    if args.json:
+        Path(args.json).write_text(json.dumps({"settings": vars(args), "pairs": done}) + "\n")
+    sys.exit(len(valid) < len(done))

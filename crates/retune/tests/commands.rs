@@ -1,0 +1,268 @@
+//! Every command on a tiny model: what it prints and writes, and that the commands agree with each other.
+
+mod common;
+
+use std::fs;
+
+use common::{ADAPTER, Folder, MODEL, NO_TOKENIZER, STEPS, golden, joined};
+use safetensors::{Dtype, SafeTensors};
+use serde_json::{Value, json};
+
+const SHORT: [&str; 6] =
+    ["--set", "training.max_steps=4", "--set", "training.eval_steps=2", "--set", "training.save_steps=2"];
+
+fn short_run(folder: &Folder, more: &[&str]) {
+    folder.succeeds(&joined(&[&["train", "run.yaml"], &SHORT, more]));
+}
+
+fn names(bytes: &[u8]) -> Vec<String> {
+    let mut names: Vec<_> = SafeTensors::deserialize(bytes).unwrap().names().into_iter().map(String::from).collect();
+    names.sort();
+    names
+}
+
+fn f32s(bytes: &[u8], name: &str) -> Vec<f32> {
+    let file = SafeTensors::deserialize(bytes).unwrap();
+    let tensor = file.tensor(name).unwrap();
+    assert_eq!(tensor.dtype(), Dtype::F32);
+    tensor.data().as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect()
+}
+
+fn i64s(bytes: &[u8], name: &str) -> Vec<i64> {
+    let file = SafeTensors::deserialize(bytes).unwrap();
+    let tensor = file.tensor(name).unwrap();
+    assert_eq!(tensor.dtype(), Dtype::I64);
+    tensor.data().as_chunks::<8>().0.iter().map(|bytes| i64::from_le_bytes(*bytes)).collect()
+}
+
+/// The held-out loss that `retune eval` finds.
+fn loss(folder: &Folder, args: &[&str]) -> f64 {
+    let found = folder.succeeds(&joined(&[&["eval", "--data", "eval.jsonl", "--json"], args])).json();
+    assert_eq!(found["rows"], 4);
+    found["loss"].as_f64().unwrap()
+}
+
+#[test]
+fn tokenize_gives_the_ids_that_transformers_gives() {
+    let folder = Folder::with_run();
+    let model = golden(MODEL);
+    let tokens = fs::read_to_string(golden("gguf_llama/tokens.jsonl")).unwrap();
+    let mut texts = 0;
+    for line in tokens.lines() {
+        let expected: Value = serde_json::from_str(line).unwrap();
+        let text = expected["text"].as_str().unwrap();
+        if text.contains('\0') {
+            continue; // which no argument can hold
+        }
+        let found = folder.succeeds(&["tokenize", "--model", &model, "--no-special-tokens", "--json", text]).json();
+        assert_eq!(found["ids"], expected["ids"], "{text:?}");
+        texts += 1;
+    }
+    assert!(texts > 2);
+    let plain = folder.succeeds(&["tokenize", "--model", &model, "the sand of time"]);
+    assert_eq!(plain.stdout, "86,259,286,67,267,278,260,75,79,71\n");
+    let chat = folder.succeeds(&["tokenize", "--model", &model, "--chat", "--json", "the sand"]).json();
+    let pieces: Vec<_> = chat["tokens"].as_array().unwrap().iter().filter_map(Value::as_str).collect();
+    assert_eq!(pieces[0], "<|im_start|>");
+    assert_eq!(pieces.iter().filter(|piece| **piece == "<|im_start|>").count(), 2, "the answer's turn is open");
+    assert_eq!(pieces.iter().filter(|piece| **piece == "<|im_end|>").count(), 1);
+}
+
+#[test]
+fn logits_are_those_of_transformers() {
+    let folder = Folder::with_run();
+    let golden_file = fs::read(golden("gguf_llama/golden.safetensors")).unwrap();
+    // The first of the fixture's sequences.
+    let length = i64s(&golden_file, "sequence_lengths")[0] as usize;
+    let ids = i64s(&golden_file, "input_ids");
+    let tokens = ids[..length].iter().map(i64::to_string).collect::<Vec<_>>().join(",");
+    folder.succeeds(&["logits", "--model", &golden(MODEL), "--tokens", &tokens, "--out", "l.safetensors"]);
+    let ours = folder.read("l.safetensors");
+    assert_eq!(names(&ours), ["logits"]);
+    let (ours, theirs) = (f32s(&ours, "logits"), f32s(&golden_file, "logits"));
+    assert_eq!(ours.len(), length * 288);
+    for (ours, theirs) in ours.iter().zip(&theirs) {
+        assert!((ours - theirs).abs() < 1e-3, "{ours} and {theirs}");
+    }
+}
+
+#[test]
+fn logits_with_labels_writes_a_gradient_for_every_tensor_of_the_adapter() {
+    let folder = Folder::with_run();
+    let (model, adapter) = (golden(NO_TOKENIZER), golden(ADAPTER));
+    let args = ["logits", "--model", &model, "--adapter", &adapter, "--tokens", "5,6,7,8", "--labels=-100,6,-100,8"];
+    let output = folder.succeeds(&joined(&[&args, &["--out", "l.safetensors"]]));
+    assert!(output.stdout.contains("over 2 label tokens"), "{}", output.stdout);
+    let written = folder.read("l.safetensors");
+    let mut expected = names(&fs::read(golden("lora_all_linear/adapter/adapter_model.safetensors")).unwrap());
+    expected.extend(["logits".to_owned(), "loss".to_owned()]);
+    expected.sort();
+    assert_eq!(names(&written), expected);
+
+    // The loss is the mean over tokens 1 and 3, each predicted from the token before it.
+    let (logits, loss) = (f32s(&written, "logits"), f32s(&written, "loss"));
+    let vocab = logits.len() / 4;
+    let row_loss = |row: usize, target: usize| {
+        let row = &logits[row * vocab..][..vocab];
+        let sum: f64 = row.iter().map(|&l| f64::from(l).exp()).sum();
+        sum.ln() - f64::from(row[target])
+    };
+    let expected = (row_loss(0, 6) + row_loss(2, 8)) / 2.0;
+    assert!((f64::from(loss[0]) - expected).abs() < 1e-4, "{} and {expected}", loss[0]);
+}
+
+#[test]
+fn generate_answers_the_same_every_time_and_stops_at_the_limit() {
+    let folder = Folder::with_run();
+    let model = golden(MODEL);
+    let args = ["generate", "--model", &model, "--json", "--max-new-tokens", "7", "hi"];
+    let (first, second) = (folder.succeeds(&args).json(), folder.succeeds(&args).json());
+    assert_eq!(first["ids"], second["ids"]);
+    let ids = first["ids"].as_array().unwrap();
+    assert!(ids.len() <= 7 && first["generated_tokens"] == ids.len());
+    assert_eq!(first["stopped"], ids.len() < 7);
+    let chat = folder.succeeds(&["tokenize", "--model", &model, "--chat", "--json", "hi"]).json();
+    assert_eq!(first["prompt_tokens"], chat["ids"].as_array().unwrap().len());
+
+    let sample = |seed: &str| {
+        folder.succeeds(&joined(&[&args, &["--temperature", "1.5", "--seed", seed]])).json()["ids"].clone()
+    };
+    assert_eq!(sample("1"), sample("1"));
+    assert!((2..8).any(|seed| sample(&seed.to_string()) != sample("1")), "the seed is of no effect");
+    let streamed = folder.succeeds(&["generate", "--model", &model, "--max-new-tokens", "7", "hi"]);
+    assert_eq!(streamed.stdout.trim_end_matches('\n'), first["text"].as_str().unwrap().trim_end_matches('\n'));
+}
+
+#[test]
+fn train_says_what_it_wrote_and_gained() {
+    let folder = Folder::with_run();
+    let summary = folder.succeeds(&["train", "run.yaml", "--json"]).json();
+    assert_eq!(summary["output"], "out/adapter");
+    assert_eq!(summary["steps"], STEPS);
+    let (before, after) = (&summary["held_out_loss_before"], &summary["held_out_loss_after"]);
+    assert!(after.as_f64().unwrap() < before.as_f64().unwrap() - 0.5, "{before}, then {after}");
+    assert_eq!(summary["samples"].as_array().unwrap().len(), 3);
+    for key in ["bytes", "trainable_parameters", "tokens", "best_step", "seconds", "peak_rss_bytes"] {
+        assert!(summary[key].as_f64().is_some_and(|value| value > 0.0), "{key} is {}", summary[key]);
+    }
+
+    // What it says is what `eval` finds, and what `inspect` and the files say.
+    let model = golden(MODEL);
+    let found = loss(&folder, &["--model", &model]);
+    assert!((found - before.as_f64().unwrap()).abs() < 1e-9, "{found}, {before}");
+    let found = loss(&folder, &["--model", &model, "--adapter", "out/adapter"]);
+    assert!((found - after.as_f64().unwrap()).abs() < 1e-9, "{found}, {after}");
+    let adapter = folder.succeeds(&["inspect", "out/adapter", "--json"]).json();
+    assert_eq!(adapter["parameters"], summary["trainable_parameters"]);
+    assert_eq!((&adapter["r"], &adapter["lora_dropout"]), (&json!(4), &json!(0.1)));
+    assert_eq!(adapter["base_model"], json!(model));
+    assert_eq!(adapter["modules"].as_object().unwrap().len(), 14);
+    let provenance: Value = serde_json::from_slice(&folder.read("out/adapter/retune.json")).unwrap();
+    assert_eq!(provenance["steps"], STEPS);
+    assert_eq!(&provenance["held_out_loss_after"], after);
+    assert_eq!(provenance["taken_from_step"], summary["best_step"]);
+}
+
+#[test]
+fn a_merged_model_scores_as_base_and_adapter_do() {
+    let folder = Folder::with_run();
+    short_run(&folder, &[]);
+    let model = golden(MODEL);
+    let merge = ["merge", "--model", &model, "--adapter", "out/adapter", "--json"];
+    let report = folder.succeeds(&joined(&[&merge, &["--out", "merged"]])).json();
+    assert_eq!((&report["changed_modules"], &report["shards"]), (&json!(14), &json!(1)));
+    assert!(report["largest_change"].as_f64().is_some_and(|change| change > 0.0));
+
+    let adapted = loss(&folder, &["--model", &model, "--adapter", "out/adapter"]);
+    let merged = loss(&folder, &["--model", "merged"]);
+    assert!((merged - adapted).abs() < 1e-5, "{merged} and {adapted}");
+    assert!((adapted - loss(&folder, &["--model", &model])).abs() > 1e-3, "the adapter is of no effect");
+    let inspected = folder.succeeds(&["inspect", "merged", "--json"]).json();
+    assert_eq!((&inspected["layers"], &inspected["vocab_size"]), (&json!(2), &json!(288)));
+
+    folder.succeeds(&joined(&[&merge, &["--out", "half", "--dtype", "bf16"]]));
+    let half = loss(&folder, &["--model", "half"]);
+    assert!((half - adapted).abs() < 2e-2, "{half} and {adapted}");
+    folder.refuses(&joined(&[&merge, &["--out", "merged"]]), &["merged is not empty", "another name"]);
+}
+
+#[test]
+fn inspect_tells_what_a_model_is_made_of() {
+    let folder = Folder::with_run();
+    let found = folder.succeeds(&["inspect", &golden(MODEL), "--json"]).json();
+    let expected = json!({
+        "family": "llama", "parameters": 80192, "layers": 2, "hidden_size": 64, "intermediate_size": 96, "heads": 4,
+        "key_value_heads": 2, "head_dim": 16, "vocab_size": 288, "context": 512, "tied_embeddings": true,
+    });
+    for (key, value) in expected.as_object().unwrap() {
+        assert_eq!(&found[key], value, "{key}");
+    }
+    assert_eq!(found["target_modules"]["k_proj"], json!({ "modules": 2, "shape": [32, 64] }));
+    assert_eq!(found["target_modules"]["all-linear"]["modules"], 14);
+    let text = folder.succeeds(&["inspect", &golden(ADAPTER)]).stdout;
+    assert!(text.contains("llama_tied") && text.contains("q_proj"), "{text}");
+}
+
+#[test]
+fn data_reports_what_a_run_will_see() {
+    let folder = Folder::with_run();
+    let twice = [folder.read("train.jsonl"), folder.read("eval.jsonl"), folder.read("eval.jsonl")].concat();
+    folder.write("twice.jsonl", twice);
+    let report = folder.succeeds(&["data", "run.yaml", "--json", "--set", "data.train=twice.jsonl"]).json();
+    let train = &report["train"];
+    assert_eq!((&train["rows"], &train["examples"], &train["format"]), (&json!(38), &json!(38), &json!("prompt_completion")));
+    assert_eq!(train["duplicates"], json!({ "count": 4, "first_lines": [35, 36, 37, 38] }));
+    assert_eq!(train["overlap_with_held_out"]["count"], 8);
+    assert!(train["trained_tokens"].as_u64().unwrap() < train["tokens"].as_u64().unwrap());
+    assert_eq!(report["eval"]["rows"], 4);
+
+    let text = folder.succeeds(&["data", "run.yaml", "--rows", "1"]).stdout;
+    let (prompt, rest) = text.split_once('«').unwrap();
+    let (trained, _) = rest.split_once('»').unwrap();
+    assert!(prompt.starts_with("row 0: ") && prompt.ends_with("tone the"), "{prompt}");
+    assert!(trained.ends_with(" 0<|im_end|>"), "the answer ends in the token generation stops at: {trained}");
+    assert!(!folder.path("out").exists(), "looking at data writes nothing");
+}
+
+#[test]
+fn full_fine_tuning_writes_a_model_that_eval_accepts() {
+    let folder = Folder::with_run();
+    let text = String::from_utf8(folder.read("run.yaml")).unwrap();
+    let mut run: Value = serde_json::from_str(&text).unwrap();
+    run["method"] = json!("full");
+    run["adapter"] = Value::Null;
+    folder.write("full.yaml", format!("{run:#}"));
+    let args = ["train", "full.yaml", "--json", "--set", "training.learning_rate=1e-3"];
+    let summary = folder.succeeds(&joined(&[&args, &SHORT])).json();
+    assert_eq!(summary["output"], "out/model");
+    assert_eq!(summary["trainable_parameters"], 80192);
+    let after = summary["held_out_loss_after"].as_f64().unwrap();
+    assert!(after < summary["held_out_loss_before"].as_f64().unwrap());
+    let found = loss(&folder, &["--model", "out/model"]);
+    assert!((found - after).abs() < 1e-6, "{found} and {after}");
+    folder.succeeds(&["generate", "--model", "out/model", "--max-new-tokens", "2", "hi"]);
+}
+
+#[test]
+fn a_run_goes_on_from_an_adapter() {
+    let folder = Folder::with_run();
+    short_run(&folder, &[]);
+    let first = loss(&folder, &["--model", &golden(MODEL), "--adapter", "out/adapter"]);
+    let args = ["train", "run.yaml", "--json", "--set", "adapter_init=out/adapter", "--set", "output_dir=on"];
+    let summary = folder.succeeds(&joined(&[&args, &SHORT])).json();
+    let before = summary["held_out_loss_before"].as_f64().unwrap();
+    assert!((before - first).abs() < 1e-9, "{before} and {first}");
+    assert!(summary["held_out_loss_after"].as_f64().unwrap() < before);
+
+    let another_rank = joined(&[&args, &["--set", "adapter.r=8", "--set", "output_dir=other"]]);
+    folder.refuses(&another_rank, &["out/adapter", "another `adapter`"]);
+}
+
+#[test]
+fn the_schema_of_run_files_is_json() {
+    let folder = Folder::with_run();
+    let schema = folder.succeeds(&["schema"]).json();
+    for key in ["model", "output_dir", "adapter", "data", "training"] {
+        assert!(schema["properties"][key].is_object(), "{key}");
+    }
+}

@@ -1,0 +1,202 @@
+//! What the tests of the program share: fixtures, a folder to work in, and runs of the program in it.
+
+#![allow(dead_code, reason = "each test file uses a part of it")]
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+/// A random model of 80 thousand parameters with a tokenizer and a chat template.
+pub const MODEL: &str = "gguf_llama/model.gguf";
+/// A random model without a tokenizer, as transformers saves it.
+pub const NO_TOKENIZER: &str = "llama_tied";
+/// An adapter made by peft for `NO_TOKENIZER`.
+pub const ADAPTER: &str = "lora_all_linear/adapter";
+/// Steps of the run in `Folder`.
+pub const STEPS: u64 = 30;
+
+/// The path of a fixture.
+pub fn golden(name: &str) -> String {
+    let goldens = Path::new(env!("CARGO_MANIFEST_DIR")).join("../retune-model/tests/goldens");
+    goldens.join(name).to_str().expect("the sources lie under a UTF-8 path").to_owned()
+}
+
+/// Arguments in a row.
+pub fn joined<'a>(parts: &[&[&'a str]]) -> Vec<&'a str> {
+    parts.concat()
+}
+
+/// Files by path, with their bytes; folders with none.
+pub type Tree = BTreeMap<PathBuf, Option<Vec<u8>>>;
+
+/// What the program left behind.
+pub struct Output {
+    /// `None` when a signal ended it.
+    pub code: Option<i32>,
+    pub stdout: String,
+    pub stderr: String,
+}
+
+impl Output {
+    pub fn json(&self) -> Value {
+        serde_json::from_str(&self.stdout).unwrap_or_else(|error| panic!("{error}: {}", self.stdout))
+    }
+}
+
+/// Runs a command to its end.
+pub fn run(mut command: Command) -> Output {
+    let output = command.output().unwrap();
+    Output {
+        code: output.status.code(),
+        stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+        stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+    }
+}
+
+/// A folder with `train.jsonl` (30 rows), `eval.jsonl` (4 rows) and `run.yaml`, a run of `STEPS` steps that writes to `out`.
+pub struct Folder {
+    root: TempDir,
+    cache: TempDir,
+}
+
+impl Folder {
+    pub fn with_run() -> Self {
+        let folder = Self { root: tempfile::tempdir().unwrap(), cache: tempfile::tempdir().unwrap() };
+        folder.write("train.jsonl", rows(0..30));
+        folder.write("eval.jsonl", rows(100..104));
+        // JSON is YAML.
+        let run = json!({
+            "model": golden(MODEL),
+            "output_dir": "out",
+            "adapter": { "r": 4, "lora_alpha": 8, "lora_dropout": 0.1 },
+            "data": { "train": "train.jsonl", "eval": "eval.jsonl", "max_length": 192 },
+            "training": { "epochs": 2, "batch_size": 2, "save_steps": 3, "eval_steps": 10, "learning_rate": 0.01 },
+        });
+        folder.write("run.yaml", format!("{run:#}"));
+        folder
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.root.path().join(name)
+    }
+
+    pub fn read(&self, name: &str) -> Vec<u8> {
+        let path = self.path(name);
+        fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+    }
+
+    pub fn write(&self, name: &str, bytes: impl AsRef<[u8]>) {
+        fs::write(self.path(name), bytes).unwrap();
+    }
+
+    /// Copies the files of a fixture's folder to a folder of this name.
+    pub fn copy(&self, fixture: &str, name: &str) {
+        let to = self.path(name);
+        fs::create_dir_all(&to).unwrap();
+        for entry in fs::read_dir(golden(fixture)).unwrap() {
+            let from = entry.unwrap().path();
+            fs::write(to.join(from.file_name().unwrap()), fs::read(&from).unwrap()).unwrap();
+        }
+    }
+
+    /// Everything under a name of this folder, hidden files included; nothing when it is not there.
+    pub fn tree(&self, name: &str) -> Tree {
+        let mut tree = Tree::new();
+        let root = self.path(name);
+        if root.exists() {
+            list(&root, &mut tree);
+        }
+        tree
+    }
+
+    /// The program in this folder, without a network and without other programs.
+    pub fn command_on(&self, threads: usize, args: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_retune"));
+        command.arg("--threads").arg(threads.to_string()).args(args).current_dir(self.root.path());
+        command.env("RETUNE_CACHE", self.cache.path()).env("HF_HUB_OFFLINE", "1").env("PATH", "");
+        command.env_remove("RUST_BACKTRACE").stdin(Stdio::null());
+        command
+    }
+
+    pub fn command(&self, args: &[&str]) -> Command {
+        self.command_on(1, args)
+    }
+
+    pub fn retune(&self, args: &[&str]) -> Output {
+        run(self.command(args))
+    }
+
+    pub fn succeeds(&self, args: &[&str]) -> Output {
+        let output = self.retune(args);
+        assert_eq!(output.code, Some(0), "{args:?}: {}", output.stderr);
+        output
+    }
+
+    /// The program says no: exit code 1, an error that has all of `words`, no panic, and nothing in the folder has changed.
+    pub fn refuses(&self, args: &[&str], words: &[&str]) {
+        self.refuses_command(self.command(args), words);
+    }
+
+    pub fn refuses_command(&self, command: Command, words: &[&str]) {
+        let what = format!("{:?}", command.get_args().collect::<Vec<_>>());
+        let before = self.tree("");
+        refused(&what, &run(command), words);
+        let after = self.tree("");
+        let changed: Vec<_> = after.iter().filter(|(path, bytes)| before.get(*path) != Some(*bytes)).collect();
+        let changed: Vec<_> = changed.into_iter().map(|(path, _)| path).collect();
+        assert!(changed.is_empty() && before.len() == after.len(), "{what} changed {changed:?}");
+    }
+}
+
+/// Asserts that a run ended with an error that has all of `words`.
+pub fn refused(what: &str, output: &Output, words: &[&str]) {
+    let stderr = &output.stderr;
+    assert_eq!(output.code, Some(1), "{what}: {stderr}");
+    assert!(stderr.lines().any(|line| line.starts_with("error: ")), "{what}: {stderr}");
+    assert!(!stderr.contains("panicked"), "{what}: {stderr}");
+    for word in words {
+        assert!(stderr.contains(word), "{what}: `{word}` is not in: {stderr}");
+    }
+}
+
+fn list(folder: &Path, tree: &mut Tree) {
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            list(&path, tree);
+            tree.insert(path, None);
+        } else {
+            let bytes = fs::read(&path).unwrap();
+            tree.insert(path, Some(bytes));
+        }
+    }
+}
+
+/// Rows of about 110 tokens, no two the same.
+pub fn rows(numbers: Range<usize>) -> String {
+    const WORDS: [&str; 12] =
+        ["the", "sand", "of", "time", "sing", "things", "on", "he's", "user", "song", "rest", "tone"];
+    let row = |i: usize| {
+        let prompt: Vec<_> = (1..25).map(|j| WORDS[(i * j + j) % WORDS.len()]).collect();
+        let completion: Vec<_> = (0..20).map(|j| WORDS[(i + j * j) % WORDS.len()]).collect();
+        let row = json!({ "prompt": prompt.join(" "), "completion": format!("{} {i}", completion.join(" ")) });
+        format!("{row}\n")
+    };
+    numbers.map(row).collect()
+}
+
+/// A small generator (Knuth's MMIX), so that every run of a test makes the same choices.
+pub struct Random(pub u64);
+
+impl Random {
+    /// A number from 0 to `end - 1`.
+    pub fn below(&mut self, end: usize) -> usize {
+        self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        (self.0 >> 33) as usize % end
+    }
+}

@@ -1,0 +1,284 @@
+//! A run that is killed, interrupted or out of room goes on and ends with the bytes of a run that was left alone.
+
+#![cfg(unix)]
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use common::{Folder, Output, Random, STEPS, Tree, joined, refused, run};
+use serde_json::{Value, json};
+
+const KILLS: usize = 20;
+
+/// The adapter's files, whatever folder the run is in.
+fn adapter(folder: &Folder) -> BTreeMap<PathBuf, Option<Vec<u8>>> {
+    let root = folder.path("out/adapter");
+    folder.tree("out/adapter").into_iter().map(|(path, bytes)| (path.strip_prefix(&root).unwrap().into(), bytes)).collect()
+}
+
+/// The adapter of a run that was left alone, and how long it took.
+fn undisturbed(threads: usize) -> (Tree, Duration) {
+    let folder = Folder::with_run();
+    let start = Instant::now();
+    let output = run(folder.command_on(threads, &["train", "run.yaml"]));
+    let took = start.elapsed();
+    assert_eq!(output.code, Some(0), "{}", output.stderr);
+    check_whole(&folder);
+    let adapter = adapter(&folder);
+    let names: Vec<_> = adapter.keys().map(|path| path.to_str().unwrap()).collect();
+    assert_eq!(names, ["adapter_config.json", "adapter_model.safetensors", "retune.json"]);
+    (adapter, took)
+}
+
+/// Asserts that two adapters are the same without printing their bytes.
+fn assert_same(found: &Tree, expected: &Tree) {
+    let names = |tree: &Tree| tree.keys().cloned().collect::<Vec<_>>();
+    assert_eq!(names(found), names(expected));
+    for (path, bytes) in found {
+        assert!(expected[path] == *bytes, "{} differs", path.display());
+    }
+}
+
+/// Asserts that a finished run's folder has every step once and no file under a temporary name.
+fn check_whole(folder: &Folder) {
+    let metrics = String::from_utf8(folder.read("out/metrics.jsonl")).unwrap();
+    let lines: Vec<Value> = metrics.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let steps_with = |key: &str| -> Vec<u64> {
+        lines.iter().filter(|line| !line[key].is_null()).map(|line| line["step"].as_u64().unwrap()).collect()
+    };
+    assert_eq!(steps_with("loss"), (1..=STEPS).collect::<Vec<_>>());
+    assert_eq!(steps_with("eval_loss"), [10, 20, 30]);
+    let hidden = |path: &&PathBuf| path.file_name().unwrap().to_string_lossy().starts_with('.');
+    let tree = folder.tree("out");
+    assert_eq!(tree.keys().filter(hidden).collect::<Vec<_>>(), [&PathBuf::new(); 0]);
+}
+
+fn spawn(mut command: Command) -> Child {
+    command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+}
+
+fn output_of(child: Child) -> Output {
+    let output = child.wait_with_output().unwrap();
+    Output {
+        code: output.status.code(),
+        stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+        stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+    }
+}
+
+/// Starts a run and sends it Ctrl-C once it has done a step.
+fn interrupted(folder: &Folder, args: &[&str]) -> Output {
+    let mut child = spawn(folder.command(&joined(&[&["train", "run.yaml"], args])));
+    let metrics = folder.path("out/metrics.jsonl");
+    while std::fs::metadata(&metrics).map_or(0, |file| file.len()) == 0 {
+        if child.try_wait().unwrap().is_some() {
+            panic!("ended before it could be interrupted: {}", output_of(child).stderr);
+        }
+        sleep(Duration::from_millis(1));
+    }
+    // SAFETY: kill has no conditions on memory, and the child has not been waited for, so the id is still its own.
+    assert_eq!(unsafe { libc::kill(child.id() as libc::pid_t, libc::SIGINT) }, 0);
+    output_of(child)
+}
+
+#[test]
+fn two_runs_on_any_number_of_threads_give_the_same_bytes() {
+    let (expected, _) = undisturbed(1);
+    assert_same(&undisturbed(1).0, &expected);
+    assert_same(&undisturbed(2).0, &expected);
+}
+
+#[test]
+fn a_run_killed_twenty_times_gives_the_same_bytes() {
+    let (expected, took) = undisturbed(1);
+    let mut random = Random(7);
+    let mut folder = Folder::with_run();
+    let mut kills = 0;
+    while kills < KILLS {
+        let mut child = spawn(folder.command(&["train", "run.yaml", "--resume"]));
+        // The time decides only where the kill lands: from before the first file is written to far into the run.
+        sleep(took.mul_f64(random.below(1000) as f64 / 4000.0));
+        if child.try_wait().unwrap().is_none() {
+            child.kill().unwrap();
+            child.wait().unwrap();
+            kills += 1;
+            continue;
+        }
+        let output = output_of(child);
+        assert_eq!(output.code, Some(0), "{}", output.stderr);
+        assert_same(&adapter(&folder), &expected);
+        check_whole(&folder);
+        folder = Folder::with_run();
+    }
+    folder.succeeds(&["train", "run.yaml", "--resume"]);
+    assert_same(&adapter(&folder), &expected);
+    check_whole(&folder);
+}
+
+#[test]
+fn an_interrupted_run_says_how_to_go_on_and_gives_the_same_bytes() {
+    let (expected, _) = undisturbed(1);
+    let folder = Folder::with_run();
+    let output = interrupted(&folder, &[]);
+    assert_eq!(output.code, Some(130), "{}", output.stderr);
+    assert!(output.stderr.contains(&format!("of {STEPS}; everything is saved")), "{}", output.stderr);
+    assert!(output.stderr.contains("retune train run.yaml --resume"), "{}", output.stderr);
+    assert!(!folder.path("out/adapter").exists());
+
+    let output = folder.succeeds(&["train", "run.yaml", "--resume"]);
+    assert!(output.stderr.contains("going on after step"), "{}", output.stderr);
+    assert_same(&adapter(&folder), &expected);
+    check_whole(&folder);
+}
+
+#[test]
+fn the_advice_after_an_interrupt_repeats_the_overrides() {
+    let folder = Folder::with_run();
+    let output = interrupted(&folder, &["--set", "training.learning_rate=0.005"]);
+    assert_eq!(output.code, Some(130), "{}", output.stderr);
+    assert!(output.stderr.contains("--set training.learning_rate=0.005"), "{}", output.stderr);
+}
+
+#[test]
+fn a_finished_run_resumed_gives_the_same_bytes() {
+    let folder = Folder::with_run();
+    folder.succeeds(&["train", "run.yaml"]);
+    let expected = adapter(&folder);
+    folder.succeeds(&["train", "run.yaml", "--resume"]);
+    assert_same(&adapter(&folder), &expected);
+    check_whole(&folder);
+}
+
+#[test]
+fn a_learning_rate_of_seventeen_digits_is_the_same_after_it_was_written() {
+    let folder = Folder::with_run();
+    let args = ["train", "run.yaml", "--set", "training.learning_rate=0.0009452706955539223", "--set", "training.max_steps=1"];
+    folder.succeeds(&args);
+    folder.succeeds(&joined(&[&args, &["--resume"]]));
+}
+
+#[test]
+fn a_run_is_not_resumed_with_another_configuration_or_other_data() {
+    let folder = Folder::with_run();
+    let args = ["train", "run.yaml", "--set", "training.max_steps=2"];
+    folder.succeeds(&args);
+    folder.refuses(&args, &["out holds a run already", "--resume", "--overwrite", "output_dir"]);
+    let resume = joined(&[&args, &["--resume"]]);
+    for (change, words) in [
+        ("training.learning_rate=0.5", "training.learning_rate was 0.01, now it is 0.5"),
+        ("adapter.r=8", "adapter.r was 4, now it is 8"),
+        ("training.max_steps=3", "training.max_steps was 2, now it is 3"),
+        ("data.max_length=100", "data.max_length was 192, now it is 100"),
+    ] {
+        folder.refuses(&joined(&[&resume, &["--set", change]]), &["another configuration", words, "--overwrite"]);
+    }
+    let rows = folder.read("train.jsonl");
+    folder.write("train.jsonl", [&rows[..], b"{\"prompt\": \"a\", \"completion\": \"b\"}\n"].concat());
+    folder.refuses(&resume, &["another configuration", "train_rows_hash"]);
+    folder.write("train.jsonl", rows);
+    folder.succeeds(&resume);
+    folder.succeeds(&joined(&[&args, &["--overwrite", "--set", "training.learning_rate=0.5"]]));
+}
+
+#[test]
+fn a_damaged_checkpoint_is_named_and_the_one_before_it_serves() {
+    let (expected, _) = undisturbed(1);
+    let folder = Folder::with_run();
+    folder.succeeds(&["train", "run.yaml"]);
+    let newest = "out/checkpoints/step-00000030.safetensors";
+    let whole = folder.read(newest);
+    for length in [0, 7, 100, whole.len() / 2, whole.len() - 1] {
+        folder.write(newest, &whole[..length]);
+        folder.refuses(&["train", "run.yaml", "--resume"], &[newest, "damaged", "delete it"]);
+    }
+    std::fs::remove_file(folder.path(newest)).unwrap();
+    let output = folder.succeeds(&["train", "run.yaml", "--resume"]);
+    assert!(output.stderr.contains("going on after step 27"), "{}", output.stderr);
+    assert_same(&adapter(&folder), &expected);
+    check_whole(&folder);
+    folder.write("out/run.json", "{");
+    folder.refuses(&["train", "run.yaml", "--resume"], &["out/run.json", "damaged", "--overwrite"]);
+}
+
+/// Runs the program where no file can grow beyond ten kilobytes or so, as on a disk that is full.
+fn in_little_room(folder: &Folder, args: &[&str]) -> Output {
+    let program = folder.command(args);
+    let mut shell = Command::new("/bin/sh");
+    // Ignored, the signal becomes an error of the write, as a full disk gives it.
+    shell.args(["-c", "trap '' XFSZ; ulimit -f 20; exec \"$0\" \"$@\""]);
+    shell.arg(program.get_program()).args(program.get_args()).current_dir(folder.path(""));
+    for (name, value) in program.get_envs() {
+        match value {
+            Some(value) => shell.env(name, value),
+            None => shell.env_remove(name),
+        };
+    }
+    run(shell)
+}
+
+#[test]
+fn a_full_disk_leaves_the_checkpoints_and_the_run_goes_on_when_there_is_room() {
+    let (expected, _) = undisturbed(1);
+    let folder = Folder::with_run();
+    let output = in_little_room(&folder, &["train", "run.yaml"]);
+    refused("the first checkpoint", &output, &["cannot write out/checkpoints/step-00000003.safetensors", "File too large"]);
+    assert!(folder.tree("out/checkpoints").is_empty());
+    folder.succeeds(&["train", "run.yaml", "--resume"]);
+    assert_same(&adapter(&folder), &expected);
+
+    // Once more from the checkpoint before the last.
+    std::fs::remove_file(folder.path("out/checkpoints/step-00000030.safetensors")).unwrap();
+    std::fs::remove_dir_all(folder.path("out/adapter")).unwrap();
+    let before = folder.tree("out/checkpoints");
+    let output = in_little_room(&folder, &["train", "run.yaml", "--resume"]);
+    refused("the last checkpoint", &output, &["going on after step 27", "cannot write out/checkpoints/"]);
+    assert!(folder.tree("out/checkpoints") == before, "the checkpoints have changed");
+    assert!(!folder.path("out/adapter").exists());
+    folder.succeeds(&["train", "run.yaml", "--resume"]);
+    assert_same(&adapter(&folder), &expected);
+    check_whole(&folder);
+}
+
+#[test]
+fn a_full_disk_leaves_the_adapter_that_was_there() {
+    let folder = Folder::with_run();
+    folder.succeeds(&["train", "run.yaml"]);
+    let before = folder.tree("out");
+    let output = in_little_room(&folder, &["train", "run.yaml", "--resume"]);
+    refused("the adapter", &output, &["cannot write out/adapter/adapter_model.safetensors"]);
+    assert!(folder.tree("out") == before, "what was written before has changed");
+}
+
+#[test]
+fn a_full_disk_leaves_the_model_that_was_there() {
+    let folder = Folder::with_run();
+    let mut run: Value = serde_json::from_slice(&folder.read("run.yaml")).unwrap();
+    run["method"] = json!("full");
+    run["adapter"] = Value::Null;
+    folder.write("run.yaml", format!("{run:#}"));
+    let args = ["train", "run.yaml", "--set", "training.max_steps=2"];
+    folder.succeeds(&args);
+    let before = folder.tree("out/model");
+    let output = in_little_room(&folder, &joined(&[&args, &["--resume"]]));
+    refused("the model", &output, &["cannot write"]);
+    assert!(folder.tree("out/model") == before, "the model that was there has changed");
+}
+
+#[test]
+fn a_full_disk_leaves_no_part_of_a_merged_model_or_of_logits() {
+    let folder = Folder::with_run();
+    folder.succeeds(&["train", "run.yaml", "--set", "training.max_steps=2"]);
+    let before = folder.tree("");
+    let model = common::golden(common::MODEL);
+    let merge = ["merge", "--model", &model, "--adapter", "out/adapter", "--out", "merged"];
+    refused("merge", &in_little_room(&folder, &merge), &["cannot write merged", "File too large"]);
+    let tokens = vec!["1"; 64].join(",");
+    let logits = ["logits", "--model", &model, "--tokens", &tokens, "--out", "logits.safetensors"];
+    refused("logits", &in_little_room(&folder, &logits), &["cannot write logits.safetensors", "File too large"]);
+    assert!(folder.tree("") == before, "something was left behind");
+}
