@@ -5,6 +5,7 @@ This is the side that starts the programs; what runs inside the measured PyTorch
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -47,7 +48,8 @@ def parse(options):
 
 def run(command):
     """Standard output of a program that must succeed; what it says on standard error is passed on."""
-    done = subprocess.run([str(word) for word in command], stdout=subprocess.PIPE, text=True)
+    quiet = os.environ | {"PYTHONWARNINGS": "ignore::FutureWarning"}
+    done = subprocess.run([str(word) for word in command], stdout=subprocess.PIPE, text=True, env=quiet)
     if done.returncode != 0:
         sys.exit(f"exit code {done.returncode} of: {' '.join(map(str, command))}")
     return done.stdout

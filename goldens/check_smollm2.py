@@ -39,7 +39,7 @@ class Retune:
         threads = [] if args.threads is None else ["--threads", str(args.threads)]
         self.program, self.gguf, self.folder = [args.retune, *threads], args.gguf, folder
         join = lambda values: ",".join(map(str, values))
-        self.tokens, self.labels = ["--tokens", join(ids)], ["--labels", join(labels)]
+        self.tokens, self.labels = [f"--tokens={join(ids)}"], [f"--labels={join(labels)}"]
 
     def run(self, *command):
         subprocess.run([*self.program, *map(str, command)], check=True, stdout=subprocess.DEVNULL)

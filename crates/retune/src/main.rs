@@ -15,6 +15,7 @@ use args::{Cli, Command};
 use clap::Parser;
 
 fn main() -> ExitCode {
+    end_quietly_on_closed_pipes();
     let cli = Cli::parse();
     match run(&cli) {
         Ok(()) => ExitCode::SUCCESS,
@@ -51,3 +52,13 @@ fn run(cli: &Cli) -> Result<()> {
         }
     })
 }
+
+/// A reader that has seen enough (`retune inspect … | head`) ends the program as it ends others, instead of failing a print.
+#[cfg(unix)]
+fn end_quietly_on_closed_pipes() {
+    // SAFETY: called before any thread is started, with a disposition that is always valid.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
+}
+
+#[cfg(not(unix))]
+fn end_quietly_on_closed_pipes() {}

@@ -210,7 +210,10 @@ fn data_reports_what_a_run_will_see() {
     folder.write("twice.jsonl", twice);
     let report = folder.succeeds(&["data", "run.yaml", "--json", "--set", "data.train=twice.jsonl"]).json();
     let train = &report["train"];
-    assert_eq!((&train["rows"], &train["examples"], &train["format"]), (&json!(38), &json!(38), &json!("prompt_completion")));
+    assert_eq!(
+        (&train["rows"], &train["examples"], &train["format"]),
+        (&json!(38), &json!(38), &json!("prompt_completion"))
+    );
     assert_eq!(train["duplicates"], json!({ "count": 4, "first_lines": [35, 36, 37, 38] }));
     assert_eq!(train["overlap_with_held_out"]["count"], 8);
     assert!(train["trained_tokens"].as_u64().unwrap() < train["tokens"].as_u64().unwrap());

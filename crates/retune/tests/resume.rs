@@ -4,9 +4,8 @@
 
 mod common;
 
-use std::collections::BTreeMap;
-use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
+use std::sync::LazyLock;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -15,37 +14,35 @@ use serde_json::{Value, json};
 
 const KILLS: usize = 20;
 
-/// The adapter's files, whatever folder the run is in.
-fn adapter(folder: &Folder) -> BTreeMap<PathBuf, Option<Vec<u8>>> {
-    let root = folder.path("out/adapter");
-    folder.tree("out/adapter").into_iter().map(|(path, bytes)| (path.strip_prefix(&root).unwrap().into(), bytes)).collect()
-}
+/// The adapter of a run that was left alone, and how long the run took.
+static UNDISTURBED: LazyLock<(Tree, Duration)> = LazyLock::new(|| undisturbed(1));
 
-/// The adapter of a run that was left alone, and how long it took.
 fn undisturbed(threads: usize) -> (Tree, Duration) {
     let folder = Folder::with_run();
     let start = Instant::now();
     let output = run(folder.command_on(threads, &["train", "run.yaml"]));
     let took = start.elapsed();
     assert_eq!(output.code, Some(0), "{}", output.stderr);
-    check_whole(&folder);
-    let adapter = adapter(&folder);
-    let names: Vec<_> = adapter.keys().map(|path| path.to_str().unwrap()).collect();
+    check_metrics(&folder);
+    (folder.tree("out/adapter"), took)
+}
+
+/// Asserts that a run has ended as one that was left alone does.
+fn check_finished(folder: &Folder) {
+    let (found, expected) = (folder.tree("out/adapter"), &UNDISTURBED.0);
+    let names: Vec<_> = found.keys().map(|path| path.to_str().unwrap()).collect();
     assert_eq!(names, ["adapter_config.json", "adapter_model.safetensors", "retune.json"]);
-    (adapter, took)
-}
-
-/// Asserts that two adapters are the same without printing their bytes.
-fn assert_same(found: &Tree, expected: &Tree) {
-    let names = |tree: &Tree| tree.keys().cloned().collect::<Vec<_>>();
-    assert_eq!(names(found), names(expected));
-    for (path, bytes) in found {
-        assert!(expected[path] == *bytes, "{} differs", path.display());
+    for (path, bytes) in &found {
+        assert!(expected.get(path) == Some(bytes), "{} differs", path.display());
     }
+    check_metrics(folder);
+    let tree = folder.tree("out");
+    let temporary = tree.keys().find(|path| path.file_name().unwrap().to_string_lossy().starts_with('.'));
+    assert_eq!(temporary, None);
 }
 
-/// Asserts that a finished run's folder has every step once and no file under a temporary name.
-fn check_whole(folder: &Folder) {
+/// Asserts that every step and every evaluation is in the metrics once.
+fn check_metrics(folder: &Folder) {
     let metrics = String::from_utf8(folder.read("out/metrics.jsonl")).unwrap();
     let lines: Vec<Value> = metrics.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     let steps_with = |key: &str| -> Vec<u64> {
@@ -53,22 +50,10 @@ fn check_whole(folder: &Folder) {
     };
     assert_eq!(steps_with("loss"), (1..=STEPS).collect::<Vec<_>>());
     assert_eq!(steps_with("eval_loss"), [10, 20, 30]);
-    let hidden = |path: &&PathBuf| path.file_name().unwrap().to_string_lossy().starts_with('.');
-    let tree = folder.tree("out");
-    assert_eq!(tree.keys().filter(hidden).collect::<Vec<_>>(), [&PathBuf::new(); 0]);
 }
 
 fn spawn(mut command: Command) -> Child {
     command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
-}
-
-fn output_of(child: Child) -> Output {
-    let output = child.wait_with_output().unwrap();
-    Output {
-        code: output.status.code(),
-        stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
-        stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
-    }
 }
 
 /// Starts a run and sends it Ctrl-C once it has done a step.
@@ -77,25 +62,24 @@ fn interrupted(folder: &Folder, args: &[&str]) -> Output {
     let metrics = folder.path("out/metrics.jsonl");
     while std::fs::metadata(&metrics).map_or(0, |file| file.len()) == 0 {
         if child.try_wait().unwrap().is_some() {
-            panic!("ended before it could be interrupted: {}", output_of(child).stderr);
+            panic!("ended before it could be interrupted: {}", Output::of(child.wait_with_output().unwrap()).stderr);
         }
         sleep(Duration::from_millis(1));
     }
     // SAFETY: kill has no conditions on memory, and the child has not been waited for, so the id is still its own.
     assert_eq!(unsafe { libc::kill(child.id() as libc::pid_t, libc::SIGINT) }, 0);
-    output_of(child)
+    Output::of(child.wait_with_output().unwrap())
 }
 
 #[test]
 fn two_runs_on_any_number_of_threads_give_the_same_bytes() {
-    let (expected, _) = undisturbed(1);
-    assert_same(&undisturbed(1).0, &expected);
-    assert_same(&undisturbed(2).0, &expected);
+    assert!(undisturbed(1).0 == UNDISTURBED.0, "a second run differs");
+    assert!(undisturbed(2).0 == UNDISTURBED.0, "a run on two threads differs");
 }
 
 #[test]
 fn a_run_killed_twenty_times_gives_the_same_bytes() {
-    let (expected, took) = undisturbed(1);
+    let took = UNDISTURBED.1;
     let mut random = Random(7);
     let mut folder = Folder::with_run();
     let mut kills = 0;
@@ -109,20 +93,17 @@ fn a_run_killed_twenty_times_gives_the_same_bytes() {
             kills += 1;
             continue;
         }
-        let output = output_of(child);
+        let output = Output::of(child.wait_with_output().unwrap());
         assert_eq!(output.code, Some(0), "{}", output.stderr);
-        assert_same(&adapter(&folder), &expected);
-        check_whole(&folder);
+        check_finished(&folder);
         folder = Folder::with_run();
     }
     folder.succeeds(&["train", "run.yaml", "--resume"]);
-    assert_same(&adapter(&folder), &expected);
-    check_whole(&folder);
+    check_finished(&folder);
 }
 
 #[test]
 fn an_interrupted_run_says_how_to_go_on_and_gives_the_same_bytes() {
-    let (expected, _) = undisturbed(1);
     let folder = Folder::with_run();
     let output = interrupted(&folder, &[]);
     assert_eq!(output.code, Some(130), "{}", output.stderr);
@@ -132,8 +113,7 @@ fn an_interrupted_run_says_how_to_go_on_and_gives_the_same_bytes() {
 
     let output = folder.succeeds(&["train", "run.yaml", "--resume"]);
     assert!(output.stderr.contains("going on after step"), "{}", output.stderr);
-    assert_same(&adapter(&folder), &expected);
-    check_whole(&folder);
+    check_finished(&folder);
 }
 
 #[test]
@@ -148,16 +128,15 @@ fn the_advice_after_an_interrupt_repeats_the_overrides() {
 fn a_finished_run_resumed_gives_the_same_bytes() {
     let folder = Folder::with_run();
     folder.succeeds(&["train", "run.yaml"]);
-    let expected = adapter(&folder);
     folder.succeeds(&["train", "run.yaml", "--resume"]);
-    assert_same(&adapter(&folder), &expected);
-    check_whole(&folder);
+    check_finished(&folder);
 }
 
 #[test]
 fn a_learning_rate_of_seventeen_digits_is_the_same_after_it_was_written() {
     let folder = Folder::with_run();
-    let args = ["train", "run.yaml", "--set", "training.learning_rate=0.0009452706955539223", "--set", "training.max_steps=1"];
+    let args =
+        ["train", "run.yaml", "--set", "training.learning_rate=0.0009452706955539223", "--set", "training.max_steps=1"];
     folder.succeeds(&args);
     folder.succeeds(&joined(&[&args, &["--resume"]]));
 }
@@ -187,7 +166,6 @@ fn a_run_is_not_resumed_with_another_configuration_or_other_data() {
 
 #[test]
 fn a_damaged_checkpoint_is_named_and_the_one_before_it_serves() {
-    let (expected, _) = undisturbed(1);
     let folder = Folder::with_run();
     folder.succeeds(&["train", "run.yaml"]);
     let newest = "out/checkpoints/step-00000030.safetensors";
@@ -199,8 +177,7 @@ fn a_damaged_checkpoint_is_named_and_the_one_before_it_serves() {
     std::fs::remove_file(folder.path(newest)).unwrap();
     let output = folder.succeeds(&["train", "run.yaml", "--resume"]);
     assert!(output.stderr.contains("going on after step 27"), "{}", output.stderr);
-    assert_same(&adapter(&folder), &expected);
-    check_whole(&folder);
+    check_finished(&folder);
     folder.write("out/run.json", "{");
     folder.refuses(&["train", "run.yaml", "--resume"], &["out/run.json", "damaged", "--overwrite"]);
 }
@@ -223,13 +200,16 @@ fn in_little_room(folder: &Folder, args: &[&str]) -> Output {
 
 #[test]
 fn a_full_disk_leaves_the_checkpoints_and_the_run_goes_on_when_there_is_room() {
-    let (expected, _) = undisturbed(1);
     let folder = Folder::with_run();
     let output = in_little_room(&folder, &["train", "run.yaml"]);
-    refused("the first checkpoint", &output, &["cannot write out/checkpoints/step-00000003.safetensors", "File too large"]);
+    refused(
+        "the first checkpoint",
+        &output,
+        &["cannot write out/checkpoints/step-00000003.safetensors", "File too large"],
+    );
     assert!(folder.tree("out/checkpoints").is_empty());
     folder.succeeds(&["train", "run.yaml", "--resume"]);
-    assert_same(&adapter(&folder), &expected);
+    check_finished(&folder);
 
     // Once more from the checkpoint before the last.
     std::fs::remove_file(folder.path("out/checkpoints/step-00000030.safetensors")).unwrap();
@@ -240,8 +220,7 @@ fn a_full_disk_leaves_the_checkpoints_and_the_run_goes_on_when_there_is_room() {
     assert!(folder.tree("out/checkpoints") == before, "the checkpoints have changed");
     assert!(!folder.path("out/adapter").exists());
     folder.succeeds(&["train", "run.yaml", "--resume"]);
-    assert_same(&adapter(&folder), &expected);
-    check_whole(&folder);
+    check_finished(&folder);
 }
 
 #[test]

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{self, Command, Stdio};
 
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -31,7 +31,7 @@ pub fn joined<'a>(parts: &[&[&'a str]]) -> Vec<&'a str> {
     parts.concat()
 }
 
-/// Files by path, with their bytes; folders with none.
+/// What is in a folder by path: files with their bytes, folders with none.
 pub type Tree = BTreeMap<PathBuf, Option<Vec<u8>>>;
 
 /// What the program left behind.
@@ -43,6 +43,14 @@ pub struct Output {
 }
 
 impl Output {
+    pub fn of(output: process::Output) -> Self {
+        Self {
+            code: output.status.code(),
+            stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+            stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+        }
+    }
+
     pub fn json(&self) -> Value {
         serde_json::from_str(&self.stdout).unwrap_or_else(|error| panic!("{error}: {}", self.stdout))
     }
@@ -50,12 +58,7 @@ impl Output {
 
 /// Runs a command to its end.
 pub fn run(mut command: Command) -> Output {
-    let output = command.output().unwrap();
-    Output {
-        code: output.status.code(),
-        stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
-        stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
-    }
+    Output::of(command.output().unwrap())
 }
 
 /// A folder with `train.jsonl` (30 rows), `eval.jsonl` (4 rows) and `run.yaml`, a run of `STEPS` steps that writes to `out`.
@@ -104,12 +107,12 @@ impl Folder {
         }
     }
 
-    /// Everything under a name of this folder, hidden files included; nothing when it is not there.
+    /// Everything in a folder of this name, hidden files included; nothing when it is not there.
     pub fn tree(&self, name: &str) -> Tree {
         let mut tree = Tree::new();
         let root = self.path(name);
         if root.exists() {
-            list(&root, &mut tree);
+            list(&root, &root, &mut tree);
         }
         tree
     }
@@ -147,8 +150,7 @@ impl Folder {
         let before = self.tree("");
         refused(&what, &run(command), words);
         let after = self.tree("");
-        let changed: Vec<_> = after.iter().filter(|(path, bytes)| before.get(*path) != Some(*bytes)).collect();
-        let changed: Vec<_> = changed.into_iter().map(|(path, _)| path).collect();
+        let changed: Vec<_> = after.keys().filter(|path| before.get(*path) != after.get(*path)).collect();
         assert!(changed.is_empty() && before.len() == after.len(), "{what} changed {changed:?}");
     }
 }
@@ -164,16 +166,14 @@ pub fn refused(what: &str, output: &Output, words: &[&str]) {
     }
 }
 
-fn list(folder: &Path, tree: &mut Tree) {
+fn list(folder: &Path, root: &Path, tree: &mut Tree) {
     for entry in fs::read_dir(folder).unwrap() {
         let path = entry.unwrap().path();
-        if path.is_dir() {
-            list(&path, tree);
-            tree.insert(path, None);
-        } else {
-            let bytes = fs::read(&path).unwrap();
-            tree.insert(path, Some(bytes));
+        let bytes = if path.is_dir() { None } else { Some(fs::read(&path).unwrap()) };
+        if bytes.is_none() {
+            list(&path, root, tree);
         }
+        tree.insert(path.strip_prefix(root).unwrap().to_owned(), bytes);
     }
 }
 
