@@ -4,9 +4,9 @@
 
 Same rows in file order, same initial adapter, batches of 8 rows of at most 256 tokens, linear schedule with 5 warm-up steps,
 AdamW without decay, clipping at 1, no evaluation in between. --steps shortens the run and its schedule. Prints the seconds
-of training (without loading, evaluation or saving), the loss on all held-out rows, peak memory of the whole process
-(held-out rows included), and side by side the losses of the first 20 steps. A pair that saw other tokens, or whose first
-three losses differ, is void; exit code 1.
+of training (without loading, evaluation or saving), the loss on all held-out rows, peak memory of the whole process (scoring
+included, and in retune's writing its checkpoint), and side by side the losses of the first 20 steps. A pair that saw other
+tokens, or whose first three losses differ, is void; exit code 1.
 """
 
 import json

@@ -4,14 +4,15 @@
 //! in its metadata. It appears under its name only when it is whole; the newest few are kept. The parameters with the best held-out loss
 //! are kept beside them.
 
-use std::collections::HashMap;
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use retune_adapter::atomic;
+use retune_adapter::atomic::Staged;
 use safetensors::SafeTensors;
-use safetensors::tensor::{Dtype, TensorView};
+use safetensors::tensor::Dtype;
 use serde::{Deserialize, Serialize};
+use serde_json::json;
 
 use crate::error::Error;
 
@@ -43,20 +44,29 @@ fn bytes(values: &[f32]) -> &[u8] {
 #[cfg(target_endian = "big")]
 compile_error!("retune's files are little-endian, as are the machines it supports");
 
-fn serialize(tensors: &[(&str, &[f32])], progress: Option<&Progress>) -> Result<Vec<u8>, Error> {
-    let views = tensors.iter().map(|(name, values)| {
-        TensorView::new(Dtype::F32, vec![values.len()], bytes(values)).map(|view| ((*name).to_owned(), view))
-    });
-    let views = views.collect::<Result<Vec<_>, _>>().map_err(|error| Error::Serialize { error: error.to_string() })?;
-    let metadata = match progress {
-        Some(progress) => {
-            let text =
-                serde_json::to_string(progress).map_err(|error| Error::Serialize { error: error.to_string() })?;
-            Some(HashMap::from([(PROGRESS.to_owned(), text)]))
-        }
-        None => None,
-    };
-    safetensors::serialize(views, metadata).map_err(|error| Error::Serialize { error: error.to_string() })
+/// Writes tensors as a safetensors file straight from where they lie: a copy of them all would be the run's largest allocation.
+fn write_file(path: &Path, tensors: &[(&str, &[f32])], progress: Option<&Progress>) -> Result<(), Error> {
+    let mut header = serde_json::Map::new();
+    if let Some(progress) = progress {
+        let text = serde_json::to_string(progress).map_err(|error| Error::Serialize { error: error.to_string() })?;
+        header.insert("__metadata__".to_owned(), json!({ PROGRESS: text }));
+    }
+    let mut end = 0;
+    for (name, values) in tensors {
+        let start = end;
+        end += size_of_val(*values);
+        let entry = json!({ "dtype": "F32", "shape": [values.len()], "data_offsets": [start, end] });
+        header.insert((*name).to_owned(), entry);
+    }
+    let mut header = serde_json::Value::Object(header).to_string().into_bytes();
+    // The format aligns data to 8 bytes by spaces after the header.
+    header.resize(header.len().next_multiple_of(8), b' ');
+    let staged = Staged::new(path, |file| {
+        file.write_all(&(header.len() as u64).to_le_bytes())?;
+        file.write_all(&header)?;
+        tensors.iter().try_for_each(|(_, values)| file.write_all(bytes(values)))
+    })?;
+    Ok(staged.commit()?)
 }
 
 /// Writes a checkpoint and removes all but the newest `keep`; returns its path.
@@ -67,7 +77,7 @@ pub fn write(directory: &Path, progress: &Progress, tensors: [&[f32]; 3], keep: 
     let path = directory.join(format!("step-{:08}.safetensors", progress.step));
     let tensors: Vec<_> = NAMES.into_iter().zip(tensors).collect();
     create(directory)?;
-    atomic::write(&path, &serialize(&tensors, Some(progress))?)?;
+    write_file(&path, &tensors, Some(progress))?;
     let checkpoints = list(directory)?;
     for old in checkpoints.iter().rev().skip(keep.max(1)) {
         fs::remove_file(old).map_err(|error| Error::Io { path: old.clone(), error })?;
@@ -81,8 +91,7 @@ pub fn write(directory: &Path, progress: &Progress, tensors: [&[f32]; 3], keep: 
 /// As [`write`].
 pub fn write_best(directory: &Path, params: &[f32]) -> Result<(), Error> {
     create(directory)?;
-    atomic::write(&directory.join(BEST), &serialize(&[(NAMES[0], params)], None)?)?;
-    Ok(())
+    write_file(&directory.join(BEST), &[(NAMES[0], params)], None)
 }
 
 fn create(directory: &Path) -> Result<(), Error> {

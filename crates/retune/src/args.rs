@@ -263,7 +263,7 @@ pub struct LogitsArgs {
     pub tokens: Vec<u32>,
 
     /// For each token its own id where it is trained and -100 elsewhere, separated by commas
-    #[arg(long, value_delimiter = ',', allow_negative_numbers = true, value_name = "IDS")]
+    #[arg(long, value_delimiter = ',', allow_hyphen_values = true, value_name = "IDS")]
     pub labels: Option<Vec<i64>>,
 
     /// The safetensors file to write
