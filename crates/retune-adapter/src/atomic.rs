@@ -21,15 +21,21 @@ impl Staged {
     /// # Errors
     /// [`Error::Io`], such as a full disk; nothing is left behind then.
     pub fn new(path: &Path, fill: impl FnOnce(&mut File) -> io::Result<()>) -> Result<Self, Error> {
+        // A link is followed: the file it points to is replaced, not the link.
+        let path = fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+        if fs::metadata(&path).is_ok_and(|metadata| !metadata.is_file()) {
+            let error = io::Error::other("it exists and is no plain file; give another name");
+            return Err(io_error("write", &path)(error));
+        }
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         let temporary = path.with_file_name(format!(".{name}.tmp"));
-        let staged = Self { temporary, path: path.to_owned(), committed: false };
+        let staged = Self { temporary, path, committed: false };
         let write = || {
             let mut file = File::create(&staged.temporary)?;
             fill(&mut file)?;
             file.sync_all()
         };
-        write().map_err(io_error("write", path))?;
+        write().map_err(io_error("write", &staged.path))?;
         Ok(staged)
     }
 
@@ -75,7 +81,7 @@ fn sync_directory(_: &Path) -> Result<(), Error> {
 
 pub(crate) fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error {
     let path = path.to_owned();
-    move |source| Error::Io { action, path, source }
+    move |error| Error::Io { action, path, error }
 }
 
 #[cfg(test)]

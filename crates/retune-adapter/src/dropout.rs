@@ -66,55 +66,31 @@ pub fn apply_in_place(x: &mut [f32], key: DropoutKey, first_element: u64, p: f32
         *value = masked(*value, kept(word, first_element, threshold), scale);
     }
     let first_pair = first_element.div_ceil(2);
-    #[cfg(target_arch = "x86_64")]
-    {
-        if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512dq") {
-            // SAFETY: the processor has the features that the function is compiled for.
-            unsafe { mask_avx512(body, word, first_pair, threshold, scale) };
-            return;
-        }
-        if is_x86_feature_detected!("avx2") {
-            // SAFETY: the processor has the feature that the function is compiled for.
-            unsafe { mask_avx2(body, word, first_pair, threshold, scale) };
-            return;
-        }
-    }
     mask(body, word, first_pair, threshold, scale);
 }
 
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512dq")]
-fn mask_avx512(x: &mut [f32], word: u64, first_pair: u64, threshold: u32, scale: f32) {
-    mask(x, word, first_pair, threshold, scale);
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2")]
-fn mask_avx2(x: &mut [f32], word: u64, first_pair: u64, threshold: u32, scale: f32) {
-    mask(x, word, first_pair, threshold, scale);
-}
-
-/// Masks pairs of elements, the first of which is `2 * first_pair`. Blocks of fixed size, so that the compiler makes vectors of them.
-#[inline(always)]
-fn mask(x: &mut [f32], word: u64, first_pair: u64, threshold: u32, scale: f32) {
-    const PAIRS: usize = 16;
-    let mut pair = first_pair;
-    let mut blocks = x.chunks_exact_mut(2 * PAIRS);
-    for block in &mut blocks {
-        let mut bits = [0u32; 2 * PAIRS];
-        for i in 0..PAIRS {
-            let drawn = random::at(word, pair.wrapping_add(i as u64));
-            bits[2 * i] = drawn as u32;
-            bits[2 * i + 1] = (drawn >> 32) as u32;
+retune_kernels::multiversion! {
+    /// Masks pairs of elements, the first of which is `2 * first_pair`. Blocks of fixed size, so that the compiler makes vectors of them.
+    fn mask(x: &mut [f32], word: u64, first_pair: u64, threshold: u32, scale: f32) {
+        const PAIRS: usize = 16;
+        let mut pair = first_pair;
+        let mut blocks = x.chunks_exact_mut(2 * PAIRS);
+        for block in &mut blocks {
+            let mut bits = [0u32; 2 * PAIRS];
+            for i in 0..PAIRS {
+                let drawn = random::at(word, pair.wrapping_add(i as u64));
+                bits[2 * i] = drawn as u32;
+                bits[2 * i + 1] = (drawn >> 32) as u32;
+            }
+            for (value, &bits) in block.iter_mut().zip(&bits) {
+                *value = masked(*value, bits >= threshold, scale);
+            }
+            pair = pair.wrapping_add(PAIRS as u64);
         }
-        for (value, &bits) in block.iter_mut().zip(&bits) {
-            *value = masked(*value, bits >= threshold, scale);
+        let first = pair.wrapping_mul(2);
+        for (i, value) in blocks.into_remainder().iter_mut().enumerate() {
+            *value = masked(*value, kept(word, first.wrapping_add(i as u64), threshold), scale);
         }
-        pair = pair.wrapping_add(PAIRS as u64);
-    }
-    let first = pair.wrapping_mul(2);
-    for (i, value) in blocks.into_remainder().iter_mut().enumerate() {
-        *value = masked(*value, kept(word, first.wrapping_add(i as u64), threshold), scale);
     }
 }
 

@@ -35,12 +35,12 @@ pub enum Error {
     MissingFile { path: PathBuf, advice: &'static str },
 
     /// The operating system refused to read or write.
-    #[error("cannot {action} {path}: {source}")]
-    Io { action: &'static str, path: PathBuf, source: std::io::Error },
+    #[error("cannot {action} {path}: {error}")]
+    Io { action: &'static str, path: PathBuf, error: std::io::Error },
 
     /// `adapter_config.json` is not JSON.
-    #[error("{path} is not valid JSON: {source}")]
-    Json { path: PathBuf, source: serde_json::Error },
+    #[error("{path} is not valid JSON: {error}")]
+    Json { path: PathBuf, error: serde_json::Error },
 
     /// A key of `adapter_config.json` has a value that cannot be used.
     #[error("{path}: `{key}`: {problem}")]

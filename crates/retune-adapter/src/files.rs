@@ -47,8 +47,7 @@ impl AdapterFile {
     pub fn read(dir: &Path) -> Result<Self, Error> {
         let config_path = dir.join(CONFIG_FILE);
         let text = read_file(&config_path, "Expected the directory of an adapter saved by retune or PEFT")?;
-        let value =
-            serde_json::from_slice(&text).map_err(|source| Error::Json { path: config_path.clone(), source })?;
+        let value = serde_json::from_slice(&text).map_err(|error| Error::Json { path: config_path.clone(), error })?;
         let (config, base_model) = peft_config::parse(&config_path, value)?;
 
         let weights_path = dir.join(WEIGHTS_FILE);
@@ -72,7 +71,7 @@ impl AdapterFile {
         let targets = check_against(self, modules)?;
         let (config_path, weights_path) = (dir.join(CONFIG_FILE), dir.join(WEIGHTS_FILE));
         let config = peft_config::to_json(&self.config, self.base_model.as_deref(), &targets, modules)
-            .map_err(|source| Error::Json { path: config_path.clone(), source })?;
+            .map_err(|error| Error::Json { path: config_path.clone(), error })?;
         let weights = self.to_safetensors(&weights_path)?;
 
         fs::create_dir_all(dir).map_err(io_error("create", dir))?;
@@ -128,9 +127,9 @@ impl View for Values<'_> {
 }
 
 fn read_file(path: &Path, advice: &'static str) -> Result<Vec<u8>, Error> {
-    fs::read(path).map_err(|source| match source.kind() {
+    fs::read(path).map_err(|error| match error.kind() {
         io::ErrorKind::NotFound => Error::MissingFile { path: path.to_owned(), advice },
-        _ => Error::Io { action: "read", path: path.to_owned(), source },
+        _ => Error::Io { action: "read", path: path.to_owned(), error },
     })
 }
 

@@ -33,6 +33,9 @@ impl AdapterPlan {
     pub fn new(config: &LoraConfig, checkpoint: &Checkpoint) -> Result<Self, Error> {
         let modules = checkpoint.linear_modules();
         let targets = targets::resolve(config, &linear_modules(&modules))?;
+        if config.lora_dropout > 0.0 && targets.iter().any(|target| target.module == "lm_head") {
+            return Err(Error::HeadDropout);
+        }
         Self::with_targets(config, checkpoint, targets)
     }
 

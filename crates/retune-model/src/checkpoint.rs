@@ -212,8 +212,9 @@ impl Checkpoint {
     pub fn tokenizer(&self) -> Result<Tokenizer, Error> {
         match &self.source {
             Source::HuggingFace { .. } => Tokenizer::from_dir(&self.path),
-            Source::Gguf { metadata } => Tokenizer::from_gguf(metadata),
+            Source::Gguf { metadata } => Tokenizer::from_gguf(metadata).map_err(|error| error.at(&self.path)),
         }
+        .map(|tokenizer| tokenizer.with_rows(self.config.vocab_size))
     }
 
     /// The `config.json` to write beside a merged model: the directory's own, or one made from the GGUF header.
@@ -260,7 +261,7 @@ impl Checkpoint {
             .map_init(Vec::new, |buffer, (name, matrix, rows)| first_not_finite(name, matrix, rows, buffer))
             .find_map_first(|bad| bad);
         match bad {
-            Some(error) => Err(error),
+            Some(error) => Err(error.at(&self.path)),
             None => Ok(()),
         }
     }

@@ -185,6 +185,10 @@ pub enum Error {
     )]
     TiedHeadSaved,
 
+    /// Dropout where it is not applied.
+    #[error("lora_dropout is not applied to an adapter on lm_head; set it to 0, or take lm_head out of target_modules")]
+    HeadDropout,
+
     /// A trainable tensor that the adapter's file lacks.
     #[error("the adapter has no tensor {name}; its file and its configuration do not belong together: save it again")]
     AdapterTensorMissing { name: String },

@@ -608,9 +608,9 @@ impl<'a> ShardWriter<'a> {
 /// Takes the refusal of a tensor out of the error of the file that it kept from being written.
 fn refusal_or_system(error: retune_adapter::Error) -> Error {
     match error {
-        retune_adapter::Error::Io { action, path, source } => match source.downcast::<Error>() {
+        retune_adapter::Error::Io { action, path, error } => match error.downcast::<Error>() {
             Ok(refusal) => refusal,
-            Err(source) => retune_adapter::Error::Io { action, path, source }.into(),
+            Err(error) => retune_adapter::Error::Io { action, path, error }.into(),
         },
         other => other.into(),
     }

@@ -102,6 +102,8 @@ pub struct Workspace {
 /// Grows a buffer to `len` elements, so that its pages are taken only as they are used.
 pub(crate) fn grow(buffer: &mut Vec<f32>, len: usize) {
     if buffer.len() < len {
+        // The old memory goes before the new is taken.
+        *buffer = Vec::new();
         *buffer = vec![0.0; len];
     }
 }

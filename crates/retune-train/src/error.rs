@@ -139,6 +139,13 @@ pub enum Error {
     )]
     NonFiniteLoss { step: u64, row: u64, layer: String },
 
+    /// A held-out loss that is no number.
+    #[error(
+        "the loss of held-out row {row} is not finite: the model has diverged or its weights are damaged; lower \
+         training.learning_rate, or go back to an earlier checkpoint"
+    )]
+    NonFiniteEvaluation { row: u64 },
+
     /// A gradient that is no number.
     #[error(
         "step {step}: the gradient of {tensor} is not finite though the loss is; lower training.learning_rate. \

@@ -29,6 +29,9 @@ pub struct AdamW {
 struct Factors {
     beta1: f32,
     beta2: f32,
+    /// 1 − β₁ and 1 − β₂, subtracted before they are rounded.
+    gain1: f32,
+    gain2: f32,
     epsilon: f32,
     /// learning rate / (1 − β₁ᵗ)
     rate: f32,
@@ -40,10 +43,10 @@ struct Factors {
 
 multiversion! {
     fn update(factors: Factors, gradients: &[f32], parameters: &mut [f32], first: &mut [f32], second: &mut [f32]) {
-        let Factors { beta1, beta2, epsilon, rate, second: correction, keep } = factors;
+        let Factors { beta1, beta2, gain1, gain2, epsilon, rate, second: correction, keep } = factors;
         for (((p, g), m), v) in parameters.iter_mut().zip(gradients).zip(first).zip(second) {
-            *m = beta1 * *m + (1.0 - beta1) * g;
-            *v = beta2 * *v + (1.0 - beta2) * g * g;
+            *m = beta1 * *m + gain1 * g;
+            *v = beta2 * *v + gain2 * g * g;
             *p = *p * keep - rate * *m / (v.sqrt() * correction + epsilon);
         }
     }
@@ -65,6 +68,8 @@ impl AdamW {
         let factors = Factors {
             beta1: beta1 as f32,
             beta2: beta2 as f32,
+            gain1: (1.0 - beta1) as f32,
+            gain2: (1.0 - beta2) as f32,
             epsilon: epsilon as f32,
             rate: (learning_rate / (1.0 - beta1.powf(t))) as f32,
             second: (1.0 / (1.0 - beta2.powf(t)).sqrt()) as f32,

@@ -24,7 +24,7 @@ const FULL_LEARNING_RATE: f64 = 2e-5;
 /// Tokens of a pass where none are given, unless a row may be longer.
 const TOKENS_PER_PASS: usize = 1024;
 /// More threads or tokens than any machine or model has: what is above is a slip.
-const MOST_THREADS: usize = 4096;
+pub const MOST_THREADS: usize = 4096;
 const MOST_TOKENS: usize = 1 << 24;
 
 /// A fine-tuning run. Relative paths are relative to the directory the run is started in.
@@ -485,10 +485,28 @@ impl RawTrainingConfig {
             "1 is usual, 0 switches clipping off",
         )?;
         let (beta1, beta2) = (self.adam_beta1, self.adam_beta2);
-        require(part.contains(&beta1), "training.adam_beta1", beta1, "at least 0 and below 1", "0.9 is usual")?;
-        require(part.contains(&beta2), "training.adam_beta2", beta2, "at least 0 and below 1", "0.999 is usual")?;
+        require(
+            part.contains(&beta1) && (beta1 as f32) < 1.0,
+            "training.adam_beta1",
+            beta1,
+            "at least 0 and below 1",
+            "0.9 is usual",
+        )?;
+        require(
+            part.contains(&beta2) && (beta2 as f32) < 1.0,
+            "training.adam_beta2",
+            beta2,
+            "at least 0 and below 1",
+            "0.999 is usual",
+        )?;
         let epsilon = self.adam_epsilon;
-        require(size.contains(&epsilon) && epsilon > 0.0, "training.adam_epsilon", epsilon, "above 0", "1e-8 is usual")
+        require(
+            size.contains(&epsilon) && epsilon as f32 > 0.0,
+            "training.adam_epsilon",
+            epsilon,
+            "above 0",
+            "1e-8 is usual",
+        )
     }
 }
 

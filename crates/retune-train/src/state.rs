@@ -4,10 +4,11 @@
 //! in its metadata. It appears under its name only when it is whole; the newest few are kept. The parameters with the best held-out loss
 //! are kept beside them.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
+use memmap2::Mmap;
 use retune_adapter::atomic::Staged;
 use safetensors::SafeTensors;
 use safetensors::tensor::Dtype;
@@ -45,12 +46,10 @@ fn bytes(values: &[f32]) -> &[u8] {
 compile_error!("retune's files are little-endian, as are the machines it supports");
 
 /// Writes tensors as a safetensors file straight from where they lie: a copy of them all would be the run's largest allocation.
-fn write_file(path: &Path, tensors: &[(&str, &[f32])], progress: Option<&Progress>) -> Result<(), Error> {
+fn write_file(path: &Path, tensors: &[(&str, &[f32])], progress: &Progress) -> Result<(), Error> {
     let mut header = serde_json::Map::new();
-    if let Some(progress) = progress {
-        let text = serde_json::to_string(progress).map_err(|error| Error::Serialize { error: error.to_string() })?;
-        header.insert("__metadata__".to_owned(), json!({ PROGRESS: text }));
-    }
+    let text = serde_json::to_string(progress).map_err(|error| Error::Serialize { error: error.to_string() })?;
+    header.insert("__metadata__".to_owned(), json!({ PROGRESS: text }));
     let mut end = 0;
     for (name, values) in tensors {
         let start = end;
@@ -77,7 +76,7 @@ pub fn write(directory: &Path, progress: &Progress, tensors: [&[f32]; 3], keep: 
     let path = directory.join(format!("step-{:08}.safetensors", progress.step));
     let tensors: Vec<_> = NAMES.into_iter().zip(tensors).collect();
     create(directory)?;
-    write_file(&path, &tensors, Some(progress))?;
+    write_file(&path, &tensors, progress)?;
     let checkpoints = list(directory)?;
     for old in checkpoints.iter().rev().skip(keep.max(1)) {
         fs::remove_file(old).map_err(|error| Error::Io { path: old.clone(), error })?;
@@ -89,9 +88,9 @@ pub fn write(directory: &Path, progress: &Progress, tensors: [&[f32]; 3], keep: 
 ///
 /// # Errors
 /// As [`write`].
-pub fn write_best(directory: &Path, params: &[f32]) -> Result<(), Error> {
+pub fn write_best(directory: &Path, progress: &Progress, params: &[f32]) -> Result<(), Error> {
     create(directory)?;
-    write_file(&directory.join(BEST), &[(NAMES[0], params)], None)
+    write_file(&directory.join(BEST), &[(NAMES[0], params)], progress)
 }
 
 fn create(directory: &Path) -> Result<(), Error> {
@@ -144,25 +143,44 @@ fn read_into(path: &Path, file: &SafeTensors, name: &str, values: &mut [f32]) ->
 /// # Errors
 /// A file that is damaged, or holds another number of parameters.
 pub fn read(path: &Path, tensors: [&mut Vec<f32>; 3]) -> Result<Progress, Error> {
-    let content = fs::read(path).map_err(|error| Error::Io { path: path.to_owned(), error })?;
+    let content = map(path)?;
     let file = SafeTensors::deserialize(&content).map_err(|error| damaged(path, error))?;
     for (name, values) in NAMES.into_iter().zip(tensors) {
         read_into(path, &file, name, values)?;
     }
-    let (_, header) = SafeTensors::read_metadata(&content).map_err(|error| damaged(path, error))?;
+    read_progress(path, &content)
+}
+
+fn read_progress(path: &Path, content: &[u8]) -> Result<Progress, Error> {
+    let (_, header) = SafeTensors::read_metadata(content).map_err(|error| damaged(path, error))?;
     let metadata = header.metadata().as_ref().and_then(|m| m.get(PROGRESS));
     let text = metadata.ok_or_else(|| damaged(path, "its progress is missing"))?;
     serde_json::from_str(text).map_err(|error| damaged(path, error))
 }
 
-/// Reads the parameters with the best held-out loss.
+/// Maps a checkpoint: a copy beside the vectors it is read into would take more memory than training does.
+fn map(path: &Path) -> Result<Mmap, Error> {
+    let io = |error| Error::Io { path: path.to_owned(), error };
+    let file = File::open(path).map_err(io)?;
+    if file.metadata().map_err(io)?.len() == 0 {
+        return Err(damaged(path, "it is empty"));
+    }
+    // SAFETY: a checkpoint gets its name when it is whole and is never written again, only removed; the run's folder is locked.
+    unsafe { Mmap::map(&file) }.map_err(io)
+}
+
+/// Reads the parameters with the best held-out loss, which are to be those of step `step`.
 ///
 /// # Errors
-/// As [`read`].
-pub fn read_best(directory: &Path, params: &mut [f32]) -> Result<(), Error> {
+/// As [`read`]; parameters of another step.
+pub fn read_best(directory: &Path, step: u64, params: &mut [f32]) -> Result<(), Error> {
     let path = directory.join(BEST);
-    let content = fs::read(&path).map_err(|error| Error::Io { path: path.clone(), error })?;
+    let content = map(&path)?;
     let file = SafeTensors::deserialize(&content).map_err(|error| damaged(&path, error))?;
+    let found = read_progress(&path, &content)?.best_step;
+    if found != step {
+        return Err(damaged(&path, format!("it holds step {found}, where the run's best is step {step}")));
+    }
     read_into(&path, &file, NAMES[0], params)
 }
 
@@ -194,9 +212,11 @@ mod tests {
             assert!(matches!(result, Err(Error::CheckpointDamaged { .. })), "{len} bytes");
         }
 
-        write_best(directory.path(), &p).unwrap();
+        progress.best_step = 3;
+        write_best(directory.path(), &progress, &p).unwrap();
         let mut best = vec![0.0; 2];
-        read_best(directory.path(), &mut best).unwrap();
+        assert!(matches!(read_best(directory.path(), 2, &mut best), Err(Error::CheckpointDamaged { .. })));
+        read_best(directory.path(), 3, &mut best).unwrap();
         assert_eq!(best, p);
         assert_eq!(list(directory.path()).unwrap().len(), 2, "the best parameters are no checkpoint");
     }

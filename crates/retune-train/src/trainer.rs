@@ -49,8 +49,6 @@ pub trait Observer {
     fn step(&mut self, report: &StepReport) -> Result<(), Error>;
     /// The held-out rows were scored.
     fn evaluation(&mut self, evaluation: &Evaluation) -> Result<(), Error>;
-    /// Everything needed to go on was written.
-    fn saved(&mut self, step: u64, path: &Path) -> Result<(), Error>;
     /// Whether to stop after this step, with everything saved.
     fn interrupted(&self) -> bool;
 }
@@ -162,17 +160,16 @@ impl<'a> Trainer<'a> {
             let step = self.progress.step;
             let last = step == self.progress.total_steps;
             if !self.eval.is_empty() && (last || self.evaluates_after(step)) {
-                let evaluation = self.evaluate();
+                let evaluation = self.evaluate()?;
                 if evaluation.best {
-                    state::write_best(directory, &self.params)?;
+                    state::write_best(directory, &self.progress, &self.params)?;
                 }
                 observer.evaluation(&evaluation)?;
             }
             let interrupted = observer.interrupted();
             if last || interrupted || step.is_multiple_of(self.config.save_steps as u64) {
                 let tensors = [&self.params[..], &self.optimizer.first, &self.optimizer.second];
-                let path = state::write(directory, &self.progress, tensors, self.config.save_total_limit)?;
-                observer.saved(step, &path)?;
+                state::write(directory, &self.progress, tensors, self.config.save_total_limit)?;
             }
             if interrupted && !last {
                 return Ok(Outcome::Interrupted { step });
@@ -270,26 +267,30 @@ impl<'a> Trainer<'a> {
     }
 
     /// Scores the held-out rows before the first step, for comparison.
-    pub fn score_untrained(&mut self) {
-        self.progress.initial_loss = Some(self.score().0);
+    ///
+    /// # Errors
+    /// A loss that is not finite.
+    pub fn score_untrained(&mut self) -> Result<(), Error> {
+        self.progress.initial_loss = Some(self.score()?.0);
+        Ok(())
     }
 
-    fn score(&mut self) -> (f64, usize) {
+    fn score(&mut self) -> Result<(f64, usize), Error> {
         let limit = self.config.tokens_per_pass;
-        let (sum, labels) = held_out_loss(self.model, &self.params, self.eval, limit, &mut self.workspace, |_| {});
-        (sum / labels.max(1) as f64, labels)
+        let (sum, labels) = held_out_loss(self.model, &self.params, self.eval, limit, &mut self.workspace, |_| {})?;
+        Ok((sum / labels.max(1) as f64, labels))
     }
 
     /// Scores the held-out rows with the current parameters.
-    fn evaluate(&mut self) -> Evaluation {
-        let (loss, label_tokens) = self.score();
+    fn evaluate(&mut self) -> Result<Evaluation, Error> {
+        let (loss, label_tokens) = self.score()?;
         let best = self.progress.best_loss.is_none_or(|best| loss < best);
         if best {
             self.progress.best_loss = Some(loss);
             self.progress.best_step = self.progress.step;
         }
         self.progress.last_loss = Some(loss);
-        Evaluation { step: self.progress.step, loss, label_tokens, best }
+        Ok(Evaluation { step: self.progress.step, loss, label_tokens, best })
     }
 }
 
@@ -309,6 +310,9 @@ pub fn fill_pass(pass: &mut Pass, examples: &[Example], rows: &[usize], next: us
 }
 
 /// The summed loss over the label tokens of `examples`, and their number. `done` is told the number of examples scored so far.
+///
+/// # Errors
+/// A loss that is not finite, with its row.
 pub fn held_out_loss(
     model: &Model,
     params: &[f32],
@@ -316,15 +320,21 @@ pub fn held_out_loss(
     tokens_per_pass: usize,
     workspace: &mut Workspace,
     mut done: impl FnMut(usize),
-) -> (f64, usize) {
+) -> Result<(f64, usize), Error> {
     let rows: Vec<usize> = (0..examples.len()).collect();
     let (mut sum, mut labels, mut next) = (0.0, 0, 0);
     let mut pass = Pass::default();
     while next < rows.len() {
         next = fill_pass(&mut pass, examples, &rows, next, tokens_per_pass);
-        sum += model.loss(params, &pass, workspace);
+        let loss = model.loss(params, &pass, workspace);
+        if !loss.is_finite() {
+            let label = workspace.losses.iter().position(|l| !l.is_finite()).and_then(|i| pass.labels.get(i));
+            let row = label.and_then(|l| pass.sequence_of(l.token as usize)).map_or(0, |s| s.row);
+            return Err(Error::NonFiniteEvaluation { row });
+        }
+        sum += loss;
         labels += pass.labels.len();
         done(next);
     }
-    (sum, labels)
+    Ok((sum, labels))
 }

@@ -1,5 +1,8 @@
 //! The `retune` program: reads the command line and hands over to one command.
 
+#[macro_use]
+mod output;
+
 mod args;
 mod commands;
 mod fetch;
@@ -13,14 +16,16 @@ use std::process::ExitCode;
 use anyhow::{Result, anyhow, bail};
 use args::{Cli, Command};
 use clap::Parser;
+use retune_train::run_config::MOST_THREADS;
 
 fn main() -> ExitCode {
-    end_quietly_on_closed_pipes();
     let cli = Cli::parse();
     match run(&cli) {
         Ok(()) => ExitCode::SUCCESS,
+        // A reader that has seen enough (`retune inspect … | head`) is no failure.
+        Err(error) if output::is_closed_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            note!("error: {error:#}");
             ExitCode::FAILURE
         }
     }
@@ -29,8 +34,8 @@ fn main() -> ExitCode {
 fn run(cli: &Cli) -> Result<()> {
     retune_kernels::isa::from_env().map_err(|error| anyhow!(error))?;
     let threads = match cli.threads {
-        Some(0) => bail!("--threads is 0; expected at least 1"),
-        Some(n) => n,
+        Some(n) if (1..=MOST_THREADS).contains(&n) => n,
+        Some(n) => bail!("--threads is {n}; expected 1 to {MOST_THREADS}"),
         None => std::thread::available_parallelism().map_or(1, usize::from),
     };
     // The commands run inside the pool, so that the calling thread is one of its workers.
@@ -46,19 +51,6 @@ fn run(cli: &Cli) -> Result<()> {
         Command::Tokenize(args) => commands::tokenize::run(args),
         Command::Logits(args) => commands::logits::run(args),
         Command::Bench(command) => commands::bench::run(command),
-        Command::Schema => {
-            commands::schema::run();
-            Ok(())
-        }
+        Command::Schema => commands::schema::run(),
     })
 }
-
-/// A reader that has seen enough (`retune inspect … | head`) ends the program as it ends others, instead of failing a print.
-#[cfg(unix)]
-fn end_quietly_on_closed_pipes() {
-    // SAFETY: called before any thread is started, with a disposition that is always valid.
-    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
-}
-
-#[cfg(not(unix))]
-fn end_quietly_on_closed_pipes() {}

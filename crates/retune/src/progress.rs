@@ -23,7 +23,7 @@ pub fn watch_interrupts() -> anyhow::Result<()> {
         if INTERRUPTED.swap(true, Ordering::SeqCst) {
             std::process::exit(130);
         }
-        eprintln!("\nstopping after this step, with everything saved (Ctrl-C again stops at once)");
+        note!("\nstopping after this step, with everything saved (Ctrl-C again stops at once)");
     })?;
     Ok(())
 }
@@ -40,7 +40,6 @@ pub struct Progress {
     steps_here: u64,
     tokens_here: usize,
     smoothed: Option<f64>,
-    pub evaluations: Vec<Evaluation>,
 }
 
 impl Progress {
@@ -77,14 +76,13 @@ impl Progress {
             steps_here: 0,
             tokens_here: 0,
             smoothed: None,
-            evaluations: Vec::new(),
         })
     }
 
     fn print(&self, line: &str) {
         match &self.bar {
             Some(bar) => bar.println(line),
-            None => eprintln!("{line}"),
+            None => note!("{line}"),
         }
     }
 
@@ -121,7 +119,7 @@ impl Observer for Progress {
                 || report.step == report.total_steps =>
             {
                 let left = elapsed / self.steps_here as f64 * (report.total_steps - report.step) as f64;
-                eprintln!("step {}/{}  {message}  {left:.0} s left", report.step, report.total_steps);
+                note!("step {}/{}  {message}  {left:.0} s left", report.step, report.total_steps);
             }
             None => {}
         }
@@ -137,7 +135,6 @@ impl Observer for Progress {
     }
 
     fn evaluation(&mut self, evaluation: &Evaluation) -> Result<(), Error> {
-        self.evaluations.push(*evaluation);
         let best = if evaluation.best { "  (best so far)" } else { "" };
         self.print(&format!("step {}: held-out loss {:.4}{best}", evaluation.step, evaluation.loss));
         self.record(&json!({
@@ -145,10 +142,6 @@ impl Observer for Progress {
             "eval_loss": evaluation.loss,
             "eval_label_tokens": evaluation.label_tokens,
         }))
-    }
-
-    fn saved(&mut self, _step: u64, _path: &Path) -> Result<(), Error> {
-        Ok(())
     }
 
     fn interrupted(&self) -> bool {

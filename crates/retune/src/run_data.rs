@@ -2,6 +2,7 @@
 
 use anyhow::Result;
 use retune_model::tokenizer::Tokenizer;
+use retune_train::Error;
 use retune_train::data::{Dataset, Encoder, read_rows, split};
 use retune_train::run_config::RunConfig;
 
@@ -28,8 +29,12 @@ impl RunData {
         let train = Dataset::build(&rows, &encoder, held_out.as_ref())?;
         let eval = held_out.map(|mut file| {
             file.rows.truncate(data.eval_limit.unwrap_or(usize::MAX));
-            Dataset::build(&file, &encoder, None)
+            match Dataset::build(&file, &encoder, None) {
+                // Of the few rows that a split holds out, all may be too long; a file of held-out rows should not be.
+                Err(Error::NothingToTrain { .. }) if data.eval.is_none() => Ok(None),
+                built => built.map(Some),
+            }
         });
-        Ok(Self { train, eval: eval.transpose()? })
+        Ok(Self { train, eval: eval.transpose()?.flatten() })
     }
 }

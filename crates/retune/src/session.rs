@@ -9,6 +9,8 @@ use retune_model::checkpoint::Checkpoint;
 use retune_model::model::{Model, Trainable};
 use retune_model::tokenizer::Tokenizer;
 
+use serde_json::Value;
+
 use crate::args::ModelArgs;
 use crate::fetch;
 
@@ -23,6 +25,7 @@ impl Session {
     /// Opens what the arguments name.
     pub fn open(args: &ModelArgs) -> Result<Self> {
         let checkpoint = Checkpoint::open(&fetch::resolve(&args.model)?)?;
+        checkpoint.check_finite()?;
         let Some(directory) = &args.adapter else {
             let model = Model::load(&checkpoint, Trainable::Nothing)?;
             return Ok(Self { checkpoint, model, params: Vec::new() });
@@ -46,7 +49,31 @@ pub fn adapted(checkpoint: &Checkpoint, directory: &Path) -> Result<(Model, Vec<
         let params = model.params_from(&file.tensors)?;
         Ok((model, params))
     };
+    check_provenance(checkpoint, directory)?;
     let (model, params) =
         put().with_context(|| format!("{} does not fit {}", directory.display(), checkpoint.path().display()))?;
     Ok((model, params, file))
+}
+
+/// Holds what an adapter of ours says of its base against the base at hand, and warns of another tokenizer, chat template or other weights
+/// (training on a quantized base and using it on the full one is legitimate).
+///
+/// # Errors
+/// A damaged `retune.json`. An adapter without that file says nothing.
+pub fn check_provenance(checkpoint: &Checkpoint, directory: &Path) -> Result<()> {
+    let path = directory.join("retune.json");
+    let Ok(text) = std::fs::read(&path) else { return Ok(()) };
+    let record: Value = serde_json::from_slice(&text)
+        .with_context(|| format!("{} is damaged; remove it to use the adapter without its history", path.display()))?;
+    let (adapter, base) = (directory.display(), checkpoint.path().display());
+    if let Some(hash) = record["tokenizer_hash"].as_str()
+        && let Ok(tokenizer) = checkpoint.tokenizer()
+        && tokenizer.content_hash() != hash
+    {
+        note!("! {adapter} was trained with another tokenizer or chat template than that of {base}");
+    }
+    if record["run"]["base_content_hash"].as_str().is_some_and(|hash| hash != checkpoint.content_hash()) {
+        note!("! {adapter} was trained on other weights than those of {base}");
+    }
+    Ok(())
 }

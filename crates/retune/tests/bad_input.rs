@@ -430,40 +430,63 @@ fn an_error_names_its_cause_once() {
     assert_eq!(output.stderr.matches("os error 2").count(), 1, "{}", output.stderr);
 }
 
-/// Standard output that is closed (`| head`) or full, and messages that nobody can read, are no reason to panic.
-#[cfg(target_os = "linux")]
-#[test]
-fn output_that_cannot_be_written_is_no_panic() {
-    use common::run;
-
-    let folder = Folder::with_run();
-    let full = || fs::File::options().write(true).open("/dev/full").unwrap();
-    let model = golden(MODEL);
-    for args in
-        [&["schema"][..], &["inspect", &model], &["data", "run.yaml"], &["tokenize", "--model", &model, "hello"]]
-    {
-        let mut command = folder.command(args);
-        command.stdout(full());
-        refused(&format!("{args:?}"), &run(command), &[]);
-    }
-    let mut command = folder.command(&["train", "run.yaml", "--set", "training.max_steps=1"]);
-    command.stderr(full());
-    assert_eq!(run(command).code, Some(0));
-    assert!(folder.path("out/adapter/adapter_model.safetensors").exists());
+/// A pipe that nobody reads, as after `| head`.
+#[cfg(unix)]
+fn closed_pipe() -> std::io::PipeWriter {
+    let (_, writer) = std::io::pipe().unwrap();
+    writer
 }
 
-/// A rename would replace what is there, be it `/dev/null`.
 #[cfg(unix)]
 #[test]
-fn a_device_or_pipe_is_not_replaced_by_a_file() {
+fn a_reader_that_has_seen_enough_ends_the_program_quietly() {
+    let folder = Folder::with_run();
+    let model = golden(MODEL);
+    for args in [&["schema"][..], &["inspect", &model], &["data", "run.yaml"]] {
+        let mut command = folder.command(args);
+        command.stdout(closed_pipe());
+        assert_eq!(common::run(command).stderr, "", "{args:?}");
+    }
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_result_that_cannot_be_written_is_an_error() {
+    let folder = Folder::with_run();
+    let model = golden(MODEL);
+    let tokenize = ["tokenize", "--model", &model, "hello"];
+    for args in [&["schema"][..], &["inspect", &model], &["data", "run.yaml"], &tokenize] {
+        let mut command = folder.command(args);
+        command.stdout(fs::File::options().write(true).open("/dev/full").unwrap());
+        refused(&format!("{args:?}"), &common::run(command), &[]);
+    }
+}
+
+/// A log on a full disk, or a pager that was closed, costs no training.
+#[cfg(target_os = "linux")]
+#[test]
+fn messages_that_cannot_be_written_do_not_end_a_run() {
+    let folder = Folder::with_run();
+    let args = ["train", "run.yaml", "--overwrite", "--set", "training.max_steps=1"];
+    let mut command = folder.command(&args);
+    command.stderr(fs::File::options().write(true).open("/dev/full").unwrap());
+    assert_eq!(common::run(command).code, Some(0), "on a full disk");
+    let mut command = folder.command(&args);
+    command.stderr(closed_pipe());
+    assert_eq!(common::run(command).code, Some(0), "on a closed pipe");
+}
+
+/// A rename would replace what is there, be it `/dev/null`; a socket stands for what is no plain file.
+#[cfg(unix)]
+#[test]
+fn what_is_no_plain_file_is_not_replaced_by_one() {
     use std::os::unix::fs::FileTypeExt;
+    use std::os::unix::net::UnixListener;
 
     let folder = Folder::with_run();
-    let pipe = folder.path("pipe");
-    let name = std::ffi::CString::new(pipe.to_str().unwrap()).unwrap();
-    // SAFETY: the name is a C string that outlives the call.
-    assert_eq!(unsafe { libc::mkfifo(name.as_ptr(), 0o600) }, 0);
-    let output = folder.retune(&["logits", "--model", &golden(MODEL), "--tokens", "1", "--out", "pipe"]);
-    refused("logits", &output, &["pipe"]);
-    assert!(fs::symlink_metadata(&pipe).unwrap().file_type().is_fifo());
+    let socket = folder.path("socket");
+    let _listener = UnixListener::bind(&socket).unwrap();
+    let output = folder.retune(&["logits", "--model", &golden(MODEL), "--tokens", "1", "--out", "socket"]);
+    refused("logits", &output, &["cannot write socket"]);
+    assert!(fs::symlink_metadata(&socket).unwrap().file_type().is_socket());
 }

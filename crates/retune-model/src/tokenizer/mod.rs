@@ -38,6 +38,8 @@ pub struct Tokenizer {
     eos_token_ids: Vec<u32>,
     chat_template: Option<ChatTemplate>,
     model_max_length: Option<u64>,
+    /// Ids from this one on have no row in the model's embeddings.
+    rows: usize,
 }
 
 /// The texts of the tokens with a role.
@@ -106,25 +108,45 @@ impl Tokenizer {
             }
         }
         let bos_token_id = special.bos.as_deref().and_then(id);
-        Ok(Tokenizer { bos_token_id, eos_token_ids, backend, special, chat_template, model_max_length })
+        let rows = usize::MAX;
+        Ok(Tokenizer { bos_token_id, eos_token_ids, backend, special, chat_template, model_max_length, rows })
+    }
+
+    /// The tokenizer for a model of `rows` embeddings. Tokenizer files may know more tokens (padding, mostly); a text that needs one
+    /// of those is an error then, instead of a row that is not there.
+    pub fn with_rows(mut self, rows: usize) -> Tokenizer {
+        self.rows = rows;
+        self.eos_token_ids.retain(|&id| (id as usize) < rows);
+        self
+    }
+
+    fn checked(&self, ids: &[u32]) -> Result<Vec<u32>, Error> {
+        match ids.iter().find(|&&id| id as usize >= self.rows) {
+            None => Ok(ids.to_vec()),
+            Some(&id) => {
+                let token = self.id_to_token(id).unwrap_or_default();
+                let cause = format!("it holds token {id} ({token:?}), but the model has {} embeddings", self.rows);
+                Err(Error::Encode { cause })
+            }
+        }
     }
 
     /// The tokens of `text` and nothing else, as Hugging Face's `tokenizer(text, add_special_tokens=False)`: the texts of
     /// special tokens become those tokens.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, Error> {
-        Ok(self.encoding(text)?.get_ids().to_vec())
+        self.checked(self.encoding(text)?.get_ids())
     }
 
     /// The tokens of `text` with BOS and whatever else the tokenizer puts around a text, as Hugging Face's `tokenizer(text)`.
     /// One difference: a text that starts with the BOS token itself gets no second one.
     pub fn encode_with_special_tokens(&self, text: &str) -> Result<Vec<u32>, Error> {
         let encoding = self.encoding(text)?;
-        let Some(processor) = &self.backend.post_processor else { return Ok(encoding.get_ids().to_vec()) };
+        let Some(processor) = &self.backend.post_processor else { return self.checked(encoding.get_ids()) };
         let starts_with_bos = self.bos_token_id.is_some() && encoding.get_ids().first().copied() == self.bos_token_id;
         let whole = guarded(|| processor.process(encoding, None, true)).map_err(|cause| Error::Encode { cause })?;
         match whole.get_ids() {
-            [first, rest @ ..] if starts_with_bos && rest.first() == Some(first) => Ok(rest.to_vec()),
-            ids => Ok(ids.to_vec()),
+            [first, rest @ ..] if starts_with_bos && rest.first() == Some(first) => self.checked(rest),
+            ids => self.checked(ids),
         }
     }
 
@@ -133,7 +155,7 @@ impl Tokenizer {
     pub fn encode_with_offsets(&self, text: &str) -> Result<(Vec<u32>, Vec<Range<usize>>), Error> {
         let encoding = self.encoding(text)?;
         let ranges = encoding.get_offsets().iter().map(|&(start, end)| start..end).collect();
-        Ok((encoding.get_ids().to_vec(), ranges))
+        Ok((self.checked(encoding.get_ids())?, ranges))
     }
 
     fn encoding(&self, text: &str) -> Result<Encoding, Error> {

@@ -111,15 +111,15 @@ fn train(args: &BenchTrainArgs) -> Result<()> {
             "operations": shares,
             "threads": rayon::current_num_threads(),
             "isa": retune_kernels::isa::isa().to_string(),
-        }));
+        }))?;
         return Ok(());
     }
-    println!("{tokens_per_second:.1} tokens/s  (median of {} steps, {median:.3} s each)", counted.len());
-    println!("{} peak memory", peak.map_or_else(|| "unknown".to_owned(), memory::human));
-    println!("{} trainable parameters, loss {:.4} to {:.4}", model.layout.len(), losses[0], losses[losses.len() - 1]);
+    outln!("{tokens_per_second:.1} tokens/s  (median of {} steps, {median:.3} s each)", counted.len());
+    outln!("{} peak memory", peak.map_or_else(|| "unknown".to_owned(), memory::human));
+    outln!("{} trainable parameters, loss {:.4} to {:.4}", model.layout.len(), losses[0], losses[losses.len() - 1]);
     for (name, value) in &shares {
         let (s, share) = (value["seconds"].as_f64().unwrap_or(0.0), value["share"].as_f64().unwrap_or(0.0));
-        println!("  {name:20} {s:8.3} s  {:5.1}%", 100.0 * share);
+        outln!("  {name:20} {s:8.3} s  {:5.1}%", 100.0 * share);
     }
     Ok(())
 }

@@ -20,43 +20,45 @@ pub fn run(args: &DataArgs) -> Result<()> {
     let tokenizer = Checkpoint::open(&fetch::resolve(&config.model)?)?.tokenizer()?;
     let data = RunData::load(&config, &tokenizer)?;
     if args.json {
-        print_json(&json!({ "train": data.train.report, "eval": data.eval.as_ref().map(|e| &e.report) }));
+        print_json(&json!({ "train": data.train.report, "eval": data.eval.as_ref().map(|e| &e.report) }))?;
         return Ok(());
     }
     for example in data.train.examples.iter().take(args.rows) {
-        print_example(&tokenizer, example);
+        print_example(&tokenizer, example)?;
     }
-    print_report("training rows", &data.train.report);
+    print_report("training rows", &data.train.report)?;
     if let Some(eval) = &data.eval {
-        print_report("held-out rows", &eval.report);
+        print_report("held-out rows", &eval.report)?;
     }
     Ok(())
 }
 
 /// The row as text, the trained part green (or between «» where there are no colours).
-fn print_example(tokenizer: &Tokenizer, example: &Example) {
+fn print_example(tokenizer: &Tokenizer, example: &Example) -> Result<()> {
     let colours = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
     let (on, off) = if colours { ("\x1b[1;32m", "\x1b[0m") } else { ("«", "»") };
-    println!("row {}: {} tokens, {} trained", example.row, example.ids.len(), example.trained_tokens());
+    outln!("row {}: {} tokens, {} trained", example.row, example.ids.len(), example.trained_tokens());
     for (text, trained) in decoded_sample(tokenizer, example) {
-        if trained { print!("{on}{text}{off}") } else { print!("{text}") }
+        if trained { out!("{on}{text}{off}") } else { out!("{text}") }
     }
-    println!("\n");
+    outln!("\n");
+    Ok(())
 }
 
-fn print_report(title: &str, report: &DataReport) {
-    println!("{title}: {} ({})", report.path.display(), report.format);
-    println!("  {} rows, {} used", report.rows, report.examples);
-    println!("  {} tokens, {} trained; the longest row has {}", report.tokens, report.trained_tokens, report.longest);
+fn print_report(title: &str, report: &DataReport) -> Result<()> {
+    outln!("{title}: {} ({})", report.path.display(), report.format);
+    outln!("  {} rows, {} used", report.rows, report.examples);
+    outln!("  {} tokens, {} trained; the longest row has {}", report.tokens, report.trained_tokens, report.longest);
     let most = report.lengths.iter().map(|b| b.examples).max().unwrap_or(0);
     for LengthBin { from, to, examples } in &report.lengths {
         let bar = "#".repeat((examples * 40).div_ceil(most.max(1)));
-        println!("  {from:>6}–{to:<6} {examples:>6} {bar}");
+        outln!("  {from:>6}–{to:<6} {examples:>6} {bar}");
     }
     for problem in problems(report) {
-        println!("  ! {problem}");
+        outln!("  ! {problem}");
     }
-    println!();
+    outln!();
+    Ok(())
 }
 
 /// What is wrong with a data set, a line each; empty when nothing is.

@@ -1,6 +1,6 @@
 //! `retune eval`: loss and perplexity on a data file.
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 use retune_model::workspace::{Keep, Workspace};
 use retune_train::data::{ColumnMap, DataFormat, Dataset, EncodeOptions, Encoder, Overlong, read_rows};
@@ -15,6 +15,9 @@ const TOKENS_PER_PASS: usize = 1024;
 
 /// Scores the rows and prints the result.
 pub fn run(args: &EvalArgs) -> Result<()> {
+    if args.limit == Some(0) || args.max_length < 2 {
+        bail!("--limit must be at least 1 and --max-length at least 2");
+    }
     let session = Session::open(&args.model)?;
     let tokenizer = session.tokenizer()?;
     let mut file = read_rows(&args.data, DataFormat::Auto, &ColumnMap::default())?;
@@ -28,7 +31,7 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     let (sum, labels) =
         held_out_loss(&session.model, &session.params, &data.examples, TOKENS_PER_PASS, &mut workspace, |done| {
             bar.set_position(done as u64)
-        });
+        })?;
     bar.finish_and_clear();
     let loss = sum / labels.max(1) as f64;
     if args.json {
@@ -39,13 +42,13 @@ pub fn run(args: &EvalArgs) -> Result<()> {
             "tokens": data.report.tokens,
             "label_tokens": labels,
             "truncated": data.report.truncated.count,
-        }));
+        }))?;
     } else {
-        println!("loss        {loss:.4}  (nats per label token)");
-        println!("perplexity  {:.3}", loss.exp());
-        println!("rows        {}, {} tokens, {labels} of them scored", data.examples.len(), data.report.tokens);
+        outln!("loss        {loss:.4}  (nats per label token)");
+        outln!("perplexity  {:.3}", loss.exp());
+        outln!("rows        {}, {} tokens, {labels} of them scored", data.examples.len(), data.report.tokens);
         if data.report.truncated.count > 0 {
-            println!("            {} rows were cut at {} tokens", data.report.truncated.count, args.max_length);
+            outln!("            {} rows were cut at {} tokens", data.report.truncated.count, args.max_length);
         }
     }
     Ok(())

@@ -7,7 +7,7 @@ use crate::fetch;
 
 /// Fetches the model and says where it is.
 pub fn run(args: &FetchArgs) -> Result<()> {
-    let path = fetch::fetch(&args.id, &|message| eprintln!("{message}"))?;
-    println!("{}", path.display());
+    let path = fetch::fetch(&args.id, &|message| note!("{message}"))?;
+    outln!("{}", path.display());
     Ok(())
 }

@@ -30,7 +30,7 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
         chat_prompt(&tokenizer, args.system.as_deref(), &text)?
     };
     let limit = session.model.config.max_position_embeddings;
-    if prompt.len() + args.max_new_tokens > limit {
+    if prompt.len().saturating_add(args.max_new_tokens) > limit {
         bail!(
             "{} tokens of prompt and {} to generate exceed the model's context of {limit}: shorten the prompt or lower --max-new-tokens",
             prompt.len(),
@@ -62,9 +62,9 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
             "generated_tokens": ids.len(),
             "stopped": ids.len() < args.max_new_tokens,
             "seconds": seconds,
-        }));
+        }))?;
     } else {
-        println!();
+        outln!();
     }
     Ok(())
 }

@@ -22,9 +22,9 @@ pub fn run(args: &InspectArgs) -> Result<()> {
         model(&Checkpoint::open(&fetch::resolve(&args.path)?)?)
     };
     if args.json {
-        print_json(&value);
+        print_json(&value)?;
     } else {
-        print(&value, 0);
+        print(&value, 0)?;
     }
     Ok(())
 }
@@ -113,8 +113,8 @@ fn adapter(path: &Path) -> Result<Value> {
 }
 
 /// Prints a JSON object as indented lines; empty values are left out.
-fn print(value: &Value, depth: usize) {
-    let Some(object) = value.as_object() else { return };
+fn print(value: &Value, depth: usize) -> Result<()> {
+    let Some(object) = value.as_object() else { return Ok(()) };
     let width = object.keys().map(String::len).max().unwrap_or(0);
     for (key, value) in object {
         let indent = "  ".repeat(depth);
@@ -127,17 +127,18 @@ fn print(value: &Value, depth: usize) {
                     .filter(|(_, v)| !v.is_null())
                     .map(|(k, v)| format!("{} {}", k.replace('_', " "), plain(v)))
                     .collect();
-                println!("{indent}{key:width$}  {}", parts.join(", "));
+                outln!("{indent}{key:width$}  {}", parts.join(", "));
             }
             Value::Object(_) => {
-                println!("{indent}{}:", key.replace('_', " "));
-                print(value, depth + 1);
+                outln!("{indent}{}:", key.replace('_', " "));
+                print(value, depth + 1)?;
             }
             // Names of the model and of formats stand as they are, our own words as words.
-            value if depth > 0 => println!("{indent}{key:width$}  {}", plain(value)),
-            value => println!("{indent}{:width$}  {}", key.replace('_', " "), plain(value)),
+            value if depth > 0 => outln!("{indent}{key:width$}  {}", plain(value)),
+            value => outln!("{indent}{:width$}  {}", key.replace('_', " "), plain(value)),
         }
     }
+    Ok(())
 }
 
 fn plain(value: &Value) -> String {

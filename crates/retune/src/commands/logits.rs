@@ -38,10 +38,10 @@ pub fn run(args: &LogitsArgs) -> Result<()> {
         grads.iter_mut().for_each(|g| *g = (f64::from(*g) / count) as f32);
         tensors.extend(model.tensors_of(&grads));
         tensors.insert("loss".to_owned(), (vec![1], vec![(loss / count) as f32]));
-        println!("loss {:.6} over {} label tokens", loss / count, pass.labels.len());
+        outln!("loss {:.6} over {} label tokens", loss / count, pass.labels.len());
     }
     write(&args.out, &tensors)?;
-    println!("wrote {} tensors to {}", tensors.len(), args.out.display());
+    outln!("wrote {} tensors to {}", tensors.len(), args.out.display());
     Ok(())
 }
 

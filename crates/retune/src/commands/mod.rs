@@ -32,6 +32,7 @@ pub fn text_or_stdin(text: Option<&str>, what: &str) -> Result<String> {
 }
 
 /// Prints a JSON value on one line.
-pub fn print_json(value: &Value) {
-    println!("{value}");
+pub fn print_json(value: &Value) -> Result<()> {
+    outln!("{value}");
+    Ok(())
 }

@@ -24,9 +24,9 @@ pub fn run(args: &TokenizeArgs) -> Result<()> {
     };
     if args.json {
         let pieces: Vec<_> = ids.iter().map(|&id| tokenizer.id_to_token(id)).collect();
-        print_json(&json!({ "ids": ids, "tokens": pieces }));
+        print_json(&json!({ "ids": ids, "tokens": pieces }))?;
     } else {
-        println!("{}", ids.iter().map(u32::to_string).collect::<Vec<_>>().join(","));
+        outln!("{}", ids.iter().map(u32::to_string).collect::<Vec<_>>().join(","));
     }
     Ok(())
 }

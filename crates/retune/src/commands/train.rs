@@ -1,6 +1,6 @@
 //! `retune train`: a run, from its file to an adapter (or a fine-tuned model) and what it gained.
 
-use std::fs;
+use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -14,7 +14,7 @@ use retune_model::model::{Model, Trainable};
 use retune_model::tokenizer::Tokenizer;
 use retune_model::workspace::{Keep, Workspace};
 use retune_train::data::Example;
-use retune_train::run_config::{ActivationCheckpointing, Method, RunConfig};
+use retune_train::run_config::{ActivationCheckpointing, Compute, Method, RunConfig};
 use retune_train::state::{self, Progress as RunProgress};
 use retune_train::trainer::{Outcome, Trainer};
 use serde_json::{Value, json};
@@ -55,46 +55,112 @@ impl RunFolder {
         self.root.join(if method == Method::Full { "model" } else { "adapter" })
     }
 
-    /// Makes the folder ready for a run that starts (or, with `resume`, goes on): refuses to mix runs.
-    fn prepare(&self, run: &Value, args: &TrainArgs) -> Result<()> {
+    /// Makes the folder ready for a run that starts (or, with `resume`, goes on) and keeps other processes out of it for as long as the
+    /// result lives: refuses to mix runs.
+    fn prepare(&self, run: &Value, config: &RunConfig, args: &TrainArgs) -> Result<File> {
         let root = self.root.display();
-        if args.overwrite {
-            for path in [self.checkpoints(), self.result(Method::Lora), self.result(Method::Full)] {
-                if path.exists() {
-                    fs::remove_dir_all(&path).with_context(|| format!("cannot remove {}", path.display()))?;
-                }
-            }
-            for path in [self.config(), self.metrics()] {
-                if path.exists() {
-                    fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))?;
-                }
-            }
-        }
-        let is_empty = fs::read_dir(&self.root).map_or(true, |mut entries| entries.next().is_none());
         if self.config().exists() {
-            if !args.resume {
+            let lock = self.lock()?;
+            if args.overwrite {
+                self.clear(config)?;
+            } else if args.resume {
+                self.check_same(run)?;
+                self.remove_leftovers();
+                return Ok(lock);
+            } else {
                 bail!(
                     "{root} holds a run already: go on with --resume, start anew with --overwrite, or set another output_dir"
                 );
             }
-            let text = fs::read_to_string(self.config()).with_context(|| format!("cannot read {root}/run.json"))?;
-            let earlier: Value = serde_json::from_str(&text)
-                .with_context(|| format!("{root}/run.json is damaged; start anew with --overwrite"))?;
-            if let Some(difference) = first_difference("", &earlier, run) {
+        } else {
+            // What a kill at the very start can leave does not count.
+            let mut entries = fs::read_dir(&self.root).into_iter().flatten().flatten();
+            let is_empty = entries.all(|entry| entry.file_name() == ".run.json.tmp");
+            if !is_empty && !args.overwrite {
                 bail!(
-                    "the run in {root} was started with another configuration: {difference}. Restore it, start anew with --overwrite, or set another output_dir"
+                    "{root} exists and is not empty, but holds no run (no run.json): set another output_dir, or use --overwrite to put \
+                     the run among its files"
                 );
             }
-            return Ok(());
+            // Without run.json these are somebody else's, whatever their names.
+            let folders = [self.checkpoints(), self.result(Method::Lora), self.result(Method::Full)];
+            if let Some(folder) = folders.iter().find(|folder| folder.exists()) {
+                bail!(
+                    "{} is there, but {root} holds no run (no run.json): move it, or set another output_dir",
+                    folder.display()
+                );
+            }
         }
-        if !is_empty && !args.overwrite && !args.resume {
+        fs::create_dir_all(&self.root).with_context(|| format!("cannot create {root}; set another output_dir"))?;
+        atomic::write(&self.config(), format!("{run:#}\n").as_bytes())?;
+        self.lock()
+    }
+
+    fn lock(&self) -> Result<File> {
+        let path = self.config();
+        let file = File::open(&path).with_context(|| format!("cannot open {}", path.display()))?;
+        match file.try_lock() {
+            Err(TryLockError::WouldBlock) => {
+                bail!("another retune is training in {}: wait for it, or set another output_dir", self.root.display())
+            }
+            // A file system without locks keeps nobody out, and is no reason not to train.
+            Ok(()) | Err(TryLockError::Error(_)) => Ok(file),
+        }
+    }
+
+    /// Removes what the earlier run left, unless the new one reads from it.
+    fn clear(&self, config: &RunConfig) -> Result<()> {
+        let folders = [self.checkpoints(), self.result(Method::Lora), self.result(Method::Full)];
+        let data = &config.data;
+        let used =
+            [Some(Path::new(&config.model)), config.adapter_init.as_deref(), Some(&*data.train), data.eval.as_deref()];
+        let used: Vec<PathBuf> = used.into_iter().flatten().filter_map(|path| fs::canonicalize(path).ok()).collect();
+        for folder in folders.iter().filter_map(|folder| fs::canonicalize(folder).ok()) {
+            if used.iter().any(|path| path.starts_with(&folder)) {
+                bail!(
+                    "this run reads from {}, which --overwrite would delete: set another output_dir",
+                    folder.display()
+                );
+            }
+        }
+        self.remove_leftovers();
+        for folder in folders.iter().filter(|folder| folder.exists()) {
+            fs::remove_dir_all(folder).with_context(|| format!("cannot remove {}", folder.display()))?;
+        }
+        for file in [self.metrics(), self.config()] {
+            if file.exists() {
+                fs::remove_file(&file).with_context(|| format!("cannot remove {}", file.display()))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn check_same(&self, run: &Value) -> Result<()> {
+        let root = self.root.display();
+        let text = fs::read_to_string(self.config()).with_context(|| format!("cannot read {root}/run.json"))?;
+        let earlier: Value = serde_json::from_str(&text)
+            .with_context(|| format!("{root}/run.json is damaged; start anew with --overwrite"))?;
+        if let Some(difference) = first_difference("", &earlier, run) {
             bail!(
-                "{root} exists and is not empty: set another output_dir, or use --overwrite to put the run among its files"
+                "the run in {root} was started with another configuration: {difference}. Restore it, start anew with --overwrite, \
+                 or set another output_dir"
             );
         }
-        fs::create_dir_all(&self.root).with_context(|| format!("cannot create {root}"))?;
-        atomic::write(&self.config(), format!("{run:#}\n").as_bytes())?;
         Ok(())
+    }
+
+    fn partial_model(&self) -> PathBuf {
+        self.root.join(".model.partial")
+    }
+
+    /// Removes what a kill in the middle of a write left. Best effort: it is in nobody's way.
+    fn remove_leftovers(&self) {
+        let _ = fs::remove_dir_all(self.partial_model());
+        for entry in fs::read_dir(self.checkpoints()).into_iter().flatten().flatten() {
+            if entry.file_name().to_string_lossy().ends_with(".tmp") {
+                let _ = fs::remove_file(entry.path());
+            }
+        }
     }
 }
 
@@ -109,6 +175,10 @@ fn first_difference(key: &str, earlier: &Value, now: &Value) -> Option<String> {
             })
         }
         (a, b) if a == b => None,
+        (a, b) if key == "isa" => Some(format!(
+            "it computed with {a}, now it would with {b}, whose last digits differ (RETUNE_ISA={} goes on where the machine can)",
+            a.as_str().unwrap_or_default()
+        )),
         (a, b) => Some(format!("{key} was {a}, now it is {b}")),
     }
 }
@@ -139,7 +209,8 @@ pub fn run(args: &TrainArgs, threads: Option<usize>) -> Result<()> {
 }
 
 fn start(args: &TrainArgs, config: RunConfig) -> Result<()> {
-    let path = fetch::resolve_or_fetch(&config.model, &|message| eprintln!("{message}"))?;
+    let Compute::F32 = config.base.compute;
+    let path = fetch::resolve_or_fetch(&config.model, &|message| note!("{message}"))?;
     let checkpoint = Checkpoint::open(&path)?;
     checkpoint.check_finite()?;
     let tokenizer = checkpoint.tokenizer()?;
@@ -155,11 +226,28 @@ fn start(args: &TrainArgs, config: RunConfig) -> Result<()> {
         // The number of threads changes no byte of the result.
         record.remove("threads");
     }
+    record["retune"] = json!(env!("CARGO_PKG_VERSION"));
+    if config.method == Method::Lora {
+        record["adapter"] = serde_json::to_value(&adapter)?;
+    }
+    record["adapter_init_hash"] = json!(initial.as_ref().map(tensors_hash));
     record["base_content_hash"] = json!(checkpoint.content_hash());
     record["train_rows_hash"] = json!(rows_hash(&data.train.examples));
+    record["eval_rows_hash"] = json!(data.eval.as_ref().map(|eval| rows_hash(&eval.examples)));
     record["isa"] = json!(retune_kernels::isa::isa().to_string());
     let folder = RunFolder { root: config.output_dir.clone() };
     Run { args, config, folder, checkpoint, tokenizer, data, adapter, initial, record }.train()
+}
+
+/// A hash of an adapter's values.
+fn tensors_hash(file: &AdapterFile) -> String {
+    use sha2::{Digest, Sha256};
+    let mut hash = Sha256::new();
+    for (name, (_, values)) in &file.tensors {
+        hash.update(name.as_bytes());
+        values.iter().for_each(|v| hash.update(v.to_le_bytes()));
+    }
+    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// A hash of the tokens trained on and of which of them are targets.
@@ -180,7 +268,7 @@ impl Run<'_> {
         let (model, params) = self.model()?;
         self.print_start(&model);
         self.check_memory(&model)?;
-        folder.prepare(&self.record, self.args)?;
+        let _lock = folder.prepare(&self.record, config, self.args)?;
         watch_interrupts()?;
 
         let eval = data.eval.as_ref().map_or(&[][..], |e| &e.examples);
@@ -193,23 +281,23 @@ impl Run<'_> {
         let mut progress = Progress::new(&folder.metrics(), step, total_steps)?;
         let start = Instant::now();
         if trainer.progress.initial_loss.is_none() && !eval.is_empty() {
-            trainer.score_untrained();
-            eprintln!("held-out loss before training: {:.4}", trainer.progress.initial_loss.unwrap_or(f64::NAN));
+            trainer.score_untrained()?;
+            note!("held-out loss before training: {:.4}", trainer.progress.initial_loss.unwrap_or(f64::NAN));
         }
         let outcome = trainer.run(&folder.checkpoints(), &mut progress)?;
         progress.finish();
         if let Outcome::Interrupted { step } = outcome {
             let file = self.args.run.path.display();
-            eprintln!(
-                "stopped after step {step} of {total_steps}; everything is saved. Go on with:\n  retune train {file} --resume"
-            );
+            let overrides: String = self.args.run.overrides.iter().map(|o| format!(" --set '{o}'")).collect();
+            note!("stopped after step {step} of {total_steps}; everything is saved. Go on with:");
+            note!("  retune train {file}{overrides} --resume");
             std::process::exit(130);
         }
         let progress = trainer.progress.clone();
         let mut params = std::mem::take(&mut trainer.params);
         drop(trainer);
         if progress.best_loss.is_some() && progress.best_step != progress.total_steps {
-            state::read_best(&folder.checkpoints(), &mut params)?;
+            state::read_best(&folder.checkpoints(), progress.best_step, &mut params)?;
         }
         let out = self.write_result(&model, &params, &progress)?;
         let samples = self.samples(&model, &params, eval)?;
@@ -228,6 +316,19 @@ impl Run<'_> {
         }
         let plan = AdapterPlan::new(&self.adapter, checkpoint)?;
         let model = Model::load(checkpoint, Trainable::Adapter(&plan))?;
+        if let Some(file) = &self.initial {
+            let theirs = AdapterPlan::for_file(file, checkpoint)?.targets;
+            let scaling = |module: &str| plan.targets.iter().find(|t| t.module == module).map(|t| t.scaling);
+            if let Some(theirs) = theirs.iter().find(|t| scaling(&t.module).is_some_and(|ours| ours != t.scaling)) {
+                bail!(
+                    "the adapter at adapter_init scales {} by {}, `adapter` by {}: give it the same lora_alpha, r and use_rslora, \
+                     or leave `adapter` out to take them from there",
+                    theirs.module,
+                    theirs.scaling,
+                    scaling(&theirs.module).unwrap_or_default()
+                );
+            }
+        }
         let params = match (&self.initial, &config.adapter_init) {
             (Some(file), Some(directory)) => model.params_from(&file.tensors).with_context(|| {
                 format!("{} was made with another `adapter` than this run asks for", directory.display())
@@ -241,15 +342,16 @@ impl Run<'_> {
         let Run { config, data, .. } = self;
         let (trained, base) = (model.layout.len(), model.parameters());
         let share = 100.0 * trained as f64 / base as f64;
-        eprintln!("model    {} ({:.1} M parameters)", config.model, base as f64 / 1e6);
-        eprintln!("training {trained} parameters ({share:.2}%)");
+        note!("model    {} ({:.1} M parameters)", config.model, base as f64 / 1e6);
+        note!("training {trained} parameters ({share:.2}%)");
         let report = &data.train.report;
-        eprintln!(
-            "data     {} rows, {} tokens, {} of them trained",
-            report.examples, report.tokens, report.trained_tokens
-        );
+        note!("data     {} rows, {} tokens, {} of them trained", report.examples, report.tokens, report.trained_tokens);
         for problem in problems(report) {
-            eprintln!("         ! {problem}");
+            note!("         ! {problem}");
+        }
+        let context = model.config.max_position_embeddings;
+        if report.longest > context {
+            note!("         ! the longest row has {} tokens, the model's context is {context}", report.longest);
         }
     }
 
@@ -270,7 +372,7 @@ impl Run<'_> {
         let trained = 4 * 4 * model.layout.len();
         let activations = Workspace::planned_bytes(model, keep, tokens, labels);
         let total = (base + trained + activations + PROGRAM_BYTES) as u64;
-        eprintln!(
+        note!(
             "memory   {} planned: base {}, trained with optimizer {}, activations {} for passes of {tokens} tokens",
             human(total),
             human(base as u64),
@@ -279,7 +381,7 @@ impl Run<'_> {
         );
         let Some(available) = memory::available() else { return Ok(()) };
         if total > available {
-            eprintln!(
+            note!(
                 "         ! only {} are free: set training.activation_checkpointing=layer, or lower training.tokens_per_pass, \
                  data.max_length or adapter.r",
                 human(available)
@@ -293,9 +395,9 @@ impl Run<'_> {
         match state::list(&self.folder.checkpoints())?.last() {
             Some(checkpoint) => {
                 trainer.resume(checkpoint)?;
-                eprintln!("going on after step {}", trainer.progress.step);
+                note!("going on after step {}", trainer.progress.step);
             }
-            None => eprintln!("no checkpoint yet: starting from the beginning"),
+            None => note!("no checkpoint yet: starting from the beginning"),
         }
         Ok(())
     }
@@ -305,14 +407,18 @@ impl Run<'_> {
         let Run { config, checkpoint, folder, .. } = self;
         let out = folder.result(config.method);
         if config.method == Method::Full {
-            if out.exists() {
-                fs::remove_dir_all(&out).with_context(|| format!("cannot replace {}", out.display()))?;
-            }
+            // Beside the final name first: an earlier model goes only when this one is whole.
+            let partial = folder.partial_model();
+            folder.remove_leftovers();
             let tensor = |name: &str| {
                 let param = model.layout.params().iter().find(|p| p.name == name)?;
                 Some(&params[param.range.clone()])
             };
-            export::write_model(checkpoint, &tensor, &out, &MergeOptions::default(), &mut |_, _| {})?;
+            export::write_model(checkpoint, &tensor, &partial, &MergeOptions::default(), &mut |_, _| {})?;
+            if out.exists() {
+                fs::remove_dir_all(&out).with_context(|| format!("cannot replace {}", out.display()))?;
+            }
+            fs::rename(&partial, &out).with_context(|| format!("cannot write {}", out.display()))?;
         } else {
             let file = AdapterFile {
                 config: self.adapter.clone(),
@@ -322,7 +428,6 @@ impl Run<'_> {
             file.write(&out, &linear_modules(&checkpoint.linear_modules()))?;
         }
         let provenance = json!({
-            "retune": env!("CARGO_PKG_VERSION"),
             "run": self.record,
             "tokenizer_hash": self.tokenizer.content_hash(),
             "chat_template_hash": self.tokenizer.chat_template().map(|t| t.hash()),
@@ -343,7 +448,8 @@ impl Run<'_> {
         for example in eval.iter().take(SAMPLES) {
             let Some(first) = example.trained.iter().position(|&t| t) else { continue };
             let prompt = &example.ids[..first];
-            if prompt.is_empty() {
+            // A row trained from its start has no prompt to answer.
+            if prompt.len() < 2 {
                 continue;
             }
             let last = example.trained[first..].iter().position(|&t| !t).map_or(example.ids.len(), |n| first + n);
@@ -377,38 +483,38 @@ impl Run<'_> {
                 "seconds": seconds,
                 "peak_rss_bytes": memory::peak_resident(),
                 "samples": samples,
-            }));
+            }))?;
             return Ok(());
         }
-        println!();
+        outln!();
         if let (Some(before), Some(after)) = (progress.initial_loss, progress.best_loss) {
-            println!("held-out loss  {before:.4} before, {after:.4} after");
+            outln!("held-out loss  {before:.4} before, {after:.4} after");
         }
         for sample in samples {
             let text = |key: &str| sample[key].as_str().unwrap_or_default().replace('\n', " ");
-            println!("\n  held-out row {}", sample["row"]);
-            println!("    reference  {}", text("reference"));
-            println!("    base       {}", text("base"));
-            println!("    trained    {}", text("trained"));
+            outln!("\n  held-out row {}", sample["row"]);
+            outln!("    reference  {}", text("reference"));
+            outln!("    base       {}", text("base"));
+            outln!("    trained    {}", text("trained"));
         }
         let what = if self.config.method == Method::Full { "model  " } else { "adapter" };
         let peak = memory::peak_resident().map_or_else(|| "unknown".to_owned(), human);
-        println!("\n{what}        {} ({})", out.display(), human(size));
-        println!("took           {seconds:.0} s, peak memory {peak}");
-        println!("\nNext:");
+        outln!("\n{what}        {} ({})", out.display(), human(size));
+        outln!("took           {seconds:.0} s, peak memory {peak}");
+        outln!("\nNext:");
         let base = &self.config.model;
         if self.config.method == Method::Full {
-            println!("  retune generate --model {} \"…\"", out.display());
-            println!("  retune eval --model {} --data FILE", out.display());
-            println!("  retune inspect {}", out.display());
+            outln!("  retune generate --model {} \"…\"", out.display());
+            outln!("  retune eval --model {} --data FILE", out.display());
+            outln!("  retune inspect {}", out.display());
         } else {
-            println!("  retune generate --model {base} --adapter {} \"…\"", out.display());
-            println!(
+            outln!("  retune generate --model {base} --adapter {} \"…\"", out.display());
+            outln!(
                 "  retune merge --model {base} --adapter {} --out {}-merged",
                 out.display(),
                 self.folder.root.display()
             );
-            println!("  retune inspect {}", out.display());
+            outln!("  retune inspect {}", out.display());
         }
         Ok(())
     }

@@ -1,0 +1,41 @@
+//! Printing that can fail: a result that cannot be written is an error, a message that cannot be written is no reason to stop.
+
+use std::fmt::Arguments;
+use std::io::{self, Write};
+
+use anyhow::{Context, Result};
+
+/// Writes to standard output.
+///
+/// # Errors
+/// A closed pipe, a full disk.
+pub fn write(text: Arguments) -> Result<()> {
+    let mut stdout = io::stdout().lock();
+    stdout.write_fmt(text).and_then(|()| stdout.flush()).context("cannot write to standard output")
+}
+
+/// Writes a line to standard error, if that is possible.
+pub fn message(text: Arguments) {
+    let _ = writeln!(io::stderr(), "{text}");
+}
+
+/// Whether an error says that nobody reads the output any more.
+pub fn is_closed_pipe(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
+}
+
+/// As `println!`, in a function that returns a `Result`.
+macro_rules! outln {
+    () => { $crate::output::write(format_args!("\n"))? };
+    ($($text:tt)*) => { $crate::output::write(format_args!("{}\n", format_args!($($text)*)))? };
+}
+
+/// As `print!`, in a function that returns a `Result`.
+macro_rules! out {
+    ($($text:tt)*) => { $crate::output::write(format_args!($($text)*))? };
+}
+
+/// As `eprintln!`, but never a panic.
+macro_rules! note {
+    ($($text:tt)*) => { $crate::output::message(format_args!($($text)*)) };
+}
