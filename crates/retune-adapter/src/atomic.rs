@@ -21,12 +21,15 @@ impl Staged {
     /// # Errors
     /// [`Error::Io`], such as a full disk; nothing is left behind then.
     pub fn new(path: &Path, fill: impl FnOnce(&mut File) -> io::Result<()>) -> Result<Self, Error> {
-        // A link is followed: the file it points to is replaced, not the link.
-        let path = fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
-        if fs::metadata(&path).is_ok_and(|metadata| !metadata.is_file()) {
+        if fs::metadata(path).is_ok_and(|metadata| !metadata.is_file()) {
             let error = io::Error::other("it exists and is no plain file; give another name");
-            return Err(io_error("write", &path)(error));
+            return Err(io_error("write", path)(error));
         }
+        // A link is followed: the file it points to is replaced, not the link.
+        let path = match fs::symlink_metadata(path) {
+            Ok(metadata) if metadata.is_symlink() => fs::canonicalize(path).map_err(io_error("write", path))?,
+            _ => path.to_owned(),
+        };
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         let temporary = path.with_file_name(format!(".{name}.tmp"));
         let staged = Self { temporary, path, committed: false };

@@ -680,7 +680,8 @@ mod tests {
         let text = Checkpoint::open(dir.path()).unwrap().check_finite().unwrap_err().to_string();
         assert!(text.contains("model.layers.1.self_attn.q_proj.weight holds -inf at row 2, column 1"), "{text}");
         let stored = from_bytes(gguf(&all).build()).unwrap();
-        assert_eq!(stored.check_finite().unwrap_err().to_string(), text);
+        let of_gguf = stored.check_finite().unwrap_err().to_string();
+        assert_eq!(of_gguf.split_once(": ").unwrap().1, text.split_once(": ").unwrap().1);
     }
 
     #[test]

@@ -288,7 +288,8 @@ impl Run<'_> {
         progress.finish();
         if let Outcome::Interrupted { step } = outcome {
             let file = self.args.run.path.display();
-            let overrides: String = self.args.run.overrides.iter().map(|o| format!(" --set '{o}'")).collect();
+            let overrides: String =
+                self.args.run.overrides.iter().map(|o| format!(" --set {}", shell_word(o))).collect();
             note!("stopped after step {step} of {total_steps}; everything is saved. Go on with:");
             note!("  retune train {file}{overrides} --resume");
             std::process::exit(130);
@@ -321,8 +322,9 @@ impl Run<'_> {
             let scaling = |module: &str| plan.targets.iter().find(|t| t.module == module).map(|t| t.scaling);
             if let Some(theirs) = theirs.iter().find(|t| scaling(&t.module).is_some_and(|ours| ours != t.scaling)) {
                 bail!(
-                    "the adapter at adapter_init scales {} by {}, `adapter` by {}: give it the same lora_alpha, r and use_rslora, \
-                     or leave `adapter` out to take them from there",
+                    "{} was made with another `adapter` than this run asks for: it scales {} by {}, the run by {}; give the run the same \
+                     lora_alpha, r and use_rslora, or leave `adapter` out to take them from there",
+                    config.adapter_init.as_deref().unwrap_or(Path::new("adapter_init")).display(),
                     theirs.module,
                     theirs.scaling,
                     scaling(&theirs.module).unwrap_or_default()
@@ -518,6 +520,12 @@ impl Run<'_> {
         }
         Ok(())
     }
+}
+
+/// A word as a shell reads it.
+fn shell_word(word: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "._-=/:,+".contains(c);
+    if word.chars().all(plain) { word.to_owned() } else { format!("'{}'", word.replace('\'', "'\\''")) }
 }
 
 fn folder_size(path: &Path) -> u64 {
