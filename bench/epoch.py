@@ -44,6 +44,7 @@ def run_file(args, folder):
             "warmup_steps": WARMUP_STEPS,
             "weight_decay": 0.0,
             "max_grad_norm": 1.0,
+            "tokens_per_pass": args.tokens_per_pass,
             "save_steps": 1_000_000,
             "save_total_limit": 1,
         },
@@ -103,6 +104,7 @@ def print_losses(pair):
 def main():
     options = comparison.parser(__doc__, pairs=1)
     options.add_argument("--steps", type=int, help="default: the whole epoch")
+    options.add_argument("--tokens-per-pass", type=int, default=1024, help="of retune: more is faster and takes more memory")
     options.add_argument("--only", choices=["retune", "torch"], help="run one side alone")
     args = comparison.parse(options)
     if args.steps is not None and args.steps < 1:

@@ -4,7 +4,6 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
 
 use indicatif::{ProgressBar, ProgressStyle};
 use retune_adapter::atomic;
@@ -36,7 +35,8 @@ pub struct Progress {
     bar: Option<ProgressBar>,
     metrics: File,
     path: PathBuf,
-    start: Instant,
+    /// Seconds in steps alone: scoring held-out rows is not training.
+    seconds_here: f64,
     steps_here: u64,
     tokens_here: usize,
     smoothed: Option<f64>,
@@ -72,7 +72,7 @@ impl Progress {
             bar,
             metrics,
             path: path.to_owned(),
-            start: Instant::now(),
+            seconds_here: 0.0,
             steps_here: 0,
             tokens_here: 0,
             smoothed: None,
@@ -105,8 +105,8 @@ impl Observer for Progress {
         self.tokens_here += report.tokens;
         let smoothed = self.smoothed.map_or(report.loss, |s| 0.9 * s + 0.1 * report.loss);
         self.smoothed = Some(smoothed);
-        let elapsed = self.start.elapsed().as_secs_f64();
-        let speed = self.tokens_here as f64 / elapsed;
+        self.seconds_here += report.seconds;
+        let speed = self.tokens_here as f64 / self.seconds_here;
         let resident = memory::resident().map_or_else(String::new, |bytes| format!("  {}", memory::human(bytes)));
         let message = format!("loss {smoothed:.3}  {speed:.0} tok/s{resident}");
         match &self.bar {
@@ -118,7 +118,7 @@ impl Observer for Progress {
                 || report.step.is_multiple_of(LINES_EVERY)
                 || report.step == report.total_steps =>
             {
-                let left = elapsed / self.steps_here as f64 * (report.total_steps - report.step) as f64;
+                let left = self.seconds_here / self.steps_here as f64 * (report.total_steps - report.step) as f64;
                 note!("step {}/{}  {message}  {left:.0} s left", report.step, report.total_steps);
             }
             None => {}
