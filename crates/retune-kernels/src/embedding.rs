@@ -3,6 +3,7 @@
 use crate::multiversion;
 use crate::panel::PanelSource;
 use crate::parallel::{self, SharedMut};
+use crate::scratch::{self, Purpose};
 
 /// Writes the rows `ids` of `table: [V, D]` to `y: [T, D]`. Every id must be less than V.
 pub fn forward(table: &dyn PanelSource, ids: &[u32], y: &mut [f32]) {
@@ -21,6 +22,28 @@ multiversion! {
             *t += f;
         }
     }
+}
+
+multiversion! {
+    fn subtract_row(from: &mut [f32], row: &[f32]) {
+        for (f, r) in from.iter_mut().zip(row) {
+            *f -= r;
+        }
+    }
+}
+
+/// Subtracts the rows `ids` of `table: [V, D]` from `y: [T, D]`: the labels' part of a head's input gradient.
+pub fn subtract_rows(table: &dyn PanelSource, ids: &[u32], y: &mut [f32]) {
+    let d = table.cols();
+    let shared = SharedMut::new(y);
+    parallel::for_each(ids.len(), |t| {
+        let row = ids[t] as usize;
+        scratch::with(Purpose::Row, d, |decoded| {
+            table.panel_f32(row..row + 1, 0..d, decoded);
+            // SAFETY: one token, one row of y.
+            subtract_row(unsafe { shared.slice(t * d, d) }, decoded);
+        });
+    });
 }
 
 /// Adds the rows of `dy: [T, D]` to the rows `ids` of `dtable: [V, D]`, in token order.
@@ -55,6 +78,9 @@ mod tests {
         for (t, &id) in ids.iter().enumerate() {
             assert_eq!(y[t * d..(t + 1) * d], table[id as usize * d..(id as usize + 1) * d]);
         }
+        let mut rest = y.clone();
+        subtract_rows(&F32Panel::new(&table, d), &ids, &mut rest);
+        assert!(rest.iter().all(|&v| v == 0.0));
         let mut dtable = vec![0.0; v * d];
         backward(&ids, &y, d, &mut dtable);
         for j in 0..d {

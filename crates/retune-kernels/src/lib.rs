@@ -8,6 +8,7 @@ pub mod attention;
 pub mod cross_entropy;
 pub mod embedding;
 pub mod gemm;
+pub mod int8;
 pub mod isa;
 pub mod matvec;
 mod panel;

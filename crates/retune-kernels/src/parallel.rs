@@ -39,21 +39,28 @@ pub fn chunk_rows(rows: usize, minimum: usize) -> usize {
 }
 
 /// A mutable slice that several pieces write at once, each in a place of its own.
-#[derive(Clone, Copy)]
-pub struct SharedMut<'a> {
-    pointer: *mut f32,
+pub struct SharedMut<'a, T = f32> {
+    pointer: *mut T,
     len: usize,
-    lifetime: PhantomData<&'a mut [f32]>,
+    lifetime: PhantomData<&'a mut [T]>,
 }
 
-// SAFETY: the pointer comes from a `&mut [f32]` borrowed for 'a; the callers of `slice` keep pieces disjoint.
-unsafe impl Send for SharedMut<'_> {}
-// SAFETY: as above.
-unsafe impl Sync for SharedMut<'_> {}
+impl<T> Clone for SharedMut<'_, T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
 
-impl<'a> SharedMut<'a> {
+impl<T> Copy for SharedMut<'_, T> {}
+
+// SAFETY: the pointer comes from a `&mut [T]` borrowed for 'a; the callers of `slice` keep pieces disjoint.
+unsafe impl<T: Send> Send for SharedMut<'_, T> {}
+// SAFETY: as above.
+unsafe impl<T: Send> Sync for SharedMut<'_, T> {}
+
+impl<'a, T> SharedMut<'a, T> {
     /// Takes the slice for as long as pieces write it.
-    pub fn new(slice: &'a mut [f32]) -> Self {
+    pub fn new(slice: &'a mut [T]) -> Self {
         Self { pointer: slice.as_mut_ptr(), len: slice.len(), lifetime: PhantomData }
     }
 
@@ -62,16 +69,16 @@ impl<'a> SharedMut<'a> {
     /// # Safety
     /// No two pieces that run at the same time may ask for overlapping ranges.
     #[allow(clippy::mut_from_ref)]
-    pub unsafe fn slice(&self, start: usize, len: usize) -> &'a mut [f32] {
+    pub unsafe fn slice(&self, start: usize, len: usize) -> &'a mut [T] {
         assert!(start <= self.len && len <= self.len - start, "piece outside the slice");
         // SAFETY: inside the slice by the assertion, exclusive by the caller's promise.
         unsafe { std::slice::from_raw_parts_mut(self.pointer.add(start), len) }
     }
 }
 
-impl SharedMut<'_> {
+impl<T> SharedMut<'_, T> {
     /// A pointer to the element `start`, for pieces that write rows of a matrix which interleave with another piece's.
-    pub fn pointer(&self, start: usize) -> *mut f32 {
+    pub fn pointer(&self, start: usize) -> *mut T {
         assert!(start < self.len, "piece outside the slice");
         // SAFETY: inside the slice by the assertion.
         unsafe { self.pointer.add(start) }

@@ -32,6 +32,14 @@ thread_local! {
     static BUFFERS: [RefCell<Vec<f32>>; PURPOSES] = const { [const { RefCell::new(Vec::new()) }; PURPOSES] };
 }
 
+/// As [`with`], for `len` bytes.
+pub fn with_bytes<R>(purpose: Purpose, len: usize, f: impl FnOnce(&mut [i8]) -> R) -> R {
+    with(purpose, len.div_ceil(size_of::<f32>()), |elements| {
+        // SAFETY: the elements are plain memory of at least `len` bytes, borrowed for as long as the bytes are.
+        f(unsafe { std::slice::from_raw_parts_mut(elements.as_mut_ptr().cast::<i8>(), len) })
+    })
+}
+
 /// Calls `f` with `len` elements of scratch memory, aligned to a cache line. Their contents are whatever was left there.
 pub fn with<R>(purpose: Purpose, len: usize, f: impl FnOnce(&mut [f32]) -> R) -> R {
     BUFFERS.with(|buffers| {

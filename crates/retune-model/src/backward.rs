@@ -127,12 +127,23 @@ impl Model {
         let below = self.norm.is_trainable() || self.lowest_trainable_layer().is_some();
         grow(&mut head.dnorm, rows * d);
         grow(&mut head.drows, rows * d);
-        let HeadBuffers { rows: inputs, norm, dnorm, drows, logits, u, .. } = head;
+        let HeadBuffers { rows: inputs, norm, dnorm, drows, logits, targets, u } = head;
         {
             let _span = span(Operation::Head);
-            let branch = Branch { linear: &self.head, g: &logits[..rows * v], u };
+            let logits = &mut logits[..rows * v];
+            // In 8 bits the probabilities alone are quantized: beside the −1 at the label the small ones would all round to 0.
+            let exact_labels = self.head.int8.is_some();
+            if exact_labels {
+                let targets = logits.chunks_exact_mut(v).zip(&*targets);
+                targets.for_each(|(row, &target)| row[target as usize] += 1.0);
+            }
+            let branch = Branch { linear: &self.head, g: logits, u };
             let dx = below.then(|| &mut dnorm[..rows * d]);
             linear::backward(&[branch], params, grads, &norm[..rows * d], None, &mut temporary.linear, dx);
+            if exact_labels && below {
+                let weight = self.head.weight.source(params);
+                embedding::subtract_rows(weight.panel(), targets, &mut dnorm[..rows * d]);
+            }
         }
         if !below {
             return;

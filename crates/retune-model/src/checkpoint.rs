@@ -15,6 +15,7 @@ use retune_quant::{Format, Matrix, SharedBytes};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
+use crate::bitsandbytes::{self, FourBitWeight};
 use crate::config::ModelConfig;
 use crate::error::Error;
 use crate::files::{map_file, read_json};
@@ -68,9 +69,10 @@ enum Source {
 }
 
 struct StoredTensor {
+    /// As in the file; more than one part where scales are stored apart.
+    parts: Vec<SharedBytes>,
     /// As in the file.
-    bytes: SharedBytes,
-    format: Format,
+    storage: &'static str,
     /// In transformers' row order.
     matrix: Matrix,
 }
@@ -107,7 +109,8 @@ impl Checkpoint {
         for (name, shape) in expected_tensors(&config) {
             match weights.tensors.remove(&name) {
                 Some(raw) => {
-                    let tensor = hugging_face_tensor(&name, &shape, raw).map_err(|error| error.at(dir))?;
+                    let tensor = hugging_face_tensor(&name, &shape, raw, &mut weights.tensors);
+                    let tensor = tensor.map_err(|error| error.at(dir))?;
                     tensors.insert(name, tensor);
                 }
                 None => missing.push(name),
@@ -231,12 +234,14 @@ impl Checkpoint {
     /// for the same weights however they are spread over shards; another for every other storage of them.
     pub fn content_hash(&self) -> String {
         let tensors: Vec<(&String, &StoredTensor)> = self.tensors.iter().collect();
-        let digests: Vec<[u8; 32]> =
-            tensors.par_iter().map(|(_, tensor)| Sha256::digest(&tensor.bytes[..]).into()).collect();
+        let digest = |tensor: &StoredTensor| -> [u8; 32] {
+            tensor.parts.iter().fold(Sha256::new(), |hash, part| hash.chain_update(&part[..])).finalize().into()
+        };
+        let digests: Vec<[u8; 32]> = tensors.par_iter().map(|(_, tensor)| digest(tensor)).collect();
         let mut whole = Sha256::new();
         for ((name, tensor), digest) in tensors.iter().zip(&digests) {
             let (rows, cols) = (tensor.matrix.rows(), tensor.matrix.cols());
-            whole.update(format!("{name}\0{}\0{rows}\0{cols}\0", tensor.format));
+            whole.update(format!("{name}\0{}\0{rows}\0{cols}\0", tensor.storage));
             whole.update(digest);
         }
         format!("{:x}", whole.finalize())
@@ -353,13 +358,24 @@ fn interleaved_rows(heads: usize, head_dim: usize) -> Arc<[u32]> {
         .collect()
 }
 
-fn hugging_face_tensor(name: &str, shape: &[usize], raw: RawTensor) -> Result<StoredTensor, Error> {
+/// A tensor of a directory; what else belongs to it is taken out of `others`.
+fn hugging_face_tensor(
+    name: &str,
+    shape: &[usize],
+    raw: RawTensor,
+    others: &mut BTreeMap<String, RawTensor>,
+) -> Result<StoredTensor, Error> {
+    // First, because packed indices may be stored as if they were floating-point numbers.
+    if let Some(FourBitWeight { matrix, parts }) = bitsandbytes::take_weight(name, shape, &raw.bytes, others)? {
+        return Ok(StoredTensor { storage: matrix.storage(), parts, matrix });
+    }
     let Some(format) = raw.format() else {
         return Err(Error::TensorType { tensor: name.to_owned(), dtype: raw.dtype.to_string() });
     };
     check_shape(name, raw.shape, shape)?;
     let (rows, cols) = rows_and_cols(shape);
-    Ok(StoredTensor { matrix: matrix(name, format, rows, cols, raw.bytes.clone())?, bytes: raw.bytes, format })
+    let matrix = matrix(name, format, rows, cols, raw.bytes.clone())?;
+    Ok(StoredTensor { parts: vec![raw.bytes], storage: format.name(), matrix })
 }
 
 fn gguf_tensor(info: &TensorInfo, row_map: Option<&Arc<[u32]>>) -> Result<StoredTensor, Error> {
@@ -378,7 +394,7 @@ fn gguf_tensor(info: &TensorInfo, row_map: Option<&Arc<[u32]>>) -> Result<Stored
             stored.with_row_map(Arc::clone(map)).map_err(|error| Error::Tensor { tensor: info.name.clone(), error })?
         }
     };
-    Ok(StoredTensor { bytes: info.bytes.clone(), format: info.format, matrix })
+    Ok(StoredTensor { parts: vec![info.bytes.clone()], storage: info.format.name(), matrix })
 }
 
 fn rope_factors_of(info: &TensorInfo) -> Result<Vec<f32>, Error> {
@@ -391,12 +407,18 @@ fn rope_factors_of(info: &TensorInfo) -> Result<Vec<f32>, Error> {
     }
 }
 
-fn matrix(name: &str, format: Format, rows: usize, cols: usize, bytes: SharedBytes) -> Result<Matrix, Error> {
+pub(crate) fn matrix(
+    name: &str,
+    format: Format,
+    rows: usize,
+    cols: usize,
+    bytes: SharedBytes,
+) -> Result<Matrix, Error> {
     Matrix::new(format, rows, cols, bytes).map_err(|error| Error::Tensor { tensor: name.to_owned(), error })
 }
 
 /// A vector is one row.
-fn rows_and_cols(shape: &[usize]) -> (usize, usize) {
+pub(crate) fn rows_and_cols(shape: &[usize]) -> (usize, usize) {
     match *shape {
         [rows, cols] => (rows, cols),
         _ => (1, shape.iter().product()),

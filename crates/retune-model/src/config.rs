@@ -340,8 +340,12 @@ fn token_ids(fields: &Map<String, Value>, name: &str) -> Result<Vec<u32>, Error>
 /// Refuses what changes a model's results and is not implemented.
 fn refuse_unsupported(fields: &Map<String, Value>) -> Result<(), Error> {
     if let Some(quantization) = fields.get("quantization_config").filter(|value| !value.is_null()) {
-        let method = quantization.get("quant_method").unwrap_or(quantization);
-        return Err(unsupported("quantization_config", method, "unquantized F32, F16 or BF16 weights, and GGUF files"));
+        let method = quantization.get("quant_method");
+        let is_bitsandbytes = method.is_none_or(|method| *method == "bitsandbytes");
+        if !(is_bitsandbytes && quantization.get("load_in_4bit") == Some(&Value::Bool(true))) {
+            let supported = "bitsandbytes with load_in_4bit, unquantized F32, F16 or BF16 weights, and GGUF files";
+            return Err(unsupported("quantization_config", method.unwrap_or(quantization), supported));
+        }
     }
     match fields.get("hidden_act") {
         None | Some(Value::Null) => Ok(()),
@@ -565,7 +569,12 @@ mod tests {
         assert!(refusal(json!({"model_type": "qwen2"})).contains("qwen2"));
         assert!(refusal(json!({"model_type": null})).contains("llama, mistral"));
         assert!(refusal(json!({"hidden_act": "gelu"})).contains("gelu"));
-        assert!(refusal(json!({"quantization_config": {"quant_method": "bitsandbytes"}})).contains("bitsandbytes"));
+        assert!(refusal(json!({"quantization_config": {"quant_method": "gptq", "load_in_4bit": true}})).contains("gptq"));
+        let in_8_bits = json!({"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": true}});
+        assert!(refusal(in_8_bits).contains("bitsandbytes with load_in_4bit"));
+        for in_4_bits in [json!({"load_in_4bit": true}), json!({"load_in_4bit": true, "quant_method": "bitsandbytes"})] {
+            assert!(with(json!({"quantization_config": in_4_bits})).is_ok());
+        }
         assert!(refusal(json!({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}})).contains("yarn"));
         assert!(
             refusal(json!({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}})).contains("full_attention")

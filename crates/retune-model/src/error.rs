@@ -81,6 +81,12 @@ pub enum Error {
     )]
     TensorType { tensor: String, dtype: String },
 
+    /// The description of a weight in 4 bits that does not parse or lacks something.
+    #[error(
+        "tensor {tensor}, which describes a weight stored by bitsandbytes, is not valid: {reason}; the file is damaged or of an unknown version of bitsandbytes: download it again, or use the model's unquantized files"
+    )]
+    QuantState { tensor: String, reason: String },
+
     /// A shard index that does not fit the files beside it.
     #[error("the shard index {reason}; download the model again, with all its files")]
     ShardIndex { reason: String },
@@ -208,6 +214,12 @@ pub enum Error {
     /// A directory to write a model into that holds something already.
     #[error("{} is not empty; a model is written to a directory of its own: give another name, or remove this one first", .dir.display())]
     OutputNotEmpty { dir: PathBuf },
+
+    /// The record of how linears are computed does not fit.
+    #[error(
+        "the record of which layers are computed in int8 cannot be used: {cause}; remove it to have the layers measured again"
+    )]
+    Calibration { cause: String },
 
     /// A weight beyond the range of the type it is to be written as.
     #[error(

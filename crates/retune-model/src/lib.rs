@@ -5,6 +5,8 @@
 
 pub mod adapter;
 mod backward;
+mod bitsandbytes;
+pub mod calibration;
 pub mod chat_template;
 pub mod checkpoint;
 pub mod config;

@@ -3,12 +3,15 @@
 //! The low-rank term rides in the same product as the weight, and linears that share an input share one product for its gradient.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use arrayvec::ArrayVec;
 use retune_adapter::dropout::{self, DropoutKey};
 use retune_kernels::gemm::{MatRef, Out, Rhs, Term, gemm};
+use retune_kernels::int8::{Int8Matrix, Int8Rows};
 use retune_kernels::{matvec, vector};
 
+use crate::calibration::Calibration;
 use crate::params::{Vector, Weight};
 use crate::pass::Sequence;
 use crate::profile::{Operation, span};
@@ -40,6 +43,8 @@ pub struct Linear {
     pub weight: Weight,
     pub bias: Option<Vector>,
     pub lora: Option<Lora>,
+    /// The frozen weight in 8 bits, where products are computed with that.
+    pub int8: Option<Arc<Int8Matrix>>,
 }
 
 /// What a step's dropout masks depend on beside the module and the element.
@@ -68,6 +73,9 @@ pub struct LinearScratch {
     dropped: Vec<f32>,
     low_rank: Vec<f32>,
     b_gradient: Vec<f32>,
+    quantized: [Int8Rows; MAX_BRANCHES],
+    /// Watches the inputs and gradients of the pass, when one is being made.
+    pub(crate) calibration: Option<Box<Calibration>>,
 }
 
 fn sized(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
@@ -125,21 +133,30 @@ impl Linear {
         let (k, n) = (self.in_features, self.out_features);
         let tokens = x.len() / k;
         self.project(params, x, u, dropout, scratch);
-        let _span = span(Operation::Linear);
+        if let Some(calibration) = &mut scratch.calibration {
+            calibration.forward(self, x);
+        }
+        let LinearScratch { low_rank, quantized: [quantized, ..], .. } = scratch;
         let source = self.weight.source(params);
         let mut y = y;
         let mut terms = ArrayVec::<Term, 2>::new();
-        if tokens > matvec::MAX_ROWS {
-            terms.push(Term::new(k, MatRef::rows(x, k), Rhs::Transposed(source.panel())));
-        } else {
+        if tokens <= matvec::MAX_ROWS {
+            let _span = span(Operation::Linear);
             // Too few rows to be worth packing the weight.
-            let product = sized(&mut scratch.low_rank, tokens * n);
+            let product = sized(low_rank, tokens * n);
             matvec::forward(x, source.panel(), product);
             y = y.plus(product);
+        } else if let Some(weight) = &self.int8 {
+            let _span = span(Operation::Quantize);
+            quantized.quantize(x, k, weight.input_factors());
+            terms.push(Term::int8(quantized, weight));
+        } else {
+            terms.push(Term::new(k, MatRef::rows(x, k), Rhs::Transposed(source.panel())));
         }
+        let _span = span(Operation::Linear);
         if let Some(lora) = &self.lora {
             let b = Rhs::View(MatRef::rows(&params[lora.b.clone()], lora.r).t());
-            terms.push(Term { scale: lora.scaling, ..Term::new(lora.r, MatRef::rows(u, lora.r), b) });
+            terms.push(Term::scaled(lora.r, MatRef::rows(u, lora.r), b, lora.scaling));
         }
         let y = if terms.is_empty() { y.into_data() } else { gemm(tokens, n, &terms, y) };
         if let Some(bias) = &self.bias {
@@ -166,7 +183,7 @@ pub fn project_gradients(branches: &[Branch], params: &[f32], tokens: usize, scr
         rest = others;
         let b = Rhs::View(MatRef::rows(&params[lora.b.clone()], lora.r));
         let n = linear.out_features;
-        let term = Term { scale: lora.scaling, ..Term::new(n, MatRef::rows(g, n), b) };
+        let term = Term::scaled(n, MatRef::rows(g, n), b, lora.scaling);
         gemm(tokens, lora.r, &[term], Out::set(v, lora.r));
     }
 }
@@ -179,7 +196,7 @@ pub fn parameter_gradients(
     dropout: Option<&Dropout>,
     scratch: &mut LinearScratch,
 ) {
-    let LinearScratch { dropped, low_rank, b_gradient } = scratch;
+    let LinearScratch { dropped, low_rank, b_gradient, .. } = scratch;
     let mut rest = &low_rank[..];
     for Branch { linear, g, u } in branches {
         let (k, n) = (linear.in_features, linear.out_features);
@@ -229,14 +246,26 @@ pub fn input_gradient(
 ) {
     let Some(first) = branches.first() else { return };
     let k = first.linear.in_features;
-    let LinearScratch { dropped, low_rank, .. } = scratch;
+    let LinearScratch { dropped, low_rank, quantized, calibration, .. } = scratch;
+    for (Branch { linear, g, .. }, rows) in branches.iter().zip(quantized.iter_mut()) {
+        if let Some(calibration) = calibration {
+            calibration.backward(linear, g);
+        }
+        if let Some(weight) = &linear.int8 {
+            let _span = span(Operation::Quantize);
+            rows.quantize(g, linear.out_features, Some(weight.gradient_factors()));
+        }
+    }
     let _span = span(Operation::Linear);
     let sources: ArrayVec<_, MAX_BRANCHES> = branches.iter().map(|b| b.linear.weight.source(params)).collect();
     let mut terms = ArrayVec::<Term, { 2 * MAX_BRANCHES }>::new();
     let mut rest = &low_rank[..];
-    for (Branch { linear, g, .. }, source) in branches.iter().zip(&sources) {
+    for ((Branch { linear, g, .. }, source), rows) in branches.iter().zip(&sources).zip(&*quantized) {
         let n = linear.out_features;
-        terms.push(Term::new(n, MatRef::rows(g, n), Rhs::Plain(source.panel())));
+        terms.push(match &linear.int8 {
+            Some(weight) => Term::int8_plain(rows, weight),
+            None => Term::new(n, MatRef::rows(g, n), Rhs::Plain(source.panel())),
+        });
         if let Some(lora) = &linear.lora {
             let (v, others) = rest.split_at(tokens * lora.r);
             rest = others;

@@ -53,6 +53,11 @@ impl Layer {
         [&self.q, &self.k, &self.v, &self.o, &self.gate, &self.up, &self.down]
     }
 
+    /// The same, to change.
+    pub(crate) fn linears_mut(&mut self) -> [&mut Linear; 7] {
+        [&mut self.q, &mut self.k, &mut self.v, &mut self.o, &mut self.gate, &mut self.up, &mut self.down]
+    }
+
     /// Whether anything in the attention half is trained.
     pub(crate) fn trains_attention(&self) -> bool {
         self.o.is_trainable() || self.trains_attention_input()
@@ -177,7 +182,7 @@ impl Builder<'_> {
             };
             Lora { a, b, r, scaling, dropout, module: dropout::module_key(module) }
         });
-        Ok(Linear { name: module.to_owned(), in_features, out_features, weight, bias, lora })
+        Ok(Linear { name: module.to_owned(), in_features, out_features, weight, bias, lora, int8: None })
     }
 }
 

@@ -9,6 +9,7 @@ pub enum Operation {
     Embedding,
     Norm,
     Linear,
+    Quantize,
     LowRank,
     WeightGradient,
     Rope,
@@ -20,8 +21,9 @@ pub enum Operation {
 }
 
 /// All kinds, with the names they are reported under.
-pub const OPERATIONS: [(Operation, &str); 11] = [
+pub const OPERATIONS: [(Operation, &str); 12] = [
     (Operation::Linear, "linear"),
+    (Operation::Quantize, "quantize"),
     (Operation::LowRank, "low_rank"),
     (Operation::WeightGradient, "weight_gradient"),
     (Operation::Attention, "attention"),

@@ -9,7 +9,7 @@ const WIDE: usize = 4;
 const NARROW: usize = 2;
 
 /// A SIMD vector of f32.
-trait Vector: Copy {
+pub(super) trait Vector: Copy {
     const LANES: usize;
     /// # Safety
     /// For every method: the machine has the instruction set, and pointers are valid for the lanes touched.
@@ -21,6 +21,7 @@ trait Vector: Copy {
     unsafe fn store_first(self, to: *mut f32, lanes: usize);
     /// `self + a * b`
     unsafe fn add_product(self, a: Self, b: Self) -> Self;
+    unsafe fn times(self, other: Self) -> Self;
 }
 
 /// One register tile `C[mr, cols] (+)= A[mr, k] · B[k, cols]`.
@@ -61,8 +62,6 @@ pub fn panel_width(isa: Isa) -> usize {
 unsafe fn tile<V: Vector, const ROWS: usize, const VECTORS: usize>(t: &Tile) {
     // SAFETY (whole body): the caller of `run` promises that the tile's pointers cover its shape.
     unsafe {
-        let full = t.cols == VECTORS * V::LANES;
-        let last = t.cols - (VECTORS - 1) * V::LANES;
         let mut acc = [[V::zero(); VECTORS]; ROWS];
         let mut a = t.a;
         let mut b = t.b;
@@ -80,16 +79,36 @@ unsafe fn tile<V: Vector, const ROWS: usize, const VECTORS: usize>(t: &Tile) {
             a = a.add(t.a_k_stride);
             b = b.add(t.b_stride);
         }
+        finish(acc, t.c, t.c_stride, t.addend, t.cols);
+    }
+}
+
+/// Stores a tile's sums of `cols` columns, plus the addend unless that is null.
+///
+/// # Safety
+/// As for [`run`].
+#[inline(always)]
+pub(super) unsafe fn finish<V: Vector, const ROWS: usize, const VECTORS: usize>(
+    mut acc: [[V; VECTORS]; ROWS],
+    c: *mut f32,
+    stride: usize,
+    addend: *const f32,
+    cols: usize,
+) {
+    // SAFETY (whole body): the caller promises that the pointers cover the tile's shape.
+    unsafe {
         // Small loops with nothing to decide inside: they unroll, and the accumulators stay in registers throughout.
-        let one = V::splat(1.0);
+        let last = cols - (VECTORS - 1) * V::LANES;
+        let full = last == V::LANES;
         let whole = if full { VECTORS } else { VECTORS - 1 };
-        if !t.addend.is_null() {
+        let one = V::splat(1.0);
+        if !addend.is_null() {
             for (i, row) in acc.iter_mut().enumerate() {
                 for (j, sum) in row.iter_mut().enumerate() {
                     if j < VECTORS - 1 || full {
-                        *sum = V::load(t.addend.add(i * t.c_stride + j * V::LANES)).add_product(*sum, one);
+                        *sum = V::load(addend.add(i * stride + j * V::LANES)).add_product(*sum, one);
                     } else {
-                        *sum = V::load_first(t.addend.add(i * t.c_stride + j * V::LANES), last).add_product(*sum, one);
+                        *sum = V::load_first(addend.add(i * stride + j * V::LANES), last).add_product(*sum, one);
                     }
                 }
             }
@@ -97,9 +116,9 @@ unsafe fn tile<V: Vector, const ROWS: usize, const VECTORS: usize>(t: &Tile) {
         for (i, row) in acc.iter().enumerate() {
             for (j, sum) in row.iter().enumerate() {
                 if j < whole {
-                    sum.store(t.c.add(i * t.c_stride + j * V::LANES));
+                    sum.store(c.add(i * stride + j * V::LANES));
                 } else {
-                    sum.store_first(t.c.add(i * t.c_stride + j * V::LANES), last);
+                    sum.store_first(c.add(i * stride + j * V::LANES), last);
                 }
             }
         }
@@ -146,7 +165,7 @@ pub unsafe fn run(isa: Isa, t: &Tile, mr: usize) {
 }
 
 #[derive(Clone, Copy)]
-struct Portable([f32; 8]);
+pub(super) struct Portable(pub [f32; 8]);
 
 impl Vector for Portable {
     const LANES: usize = 8;
@@ -198,6 +217,11 @@ impl Vector for Portable {
             *sum += x * y;
         }
         Self(sum)
+    }
+
+    #[inline(always)]
+    unsafe fn times(self, other: Self) -> Self {
+        Self(std::array::from_fn(|i| self.0[i] * other.0[i]))
     }
 }
 
@@ -268,6 +292,11 @@ mod x86 {
         unsafe fn add_product(self, a: Self, b: Self) -> Self {
             unsafe { _mm512_fmadd_ps(a, b, self) }
         }
+
+        #[inline(always)]
+        unsafe fn times(self, other: Self) -> Self {
+            unsafe { _mm512_mul_ps(self, other) }
+        }
     }
 
     #[inline(always)]
@@ -314,6 +343,11 @@ mod x86 {
         #[inline(always)]
         unsafe fn add_product(self, a: Self, b: Self) -> Self {
             unsafe { _mm256_fmadd_ps(a, b, self) }
+        }
+
+        #[inline(always)]
+        unsafe fn times(self, other: Self) -> Self {
+            unsafe { _mm256_mul_ps(self, other) }
         }
     }
 }

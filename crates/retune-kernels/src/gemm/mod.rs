@@ -7,14 +7,17 @@
 //!
 //! Blocking after Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication" (2008).
 
+mod int8_kernel;
 mod kernel;
 
 use std::ops::Range;
 
-use crate::isa::isa;
+use crate::int8::{GROUP, Int8Matrix, Int8Rows, PANEL, runs};
+use crate::isa::{int8_isa, isa};
 use crate::panel::PanelSource;
 use crate::parallel::{self, SharedMut};
 use crate::scratch::{self, Purpose};
+use int8_kernel::Int8Tile;
 use kernel::{MR, Tile};
 
 /// Longest run of the contraction between two visits of a tile of C.
@@ -59,19 +62,74 @@ pub enum Rhs<'a> {
     Plain(&'a dyn PanelSource),
 }
 
-/// One term `scale · A[m, k] · B[k, n]` of a product.
+/// One term of a product.
 #[derive(Clone, Copy)]
-pub struct Term<'a> {
-    pub k: usize,
-    pub a: MatRef<'a>,
-    pub b: Rhs<'a>,
-    pub scale: f32,
+pub enum Term<'a> {
+    /// `scale · A[m, k] · B[k, n]` in f32.
+    F32 { k: usize, a: MatRef<'a>, b: Rhs<'a>, scale: f32 },
+    /// Quantized rows with a weight in 8 bits.
+    Int8 { a: &'a Int8Rows, w: &'a Int8Matrix, side: Side },
+}
+
+/// How a weight `W` in 8 bits is used.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Side {
+    /// The product is with Wᵀ (a linear's forward).
+    Transposed,
+    /// The product is with W (a linear's input gradient).
+    Plain,
 }
 
 impl<'a> Term<'a> {
-    /// A term with scale 1.
+    /// `A[m, k] · B[k, n]`.
     pub fn new(k: usize, a: MatRef<'a>, b: Rhs<'a>) -> Self {
-        Self { k, a, b, scale: 1.0 }
+        Self::scaled(k, a, b, 1.0)
+    }
+
+    /// `scale · A[m, k] · B[k, n]`.
+    pub fn scaled(k: usize, a: MatRef<'a>, b: Rhs<'a>, scale: f32) -> Self {
+        Self::F32 { k, a, b, scale }
+    }
+
+    /// `x·Wᵀ`, the rows x quantized with the weight's [`Int8Matrix::input_factors`].
+    pub fn int8(rows: &'a Int8Rows, weight: &'a Int8Matrix) -> Self {
+        Self::Int8 { a: rows, w: weight, side: Side::Transposed }
+    }
+
+    /// `g·W`, the rows g quantized with the weight's [`Int8Matrix::gradient_factors`].
+    pub fn int8_plain(rows: &'a Int8Rows, weight: &'a Int8Matrix) -> Self {
+        Self::Int8 { a: rows, w: weight, side: Side::Plain }
+    }
+
+    /// Panics unless the operands cover a product of `m` rows and `n` columns.
+    fn check(&self, m: usize, n: usize) {
+        match *self {
+            Self::F32 { k, a, b, .. } => {
+                assert!(k > 0, "a term without a contraction");
+                assert!(a.covers(m, k), "A is smaller than [{m}, {k}]");
+                let fits = match b {
+                    Rhs::View(view) => view.covers(k, n),
+                    Rhs::Transposed(w) => w.rows() == n && w.cols() == k,
+                    Rhs::Plain(w) => w.rows() == k && w.cols() == n,
+                };
+                assert!(fits, "B is not [{k}, {n}]");
+            }
+            Self::Int8 { a, w, side } => {
+                let shape = match side {
+                    Side::Transposed => (w.cols(), w.rows()),
+                    Side::Plain => (w.rows(), w.cols()),
+                };
+                assert!(a.rows() == m && (a.cols(), n) == shape, "not a product of [{m}, {n}]");
+            }
+        }
+    }
+
+    /// Length of the contraction of a left operand that must be packed, 0 for others.
+    fn packed_k(&self) -> usize {
+        match *self {
+            Self::F32 { k, a, .. } if a.col_stride != 1 => k,
+            _ => 0,
+        }
     }
 }
 
@@ -159,25 +217,20 @@ fn product<'a>(m: usize, n: usize, terms: &[Term], out: Out<'a>, parallel: bool)
     if let To::Other(addend) = to {
         assert!(covered <= addend.len(), "the addend is smaller than [{m}, {n}]");
     }
-    for term in terms {
-        assert!(term.k > 0, "a term without a contraction");
-        assert!(term.a.covers(m, term.k), "A is smaller than [{m}, {}]", term.k);
-        let fits = match term.b {
-            Rhs::View(view) => view.covers(term.k, n),
-            Rhs::Transposed(w) => w.rows() == n && w.cols() == term.k,
-            Rhs::Plain(w) => w.rows() == term.k && w.cols() == n,
-        };
-        assert!(fits, "B is not [{}, {n}]", term.k);
-    }
+    terms.iter().for_each(|term| term.check(m, n));
     assert!(!terms.is_empty(), "a product of nothing");
-    let packed_a: usize = terms.iter().filter(|t| t.a.col_stride != 1).map(|t| t.k).sum();
+    let packed_a: usize = terms.iter().map(Term::packed_k).sum();
     let m_padded = m.next_multiple_of(MR);
     scratch::with(Purpose::PackedA, packed_a * m_padded, |packed| {
         let mut from = 0;
-        for term in terms.iter().filter(|t| t.a.col_stride != 1) {
-            let to = from + term.k * m_padded;
-            pack_a(term.a, m, term.k, &mut packed[from..to], parallel);
-            from = to;
+        for term in terms {
+            if let Term::F32 { k, a, .. } = *term
+                && a.col_stride != 1
+            {
+                let to = from + k * m_padded;
+                pack_a(a, m, k, &mut packed[from..to], parallel);
+                from = to;
+            }
         }
         Job { m, n, terms, packed_a: packed, c: SharedMut::new(data), stride, to }.run(parallel);
     });
@@ -200,11 +253,12 @@ impl Job<'_> {
     /// and passes all rows by it. Groups that would leave threads without work are cut by rows as well.
     fn run(&self, parallel: bool) {
         let width = kernel::panel_width(isa());
-        let block = |term: &Term| match term.b {
-            Rhs::Plain(w) if w.as_f32().is_none() => w.block_cols(),
+        let block = |term: &Term| match term {
+            Term::F32 { b: Rhs::Plain(w), .. } if w.as_f32().is_none() => w.block_cols(),
             _ => 1,
         };
-        let columns = self.terms.iter().map(block).fold(GROUP_COLS, usize::max).next_multiple_of(width);
+        // A multiple of the panels of weights in 8 bits as well.
+        let columns = self.terms.iter().map(block).fold(GROUP_COLS, usize::max).next_multiple_of(width.max(PANEL));
         let groups = self.n.div_ceil(columns);
         let tiles = self.m.div_ceil(MR);
         let threads = if parallel { rayon::current_num_threads() } else { 1 };
@@ -224,47 +278,62 @@ impl Job<'_> {
 
     fn group(&self, columns: Range<usize>, width: usize, tiles: Range<usize>) {
         let mut packed_a = self.packed_a;
-        let mut first = true;
-        for term in self.terms {
-            for k0 in (0..term.k).step_by(KC) {
-                let k = KC.min(term.k - k0);
-                if let Some(view) = self.in_place(term, &columns) {
-                    for start in columns.clone().step_by(width) {
-                        let cols = start..(start + width).min(columns.end);
-                        let b = &view.data[k0 * view.row_stride + start..];
-                        for tile in tiles.clone() {
-                            self.tile(term, packed_a, k0, k, tile * MR, cols.clone(), b, view.row_stride, first);
-                        }
-                    }
-                    first = false;
-                    continue;
+        for (i, term) in self.terms.iter().enumerate() {
+            match *term {
+                Term::F32 { k, a, b, scale } => {
+                    let a = if a.col_stride == 1 { Left::Rows(a) } else { Left::Packed { data: packed_a, k } };
+                    self.f32_term(k, a, b, scale, columns.clone(), width, tiles.clone(), i == 0);
                 }
-                scratch::with(Purpose::PackedB, columns.len().next_multiple_of(width) * k, |packed_b| {
-                    pack_b(term, k0..k0 + k, columns.clone(), packed_b);
-                    for start in columns.clone().step_by(width) {
-                        let cols = width.min(columns.end - start);
-                        let b = &packed_b[(start - columns.start) * k..];
-                        for tile in tiles.clone() {
-                            let b_stride = packed_width(cols);
-                            self.tile(term, packed_a, k0, k, tile * MR, start..start + cols, b, b_stride, first);
-                        }
+                Term::Int8 { a, w, side } => self.int8_term(a, w, side, columns.clone(), tiles.clone(), i == 0),
+            }
+            packed_a = &packed_a[term.packed_k() * self.m.next_multiple_of(MR)..];
+        }
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn f32_term(
+        &self,
+        depth: usize,
+        a: Left,
+        b: Rhs,
+        scale: f32,
+        columns: Range<usize>,
+        width: usize,
+        tiles: Range<usize>,
+        first: bool,
+    ) {
+        for k0 in (0..depth).step_by(KC) {
+            let (k, first) = (KC.min(depth - k0), first && k0 == 0);
+            if let Some(view) = self.in_place(b, scale, &columns) {
+                for start in columns.clone().step_by(width) {
+                    let cols = start..(start + width).min(columns.end);
+                    let b = &view.data[k0 * view.row_stride + start..];
+                    for tile in tiles.clone() {
+                        self.tile(a, k0, k, tile * MR, cols.clone(), b, view.row_stride, first);
                     }
-                });
-                first = false;
+                }
+                continue;
             }
-            if term.a.col_stride != 1 {
-                packed_a = &packed_a[term.k * self.m.next_multiple_of(MR)..];
-            }
+            scratch::with(Purpose::PackedB, columns.len().next_multiple_of(width) * k, |packed_b| {
+                pack_b(b, scale, k0..k0 + k, columns.clone(), packed_b);
+                for start in columns.clone().step_by(width) {
+                    let cols = width.min(columns.end - start);
+                    let b = &packed_b[(start - columns.start) * k..];
+                    for tile in tiles.clone() {
+                        self.tile(a, k0, k, tile * MR, start..start + cols, b, packed_width(cols), first);
+                    }
+                }
+            });
         }
     }
 
     /// The right operand of a term, where it can be multiplied as it lies: few rows to multiply it with, whole vectors of columns.
-    fn in_place<'b>(&self, term: &Term<'b>, columns: &Range<usize>) -> Option<MatRef<'b>> {
-        match term.b {
+    fn in_place<'b>(&self, b: Rhs<'b>, scale: f32, columns: &Range<usize>) -> Option<MatRef<'b>> {
+        match b {
             Rhs::View(view)
                 if self.m <= FEW_ROWS
                     && view.col_stride == 1
-                    && term.scale == 1.0
+                    && scale == 1.0
                     && columns.len().is_multiple_of(kernel::lanes(isa())) =>
             {
                 Some(view)
@@ -273,12 +342,24 @@ impl Job<'_> {
         }
     }
 
+    /// Where a tile goes and what it is added to: null for nothing.
+    fn place(&self, row: usize, col: usize, first: bool) -> (*mut f32, *const f32) {
+        let start = row * self.stride + col;
+        let c = self.c.pointer(start);
+        let addend = match self.to {
+            _ if !first => c.cast_const(),
+            To::Nothing => std::ptr::null(),
+            To::Itself => c.cast_const(),
+            To::Other(addend) => addend[start..].as_ptr(),
+        };
+        (c, addend)
+    }
+
     #[allow(clippy::too_many_arguments)]
     #[inline]
     fn tile(
         &self,
-        term: &Term,
-        packed_a: &[f32],
+        a: Left,
         k0: usize,
         k: usize,
         row: usize,
@@ -288,19 +369,11 @@ impl Job<'_> {
         first: bool,
     ) {
         let mr = MR.min(self.m - row);
-        let (a, a_row_stride, a_k_stride) = if term.a.col_stride == 1 {
-            (&term.a.data[row * term.a.row_stride + k0..], term.a.row_stride, 1)
-        } else {
-            (&packed_a[row * term.k + k0 * MR..], 1, MR)
+        let (a, a_row_stride, a_k_stride) = match a {
+            Left::Rows(a) => (&a.data[row * a.row_stride + k0..], a.row_stride, 1),
+            Left::Packed { data, k } => (&data[row * k + k0 * MR..], 1, MR),
         };
-        let start = row * self.stride + cols.start;
-        let c = self.c.pointer(start);
-        let addend = match self.to {
-            _ if !first => c.cast_const(),
-            To::Nothing => std::ptr::null(),
-            To::Itself => c.cast_const(),
-            To::Other(addend) => addend[start..].as_ptr(),
-        };
+        let (c, addend) = self.place(row, cols.start, first);
         let t = Tile {
             k,
             a: a.as_ptr(),
@@ -317,6 +390,90 @@ impl Job<'_> {
         // SAFETY: pieces own disjoint tiles of C, and `product` checked that every operand covers its shape.
         unsafe { kernel::run(isa(), &t, mr) };
     }
+
+    /// A weight in 8 bits lies ready for the product with its transpose; for the other one a panel of its columns is turned at a time.
+    fn int8_term(
+        &self,
+        a: &Int8Rows,
+        w: &Int8Matrix,
+        side: Side,
+        columns: Range<usize>,
+        tiles: Range<usize>,
+        first: bool,
+    ) {
+        for start in columns.clone().step_by(PANEL) {
+            let cols = start..(start + PANEL).min(columns.end);
+            for (index, run) in runs(a.cols()).enumerate() {
+                let first = first && index == 0;
+                match side {
+                    Side::Transposed => {
+                        let epilogue = w.rows_epilogue(start, index);
+                        self.int8_tiles(a, index, run.clone(), w.rows_panel(start, run.start), epilogue, cols.clone(), tiles.clone(), first);
+                    }
+                    Side::Plain => {
+                        let bytes = run.len().next_multiple_of(PANEL) / 4 * GROUP;
+                        scratch::with_bytes(Purpose::PackedB, bytes, |packed| {
+                            w.cols_panel(run.clone(), start, packed);
+                            let epilogue = w.cols_epilogue(start, index);
+                            self.int8_tiles(a, index, run.clone(), packed, epilogue, cols.clone(), tiles.clone(), first);
+                        });
+                    }
+                }
+            }
+        }
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn int8_tiles(
+        &self,
+        a: &Int8Rows,
+        index: usize,
+        run: Range<usize>,
+        b: &[i8],
+        (col_scales, offsets): (&[f32], &[i32]),
+        columns: Range<usize>,
+        tiles: Range<usize>,
+        first: bool,
+    ) {
+        let isa = int8_isa();
+        let width = int8_kernel::tile_width(isa);
+        let groups = run.len().div_ceil(4);
+        assert!(b.len() >= groups * GROUP, "B is smaller than the run");
+        for start in columns.clone().step_by(width) {
+            let within = start - columns.start;
+            let cols = width.min(columns.end - start);
+            let whole = cols.next_multiple_of(PANEL.min(width));
+            assert!(col_scales.len() >= within + whole && offsets.len() >= within + whole, "factors of a part of the panel");
+            for tile in tiles.clone() {
+                let row = tile * MR;
+                let (values, (row_scales, row_scale_stride)) = (a.values(row, run.start), a.scales(row, index));
+                let (c, addend) = self.place(row, start, first);
+                let t = Int8Tile {
+                    groups,
+                    a: values.as_ptr(),
+                    a_stride: a.stride(),
+                    row_scales: row_scales.as_ptr(),
+                    row_scale_stride,
+                    b: b[4 * within..].as_ptr(),
+                    offsets: offsets[within..].as_ptr(),
+                    col_scales: col_scales[within..].as_ptr(),
+                    c,
+                    c_stride: self.stride,
+                    addend,
+                    cols,
+                };
+                // SAFETY: pieces own disjoint tiles of C, `product` checked the shapes, and both operands are filled up to whole panels.
+                unsafe { int8_kernel::run(isa, &t, MR.min(self.m - row)) };
+            }
+        }
+    }
+}
+
+/// The left operand of a term in f32: rows as they lie, or packed by [`pack_a`] for a contraction of `k`.
+#[derive(Clone, Copy)]
+enum Left<'a> {
+    Rows(MatRef<'a>),
+    Packed { data: &'a [f32], k: usize },
 }
 
 /// Elements from one packed row of a panel of `cols` columns to the next: the last panel is no wider than it must be.
@@ -342,7 +499,7 @@ impl<'a> Packed<'a> {
     pub fn new(k: usize, n: usize, b: MatRef, memory: &'a mut [f32]) -> Self {
         assert!(b.covers(k, n), "B is smaller than [{k}, {n}]");
         let len = Self::len(k, n);
-        pack_b(&Term::new(k, b, Rhs::View(b)), 0..k, 0..n, &mut memory[..len]);
+        pack_b(Rhs::View(b), 1.0, 0..k, 0..n, &mut memory[..len]);
         Self { k, n, data: memory }
     }
 
@@ -420,21 +577,21 @@ fn pack_a(a: MatRef, m: usize, k: usize, packed: &mut [f32], parallel: bool) {
     });
 }
 
-/// Packs the rows `ks` and the columns `cols` of a term's right operand: panels of [`kernel::panel_width`] columns one after the other,
+/// Packs the rows `ks` and the columns `cols` of a term's right operand times `scale`: panels of [`kernel::panel_width`] columns one after the other,
 /// the last one as wide as [`packed_width`] says.
-fn pack_b(term: &Term, ks: Range<usize>, cols: Range<usize>, packed: &mut [f32]) {
+fn pack_b(b: Rhs, scale: f32, ks: Range<usize>, cols: Range<usize>, packed: &mut [f32]) {
     let width = kernel::panel_width(isa());
     let k = ks.len();
     let fill = |packed: &mut [f32], start: usize, wide: usize, source: MatRef| {
         let stride = packed_width(wide);
         let to = &mut packed[(start - cols.start) * k..][..k * stride];
         pack_panel(source, wide, stride, to);
-        if term.scale != 1.0 {
-            to.iter_mut().for_each(|v| *v *= term.scale);
+        if scale != 1.0 {
+            to.iter_mut().for_each(|v| *v *= scale);
         }
     };
     let panels = cols.clone().step_by(width).map(|start| (start, width.min(cols.end - start)));
-    match term.b {
+    match b {
         Rhs::View(view) => {
             for (start, wide) in panels {
                 let offset = ks.start * view.row_stride + start * view.col_stride;
@@ -618,7 +775,7 @@ mod tests {
         let weight = F32Panel::new(&w, k);
         let terms = [
             Term::new(k, MatRef::rows(&x, k), Rhs::Transposed(&weight)),
-            Term { scale: 0.5, ..Term::new(r, MatRef::rows(&u, r), Rhs::View(MatRef::rows(&b, r).t())) },
+            Term::scaled(r, MatRef::rows(&u, r), Rhs::View(MatRef::rows(&b, r).t()), 0.5),
         ];
         gemm(m, n, &terms, Out::add(&mut c, stride));
         let main = reference(m, n, k, |i, p| x[i * k + p], |p, j| w[j * k + p]);

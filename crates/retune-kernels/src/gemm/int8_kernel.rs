@@ -1,0 +1,325 @@
+//! The register tile of the product of 8-bit integers, written once over a vector type and compiled for each instruction set. The sums
+//! are exact, so they are equal on all of them.
+
+use super::kernel::{MR, Portable, Vector, finish};
+use crate::int8::GROUP;
+use crate::isa::Int8Isa;
+
+/// A vector of sums of 32 bits.
+trait Sums: Copy {
+    type Float: Vector;
+    /// Four bytes of the left operand in every lane.
+    type Left: Copy;
+    /// Four bytes of the right operand for each lane.
+    type Right: Copy;
+    /// # Safety
+    /// For every method: the machine has the instruction set, and pointers are valid for the lanes touched.
+    ///
+    /// `offsets`: what the left operand's offset adds to each sum, negated.
+    unsafe fn start(offsets: *const i32) -> Self;
+    unsafe fn left(from: *const u8) -> Self::Left;
+    unsafe fn right(from: *const i8) -> Self::Right;
+    unsafe fn add_dots(self, left: Self::Left, right: Self::Right) -> Self;
+    unsafe fn to_float(self) -> Self::Float;
+}
+
+/// One register tile `C[mr, cols] = row_scales · (A[mr, 4·groups] · B[4·groups, cols]) · col_scales (+ addend)`.
+pub struct Int8Tile {
+    /// Length of the contraction in groups of four.
+    pub groups: usize,
+    /// Rows offset by 128.
+    pub a: *const u8,
+    pub a_stride: usize,
+    pub row_scales: *const f32,
+    pub row_scale_stride: usize,
+    /// For each group the four bytes of each column, [`GROUP`] bytes from one to the next.
+    pub b: *const i8,
+    pub offsets: *const i32,
+    pub col_scales: *const f32,
+    pub c: *mut f32,
+    pub c_stride: usize,
+    /// What the product is added to, with the stride of C; null for nothing. It may be C itself.
+    pub addend: *const f32,
+    pub cols: usize,
+}
+
+#[inline(always)]
+unsafe fn tile<S: Sums, const ROWS: usize, const VECTORS: usize>(t: &Int8Tile) {
+    // SAFETY (whole body): the caller of `run` promises that the tile's pointers cover its shape.
+    unsafe {
+        let lanes = S::Float::LANES;
+        let mut acc = [[S::start(t.offsets); VECTORS]; ROWS];
+        for row in &mut acc {
+            for (j, sums) in row.iter_mut().enumerate() {
+                *sums = S::start(t.offsets.add(j * lanes));
+            }
+        }
+        let (mut a, mut b) = (t.a, t.b);
+        for _ in 0..t.groups {
+            let mut columns = [S::right(b); VECTORS];
+            for (j, column) in columns.iter_mut().enumerate() {
+                *column = S::right(b.add(4 * j * lanes));
+            }
+            for (i, row) in acc.iter_mut().enumerate() {
+                let value = S::left(a.add(i * t.a_stride));
+                for (sums, &column) in row.iter_mut().zip(&columns) {
+                    *sums = sums.add_dots(value, column);
+                }
+            }
+            a = a.add(4);
+            b = b.add(GROUP);
+        }
+        let mut scales = [S::Float::zero(); VECTORS];
+        for (j, scale) in scales.iter_mut().enumerate() {
+            *scale = S::Float::load(t.col_scales.add(j * lanes));
+        }
+        let mut values = [[S::Float::zero(); VECTORS]; ROWS];
+        for (i, (values, sums)) in values.iter_mut().zip(&acc).enumerate() {
+            let row_scale = S::Float::splat(*t.row_scales.add(i * t.row_scale_stride));
+            for ((value, sum), &scale) in values.iter_mut().zip(sums).zip(&scales) {
+                *value = sum.to_float().times(scale).times(row_scale);
+            }
+        }
+        finish(values, t.c, t.c_stride, t.addend, t.cols);
+    }
+}
+
+#[inline(always)]
+unsafe fn rows<S: Sums, const VECTORS: usize>(t: &Int8Tile, mr: usize) {
+    // SAFETY: passed on from the caller.
+    unsafe {
+        match mr {
+            1 => tile::<S, 1, VECTORS>(t),
+            2 => tile::<S, 2, VECTORS>(t),
+            3 => tile::<S, 3, VECTORS>(t),
+            4 => tile::<S, 4, VECTORS>(t),
+            5 => tile::<S, 5, VECTORS>(t),
+            _ => tile::<S, MR, VECTORS>(t),
+        }
+    }
+}
+
+/// Columns of a register tile.
+pub fn tile_width(isa: Int8Isa) -> usize {
+    match isa {
+        Int8Isa::Avx512Vnni => 64,
+        Int8Isa::AvxVnni | Int8Isa::Avx2 | Int8Isa::Portable => 16,
+    }
+}
+
+/// Computes one tile of `mr` ≤ [`MR`] rows and at most [`tile_width`] columns.
+///
+/// # Safety
+/// `isa` is one this machine has; `t.a` covers `mr` rows of `4 · t.groups` bytes, `t.b` covers `t.groups` groups, `t.offsets` and
+/// `t.col_scales` cover `t.cols` rounded up to whole vectors, `t.row_scales` covers `mr` rows, `t.c` and `t.addend`, unless null, cover
+/// `mr` rows of `t.cols` elements; `1 <= mr <= MR` and `1 <= t.cols <= tile_width(isa)`.
+#[inline]
+pub unsafe fn run(isa: Int8Isa, t: &Int8Tile, mr: usize) {
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: the machine has the features, the caller promises the rest.
+        Int8Isa::Avx512Vnni => unsafe { x86::avx512_vnni(t, mr) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: as above.
+        Int8Isa::AvxVnni => unsafe { x86::avx_vnni(t, mr) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: as above.
+        Int8Isa::Avx2 => unsafe { x86::avx2(t, mr) },
+        // SAFETY: as above.
+        _ => unsafe {
+            match t.cols.div_ceil(8) {
+                1 => rows::<[i32; 8], 1>(t, mr),
+                _ => rows::<[i32; 8], 2>(t, mr),
+            }
+        },
+    }
+}
+
+impl Sums for [i32; 8] {
+    type Float = Portable;
+    type Left = [u8; 4];
+    type Right = [[i8; 4]; 8];
+
+    #[inline(always)]
+    unsafe fn start(offsets: *const i32) -> Self {
+        // SAFETY: eight readable elements, unaligned reads allowed.
+        unsafe { offsets.cast::<Self>().read_unaligned() }
+    }
+
+    #[inline(always)]
+    unsafe fn left(from: *const u8) -> Self::Left {
+        // SAFETY: four readable bytes.
+        unsafe { from.cast::<Self::Left>().read_unaligned() }
+    }
+
+    #[inline(always)]
+    unsafe fn right(from: *const i8) -> Self::Right {
+        // SAFETY: 32 readable bytes.
+        unsafe { from.cast::<Self::Right>().read_unaligned() }
+    }
+
+    #[inline(always)]
+    unsafe fn add_dots(self, left: Self::Left, right: Self::Right) -> Self {
+        let mut sums = self;
+        for (sum, four) in sums.iter_mut().zip(right) {
+            for (a, b) in left.iter().zip(four) {
+                *sum += i32::from(*a) * i32::from(b);
+            }
+        }
+        sums
+    }
+
+    #[inline(always)]
+    unsafe fn to_float(self) -> Portable {
+        Portable(self.map(|v| v as f32))
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use super::{Int8Tile, Sums, rows};
+    use std::arch::x86_64::*;
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma")]
+    pub unsafe fn avx512_vnni(t: &Int8Tile, mr: usize) {
+        // SAFETY: passed on from the caller.
+        unsafe {
+            match t.cols.div_ceil(16) {
+                1 => rows::<__m512i, 1>(t, mr),
+                2 => rows::<__m512i, 2>(t, mr),
+                3 => rows::<__m512i, 3>(t, mr),
+                _ => rows::<__m512i, 4>(t, mr),
+            }
+        }
+    }
+
+    #[target_feature(enable = "avxvnni,avx2,fma")]
+    pub unsafe fn avx_vnni(t: &Int8Tile, mr: usize) {
+        // SAFETY: passed on from the caller.
+        unsafe {
+            match t.cols.div_ceil(8) {
+                1 => rows::<Vnni256, 1>(t, mr),
+                _ => rows::<Vnni256, 2>(t, mr),
+            }
+        }
+    }
+
+    #[target_feature(enable = "avx2,fma")]
+    pub unsafe fn avx2(t: &Int8Tile, mr: usize) {
+        // SAFETY: passed on from the caller.
+        unsafe {
+            match t.cols.div_ceil(8) {
+                1 => rows::<Plain256, 1>(t, mr),
+                _ => rows::<Plain256, 2>(t, mr),
+            }
+        }
+    }
+
+    #[derive(Clone, Copy)]
+    struct Vnni256(__m256i);
+
+    #[derive(Clone, Copy)]
+    struct Plain256(__m256i);
+
+    // SAFETY (all impls): only reached from the functions above, whose callers have checked the features.
+    impl Sums for __m512i {
+        type Float = __m512;
+        type Left = __m512i;
+        type Right = __m512i;
+
+        #[inline(always)]
+        unsafe fn start(offsets: *const i32) -> Self {
+            unsafe { _mm512_loadu_si512(offsets.cast()) }
+        }
+
+        #[inline(always)]
+        unsafe fn left(from: *const u8) -> Self::Left {
+            unsafe { _mm512_set1_epi32(from.cast::<i32>().read_unaligned()) }
+        }
+
+        #[inline(always)]
+        unsafe fn right(from: *const i8) -> Self::Right {
+            unsafe { _mm512_loadu_si512(from.cast()) }
+        }
+
+        #[inline(always)]
+        unsafe fn add_dots(self, left: Self::Left, right: Self::Right) -> Self {
+            unsafe { _mm512_dpbusd_epi32(self, left, right) }
+        }
+
+        #[inline(always)]
+        unsafe fn to_float(self) -> __m512 {
+            unsafe { _mm512_cvtepi32_ps(self) }
+        }
+    }
+
+    impl Sums for Vnni256 {
+        type Float = __m256;
+        type Left = __m256i;
+        type Right = __m256i;
+
+        #[inline(always)]
+        unsafe fn start(offsets: *const i32) -> Self {
+            unsafe { Self(_mm256_loadu_si256(offsets.cast())) }
+        }
+
+        #[inline(always)]
+        unsafe fn left(from: *const u8) -> Self::Left {
+            unsafe { _mm256_set1_epi32(from.cast::<i32>().read_unaligned()) }
+        }
+
+        #[inline(always)]
+        unsafe fn right(from: *const i8) -> Self::Right {
+            unsafe { _mm256_loadu_si256(from.cast()) }
+        }
+
+        #[inline(always)]
+        unsafe fn add_dots(self, left: Self::Left, right: Self::Right) -> Self {
+            unsafe { Self(_mm256_dpbusd_avx_epi32(self.0, left, right)) }
+        }
+
+        #[inline(always)]
+        unsafe fn to_float(self) -> __m256 {
+            unsafe { _mm256_cvtepi32_ps(self.0) }
+        }
+    }
+
+    impl Sums for Plain256 {
+        type Float = __m256;
+        /// Magnitudes and signed values: the product of an offset value would not fit the 16 bits of the intermediate sums.
+        type Left = (__m256i, __m256i);
+        type Right = __m256i;
+
+        #[inline(always)]
+        unsafe fn start(_offsets: *const i32) -> Self {
+            unsafe { Self(_mm256_setzero_si256()) }
+        }
+
+        #[inline(always)]
+        unsafe fn left(from: *const u8) -> Self::Left {
+            unsafe {
+                let offset = _mm256_set1_epi32(from.cast::<i32>().read_unaligned());
+                let signed = _mm256_xor_si256(offset, _mm256_set1_epi8(i8::MIN));
+                (_mm256_abs_epi8(signed), signed)
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn right(from: *const i8) -> Self::Right {
+            unsafe { _mm256_loadu_si256(from.cast()) }
+        }
+
+        #[inline(always)]
+        unsafe fn add_dots(self, (magnitude, signed): Self::Left, right: Self::Right) -> Self {
+            unsafe {
+                let pairs = _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(right, signed));
+                Self(_mm256_add_epi32(self.0, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))))
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn to_float(self) -> __m256 {
+            unsafe { _mm256_cvtepi32_ps(self.0) }
+        }
+    }
+}

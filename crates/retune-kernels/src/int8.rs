@@ -1,0 +1,555 @@
+//! Weights and rows of activations in 8 bits, for products of integers.
+//!
+//! A frozen weight `W[n, k]` is kept as `r[n] · Q[n, k] · c[k]` with Q in [−127, 127], one copy for both directions. The forward quantizes
+//! `c ⊙ x` by rows, and r scales the columns of the result; the input gradient quantizes `r ⊙ g` by rows, and c scales the columns.
+//! r is what each row of W needs; c is free: taken from calibration it moves the range of outlier channels from the activations into the
+//! weight (Xiao et al. 2022, SmoothQuant), at no cost at run time.
+//!
+//! A contraction is cut into runs of at most about [`RUN`] elements, each with a scale of its own for each row of activations: an outlier
+//! spoils the resolution of its run alone, and sums of products stay far from the limits of 32 bits.
+
+use std::ops::Range;
+
+use crate::multiversion;
+use crate::panel::PanelSource;
+use crate::parallel::{self, SharedMut};
+use crate::scratch::{self, Purpose};
+
+/// Rows of a weight that lie together.
+pub(crate) const PANEL: usize = 64;
+/// Bytes of a panel's rows for four columns.
+pub(crate) const GROUP: usize = 4 * PANEL;
+/// About how many elements share a scale.
+const RUN: usize = 1024;
+/// What makes a signed value an unsigned one, as the products want their left operand.
+const OFFSET: u8 = 128;
+/// Largest magnitude of a quantized value.
+const LARGEST: f32 = 127.0;
+/// Below this a row counts as zero: the inverse of its scale could overflow.
+const SMALLEST: f32 = 1e-30;
+/// 1.5 · 2²³: adding it rounds to an integer and leaves that integer in the low bits.
+const ROUND: f32 = 12_582_912.0;
+
+/// The runs of a contraction of `len` elements: equal but for the last, and starting at multiples of [`PANEL`].
+pub(crate) fn runs(len: usize) -> impl Iterator<Item = Range<usize>> {
+    let run = run_len(len);
+    (0..len).step_by(run).map(move |start| start..(start + run).min(len))
+}
+
+fn run_len(len: usize) -> usize {
+    len.div_ceil(len.div_ceil(RUN).max(1)).next_multiple_of(PANEL).max(PANEL)
+}
+
+fn run_count(len: usize) -> usize {
+    len.div_ceil(run_len(len))
+}
+
+multiversion! {
+    /// The largest magnitude. Compared as integers, whose order is that of positive floats and puts NaN above all of them.
+    fn largest(x: &[f32]) -> f32 {
+        let mut bits = 0u32;
+        for v in x {
+            bits = bits.max(v.to_bits() & 0x7fff_ffff);
+        }
+        f32::from_bits(bits)
+    }
+}
+
+multiversion! {
+    fn round_to(x: &[f32], inverse: f32, to: &mut [u8]) {
+        for (to, v) in to.iter_mut().zip(x) {
+            *to = (v * inverse + ROUND).to_bits().wrapping_add(u32::from(OFFSET)) as u8;
+        }
+    }
+}
+
+multiversion! {
+    fn multiply(x: &[f32], factors: &[f32], to: &mut [f32]) {
+        for ((to, v), f) in to.iter_mut().zip(x).zip(factors) {
+            *to = v * f;
+        }
+    }
+}
+
+/// Writes round(v / scale) + 128 and returns the scale; NaN for values that are not finite, so that they are noticed further on.
+fn quantize(x: &[f32], to: &mut [u8]) -> f32 {
+    let most = largest(x);
+    let (scale, inverse) = match most {
+        _ if !most.is_finite() => (f32::NAN, 0.0),
+        _ if most < SMALLEST => (0.0, 0.0),
+        _ => (most / LARGEST, LARGEST / most),
+    };
+    round_to(x, inverse, to);
+    scale
+}
+
+/// Rows of activations or gradients `[T, k]`, quantized by row and run.
+#[derive(Default)]
+pub struct Int8Rows {
+    /// [T, stride], offset by 128.
+    values: Vec<u8>,
+    /// [T, runs]
+    scales: Vec<f32>,
+    rows: usize,
+    cols: usize,
+}
+
+impl Int8Rows {
+    /// Quantizes `x: [T, cols]`, or `x · diag(factors)`, on all threads. The memory is reused by the next call.
+    pub fn quantize(&mut self, x: &[f32], cols: usize, factors: Option<&[f32]>) {
+        let (rows, stride, runs) = (x.len() / cols, cols.next_multiple_of(PANEL), run_count(cols));
+        (self.rows, self.cols) = (rows, cols);
+        if self.values.len() < rows * stride {
+            self.values.resize(rows * stride, OFFSET);
+        }
+        if self.scales.len() < rows * runs {
+            self.scales.resize(rows * runs, 0.0);
+        }
+        let (values, scales) = (SharedMut::new(&mut self.values), SharedMut::new(&mut self.scales));
+        let chunk = parallel::chunk_rows(rows, 8);
+        parallel::for_each(rows.div_ceil(chunk), |piece| {
+            scratch::with(Purpose::Row, if factors.is_some() { cols } else { 0 }, |scaled| {
+                for row in piece * chunk..((piece + 1) * chunk).min(rows) {
+                    let mut from = &x[row * cols..(row + 1) * cols];
+                    if let Some(factors) = factors {
+                        multiply(from, factors, scaled);
+                        from = scaled;
+                    }
+                    // SAFETY: one piece, its rows.
+                    let (to, scales) = unsafe { (values.slice(row * stride, cols), scales.slice(row * runs, runs)) };
+                    for (run, scale) in self::runs(cols).zip(scales) {
+                        *scale = quantize(&from[run.clone()], &mut to[run]);
+                    }
+                }
+            });
+        });
+    }
+
+    /// Number of rows.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Length of the contraction.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// Elements from one row to the next.
+    pub(crate) fn stride(&self) -> usize {
+        self.cols.next_multiple_of(PANEL)
+    }
+
+    /// The rows from `row` on, from column `col` on.
+    pub(crate) fn values(&self, row: usize, col: usize) -> &[u8] {
+        &self.values[row * self.stride() + col..self.rows * self.stride()]
+    }
+
+    /// The scales of the rows from `row` on for a run, and elements from one to the next.
+    pub(crate) fn scales(&self, row: usize, run: usize) -> (&[f32], usize) {
+        let runs = run_count(self.cols);
+        (&self.scales[row * runs + run..self.rows * runs], runs)
+    }
+}
+
+/// A frozen weight `[rows, cols]` in 8 bits.
+pub struct Int8Matrix {
+    rows: usize,
+    cols: usize,
+    /// Panels of [`PANEL`] rows; in each, for every four columns, the four values of one row after the other. Rows and columns are filled
+    /// up with zeros to whole panels.
+    values: Vec<i8>,
+    /// r, filled up with zeros.
+    row_scales: Vec<f32>,
+    /// c, filled up with zeros.
+    col_scales: Vec<f32>,
+    /// Whether c is anything but ones.
+    smoothed: bool,
+    /// What the offset of the left operand adds to the sums of a row over a run of columns, negated: [runs, rows].
+    row_offsets: Vec<i32>,
+    /// The same of a column over a run of rows: [runs, cols].
+    col_offsets: Vec<i32>,
+}
+
+impl Int8Matrix {
+    /// Quantizes a weight, with the given factors of its columns.
+    pub fn new(weight: &dyn PanelSource, col_scales: Option<&[f32]>) -> Self {
+        let (rows, cols) = (weight.rows(), weight.cols());
+        let (padded_rows, padded_cols) = (rows.next_multiple_of(PANEL), cols.next_multiple_of(PANEL));
+        let mut values = vec![0i8; padded_rows * padded_cols];
+        let mut row_scales = vec![0.0; padded_rows];
+        let mut row_offsets = vec![0; run_count(cols) * padded_rows];
+        let mut padded_scales = vec![0.0; padded_cols];
+        match col_scales {
+            Some(scales) => padded_scales[..cols].copy_from_slice(scales),
+            None => padded_scales[..cols].fill(1.0),
+        }
+        let inverse: Option<Vec<f32>> = col_scales.map(|scales| scales.iter().map(|c| 1.0 / c).collect());
+        {
+            let (values, row_scales) = (SharedMut::new(&mut values), SharedMut::new(&mut row_scales));
+            let offsets = SharedMut::new(&mut row_offsets);
+            parallel::for_each(padded_rows / PANEL, |panel| {
+                let first = panel * PANEL;
+                // SAFETY: one piece, one panel.
+                let (values, scales) =
+                    unsafe { (values.slice(first * padded_cols, PANEL * padded_cols), row_scales.slice(first, PANEL)) };
+                for row in first..(first + PANEL).min(rows) {
+                    let sums = quantize_row(weight, row, inverse.as_deref(), values, &mut scales[row - first]);
+                    for (run, sum) in runs(cols).zip(0..).map(|(r, i)| (i, sums(r))) {
+                        // SAFETY: one piece, the rows of its panel.
+                        unsafe { offsets.slice(run * padded_rows + row, 1)[0] = sum };
+                    }
+                }
+            });
+        }
+        let mut col_offsets = vec![0; run_count(rows) * padded_cols];
+        {
+            let offsets = SharedMut::new(&mut col_offsets);
+            parallel::for_each(padded_cols / 4, |group| {
+                for (i, run) in runs(rows).enumerate() {
+                    let mut sums = [0i32; 4];
+                    for panel in run.start / PANEL..run.end.div_ceil(PANEL) {
+                        let start = panel * PANEL * padded_cols + group * GROUP;
+                        for four in values[start..start + GROUP].as_chunks::<4>().0 {
+                            sums.iter_mut().zip(four).for_each(|(sum, &v)| *sum += i32::from(v));
+                        }
+                    }
+                    // SAFETY: one piece, its four columns.
+                    let to = unsafe { offsets.slice(i * padded_cols + 4 * group, 4) };
+                    to.iter_mut().zip(sums).for_each(|(to, sum)| *to = -i32::from(OFFSET) * sum);
+                }
+            });
+        }
+        let smoothed = col_scales.is_some();
+        Self { rows, cols, values, row_scales, col_scales: padded_scales, smoothed, row_offsets, col_offsets }
+    }
+
+    /// Number of rows (output features).
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Number of columns (input features).
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// Bytes it takes.
+    pub fn bytes_len(&self) -> usize {
+        Self::planned_bytes(self.rows, self.cols)
+    }
+
+    /// Bytes that a weight of this shape takes.
+    pub fn planned_bytes(rows: usize, cols: usize) -> usize {
+        let (padded_rows, padded_cols) = (rows.next_multiple_of(PANEL), cols.next_multiple_of(PANEL));
+        padded_rows * padded_cols
+            + 4 * (padded_rows * (1 + run_count(cols)) + padded_cols * (1 + run_count(rows)))
+    }
+
+    /// What the input is to be multiplied by before it is quantized.
+    pub fn input_factors(&self) -> Option<&[f32]> {
+        self.smoothed.then(|| &self.col_scales[..self.cols])
+    }
+
+    /// What the gradient of the output is to be multiplied by before it is quantized.
+    pub fn gradient_factors(&self) -> &[f32] {
+        &self.row_scales[..self.rows]
+    }
+
+    /// The weight that the quantized values stand for, `[rows, cols]`.
+    pub fn to_f32(&self) -> Vec<f32> {
+        let mut values = Vec::with_capacity(self.rows * self.cols);
+        for row in 0..self.rows {
+            for col in 0..self.cols {
+                let at = row / PANEL * PANEL * self.padded_cols() + col / 4 * GROUP + row % PANEL * 4 + col % 4;
+                values.push(self.row_scales[row] * f32::from(self.values[at]) * self.col_scales[col]);
+            }
+        }
+        values
+    }
+
+    fn padded_cols(&self) -> usize {
+        self.cols.next_multiple_of(PANEL)
+    }
+
+    /// The right operand of `x·Wᵀ` for the panel of rows that holds `row`, from column `col` on: groups of [`GROUP`] bytes.
+    pub(crate) fn rows_panel(&self, row: usize, col: usize) -> &[i8] {
+        let panel = PANEL * self.padded_cols();
+        let start = row / PANEL * panel;
+        &self.values[start + col / 4 * GROUP..start + panel]
+    }
+
+    /// The factors of the result's columns from `row` on, and what a sum over the run starts with, for `x·Wᵀ`.
+    pub(crate) fn rows_epilogue(&self, row: usize, run: usize) -> (&[f32], &[i32]) {
+        (&self.row_scales[row..], &self.row_offsets[run * self.row_scales.len() + row..])
+    }
+
+    /// The same for `g·W`, columns in the place of rows.
+    pub(crate) fn cols_epilogue(&self, col: usize, run: usize) -> (&[f32], &[i32]) {
+        (&self.col_scales[col..], &self.col_offsets[run * self.padded_cols() + col..])
+    }
+
+    /// Writes the right operand of `g·W` for the panel of columns that starts at `col` and the rows `rows`, which start at a panel:
+    /// for every four rows, the four values of one column after the other. `to` has [`GROUP`] bytes for every four rows, panels filled up.
+    pub(crate) fn cols_panel(&self, rows: Range<usize>, col: usize, to: &mut [i8]) {
+        let panel = PANEL * self.padded_cols();
+        for (from, to) in (rows.start / PANEL..).zip(to.chunks_exact_mut(PANEL / 4 * GROUP)) {
+            let start = from * panel + col / 4 * GROUP;
+            transpose(&self.values[start..start + PANEL / 4 * GROUP], to);
+        }
+    }
+}
+
+/// The largest magnitude in each column of a matrix.
+pub fn column_maxima(matrix: &dyn PanelSource) -> Vec<f32> {
+    /// A multiple of every storage's blocks.
+    const COLUMNS: usize = 256;
+    let (rows, cols) = (matrix.rows(), matrix.cols());
+    let mut maxima = vec![0.0; cols];
+    let shared = SharedMut::new(&mut maxima);
+    parallel::for_each(cols.div_ceil(COLUMNS), |piece| {
+        let columns = piece * COLUMNS..((piece + 1) * COLUMNS).min(cols);
+        let width = columns.len();
+        // SAFETY: pieces are disjoint.
+        let maxima = unsafe { shared.slice(columns.start, width) };
+        for first in (0..rows).step_by(PANEL) {
+            let last = (first + PANEL).min(rows);
+            scratch::with(Purpose::Panel, (last - first) * width, |decoded| {
+                matrix.panel_f32(first..last, columns.clone(), decoded);
+                decoded.chunks_exact(width).for_each(|row| raise(maxima, row));
+            });
+        }
+    });
+    maxima
+}
+
+multiversion! {
+    fn raise(maxima: &mut [f32], row: &[f32]) {
+        for (most, v) in maxima.iter_mut().zip(row) {
+            *most = if v.abs() > *most { v.abs() } else { *most };
+        }
+    }
+}
+
+/// Quantizes one row of a weight into its panel; returns what gives the row's offset for a run of columns.
+fn quantize_row(
+    weight: &dyn PanelSource,
+    row: usize,
+    inverse: Option<&[f32]>,
+    panel: &mut [i8],
+    scale: &mut f32,
+) -> impl Fn(Range<usize>) -> i32 {
+    let cols = weight.cols();
+    let place = row % PANEL * 4;
+    scratch::with(Purpose::Panel, 2 * cols, |memory| {
+        let (decoded, scaled) = memory.split_at_mut(cols);
+        weight.panel_f32(row..row + 1, 0..cols, decoded);
+        let values = match inverse {
+            Some(inverse) => {
+                multiply(decoded, inverse, scaled);
+                &*scaled
+            }
+            None => &*decoded,
+        };
+        let mut quantized = [OFFSET; PANEL];
+        // The scale is the whole row's: both directions use it.
+        let most = largest(values);
+        let inverse;
+        (*scale, inverse) = match most {
+            _ if !most.is_finite() => (f32::NAN, 0.0),
+            _ if most < SMALLEST => (0.0, 0.0),
+            _ => (most / LARGEST, LARGEST / most),
+        };
+        for (values, groups) in values.chunks(PANEL).zip(panel.chunks_exact_mut(PANEL / 4 * GROUP)) {
+            quantized.fill(OFFSET);
+            round_to(values, inverse, &mut quantized);
+            for (four, group) in quantized.as_chunks::<4>().0.iter().zip(groups.chunks_exact_mut(GROUP)) {
+                group[place..place + 4].copy_from_slice(&four.map(|v| (v ^ OFFSET) as i8));
+            }
+        }
+    });
+    let panel = &*panel;
+    move |run: Range<usize>| {
+        let groups = panel[run.start / 4 * GROUP..run.end.div_ceil(4) * GROUP].chunks_exact(GROUP);
+        let sum: i32 = groups.flat_map(|group| &group[place..place + 4]).map(|&v| i32::from(v)).sum();
+        -i32::from(OFFSET) * sum
+    }
+}
+
+/// Turns [16 groups of four columns][64 rows][4 columns] into [16 groups of four rows][64 columns][4 rows].
+fn transpose(from: &[i8], to: &mut [i8]) {
+    let (Some(from), Some(to)) = (from.first_chunk::<4096>(), to.first_chunk_mut::<4096>()) else { return };
+    #[cfg(target_arch = "x86_64")]
+    if crate::isa::isa() != crate::isa::Isa::Portable {
+        // SAFETY: the machine has AVX2.
+        return unsafe { x86::transpose(from, to) };
+    }
+    for (cols, group) in from.as_chunks::<GROUP>().0.iter().enumerate() {
+        for (row, four) in group.as_chunks::<4>().0.iter().enumerate() {
+            for (col, &v) in four.iter().enumerate() {
+                to[row / 4 * GROUP + (4 * cols + col) * 4 + row % 4] = v;
+            }
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use super::GROUP;
+    use std::arch::x86_64::*;
+
+    /// Blocks of 4 × 4 bytes are transposed inside a vector and change places as a whole.
+    #[target_feature(enable = "avx2")]
+    pub fn transpose(from: &[i8; 4096], to: &mut [i8; 4096]) {
+        let order = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+        for cols in 0..16 {
+            for rows in 0..16 {
+                // SAFETY: 16 × 16 blocks of 16 bytes fill both arrays.
+                unsafe {
+                    let block = _mm_loadu_si128(from.as_ptr().add(cols * GROUP + rows * 16).cast());
+                    let block = _mm_shuffle_epi8(block, order);
+                    _mm_storeu_si128(to.as_mut_ptr().add(rows * GROUP + cols * 16).cast(), block);
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::gemm::{Out, Term, gemm};
+    use crate::panel::F32Panel;
+    use crate::testing::{random, relative_error};
+
+    /// The exact product of what the two quantized operands stand for, from their integers.
+    fn reference(rows: &Int8Rows, weight: &Int8Matrix, transposed: bool) -> Vec<f64> {
+        let (n, k) = if transposed { (weight.rows, weight.cols) } else { (weight.cols, weight.rows) };
+        let mut y = Vec::new();
+        for t in 0..rows.rows {
+            for j in 0..n {
+                let mut sum = 0.0;
+                for (r, run) in runs(k).enumerate() {
+                    let dot: i64 = run
+                        .map(|p| {
+                            let (row, col) = if transposed { (j, p) } else { (p, j) };
+                            let at =
+                                row / PANEL * PANEL * weight.padded_cols() + col / 4 * GROUP + row % PANEL * 4 + col % 4;
+                            (i64::from(rows.values(t, p)[0]) - 128) * i64::from(weight.values[at])
+                        })
+                        .sum();
+                    sum += f64::from(rows.scales(t, r).0[0]) * dot as f64;
+                }
+                let scale = if transposed { weight.row_scales[j] } else { weight.col_scales[j] };
+                y.push(sum * f64::from(scale));
+            }
+        }
+        y
+    }
+
+    const SHAPES: [(usize, usize, usize); 9] = [
+        (1, 1, 1),
+        (5, 3, 2),
+        (6, 64, 64),
+        (7, 65, 17),
+        (13, 16, 576),
+        (100, 130, 33),
+        (3, 300, 1030),
+        (25, 1100, 2050),
+        (257, 192, 96),
+    ];
+
+    #[test]
+    fn products_equal_those_of_the_integers_in_both_directions() {
+        for (m, n, k) in SHAPES {
+            let w = random(2, n * k);
+            let factors: Vec<f32> = random(3, k).iter().map(|v| 1.5 + v).collect();
+            let weight = Int8Matrix::new(&F32Panel::new(&w, k), Some(&factors));
+            let mut rows = Int8Rows::default();
+            for (transposed, out, depth) in [(true, n, k), (false, k, n)] {
+                let x = random(1, m * depth);
+                let (term_factors, addend) = match transposed {
+                    true => (weight.input_factors(), random(4, m * out)),
+                    false => (Some(weight.gradient_factors()), random(4, m * out)),
+                };
+                rows.quantize(&x, depth, term_factors);
+                let term = if transposed { Term::int8(&rows, &weight) } else { Term::int8_plain(&rows, &weight) };
+                let mut y = vec![f32::NAN; m * out];
+                gemm(m, out, &[term], Out::set(&mut y, out));
+                let expected = reference(&rows, &weight, transposed);
+                let error = relative_error(&y, &expected);
+                assert!(error < 1e-6, "{m} {n} {k} transposed {transposed}: {error}");
+                gemm(m, out, &[term], Out::sum(&mut y, out, &addend));
+                let expected: Vec<f64> = expected.iter().zip(&addend).map(|(e, a)| e + f64::from(*a)).collect();
+                assert!(relative_error(&y, &expected) < 1e-6, "{m} {n} {k} transposed {transposed}, with an addend");
+            }
+        }
+    }
+
+    #[test]
+    fn quantized_products_are_close_to_those_of_the_values() {
+        let (m, n, k) = (40, 130, 600);
+        let (x, w) = (random(1, m * k), random(2, n * k));
+        let weight = Int8Matrix::new(&F32Panel::new(&w, k), None);
+        assert!(relative_error(&weight.to_f32(), &crate::testing::to_f64(&w)) < 6e-3);
+        let mut rows = Int8Rows::default();
+        rows.quantize(&x, k, weight.input_factors());
+        let mut y = vec![0.0; m * n];
+        gemm(m, n, &[Term::int8(&rows, &weight)], Out::set(&mut y, n));
+        let mut expected = Vec::new();
+        for row in x.chunks(k) {
+            expected.extend(w.chunks(k).map(|w| row.iter().zip(w).map(|(a, b)| f64::from(a * b)).sum::<f64>()));
+        }
+        assert!(relative_error(&y, &expected) < 1e-2);
+    }
+
+    #[test]
+    fn column_maxima_are_those_of_the_magnitudes() {
+        let (rows, cols) = (70, 300);
+        let w = random(1, rows * cols);
+        let expected: Vec<f32> =
+            (0..cols).map(|c| (0..rows).map(|r| w[r * cols + c].abs()).fold(0.0, f32::max)).collect();
+        assert_eq!(column_maxima(&F32Panel::new(&w, cols)), expected);
+    }
+
+    #[test]
+    fn an_outlier_channel_is_moved_into_the_weight() {
+        let (m, n, k) = (40, 64, 256);
+        let (mut x, w) = (random(1, m * k), random(2, n * k));
+        x.chunks_mut(k).for_each(|row| row[7] *= 60.0);
+        let expected: Vec<f64> = x
+            .chunks(k)
+            .flat_map(|row| w.chunks(k).map(|w| row.iter().zip(w).map(|(a, b)| f64::from(a * b)).sum::<f64>()))
+            .collect();
+        // The inverse of what SmoothQuant multiplies the weight by.
+        let mut factors = vec![1.0; k];
+        factors[7] = 1.0 / 15.0;
+        let error = |factors: Option<&[f32]>| {
+            let weight = Int8Matrix::new(&F32Panel::new(&w, k), factors);
+            let mut rows = Int8Rows::default();
+            rows.quantize(&x, k, weight.input_factors());
+            let mut y = vec![0.0; m * n];
+            gemm(m, n, &[Term::int8(&rows, &weight)], Out::set(&mut y, n));
+            relative_error(&y, &expected)
+        };
+        let (plain, smoothed) = (error(None), error(Some(&factors)));
+        assert!(smoothed < 0.5 * plain, "{smoothed} against {plain}");
+    }
+
+    #[test]
+    fn values_that_are_not_finite_reach_the_result_and_zeros_stay_zero() {
+        let (n, k) = (70, 40);
+        let w = random(2, n * k);
+        let weight = Int8Matrix::new(&F32Panel::new(&w, k), None);
+        let mut x = random(1, 3 * k);
+        x[3] = f32::NAN;
+        x[k..2 * k].fill(0.0);
+        x[2 * k + 5] = f32::INFINITY;
+        let mut rows = Int8Rows::default();
+        rows.quantize(&x, k, None);
+        let mut y = vec![1.0; 3 * n];
+        gemm(3, n, &[Term::int8(&rows, &weight)], Out::set(&mut y, n));
+        assert!(y[..n].iter().chain(&y[2 * n..]).all(|v| v.is_nan()));
+        assert!(y[n..2 * n].iter().all(|&v| v == 0.0));
+    }
+}

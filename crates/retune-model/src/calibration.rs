@@ -1,0 +1,254 @@
+//! Which linears of a model are computed in 8 bits, and how: measured on rows of the run's own data, decided by a fixed rule.
+//!
+//! One pass in f32 shows each frozen linear its input and the gradient of its output. From the input's largest value in each channel, and
+//! the weight's, come factors that move the range of outlier channels into the weight (Xiao et al. 2022, SmoothQuant, equation 4). Of a few
+//! exponents, no smoothing among them, the one with the smallest error of the output is taken; a linear whose error, forward or
+//! backward, is over the limit stays in f32. Nothing is timed, so that a run decides the same again.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+
+use retune_adapter::atomic;
+use retune_kernels::gemm::{MatRef, Out, Rhs, Term, gemm};
+use retune_kernels::int8::{Int8Matrix, Int8Rows, column_maxima};
+use retune_kernels::F32Panel;
+use safetensors::SafeTensors;
+use safetensors::tensor::{Dtype, TensorView};
+use serde::{Deserialize, Serialize};
+
+use crate::error::Error;
+use crate::linear::Linear;
+use crate::model::Model;
+use crate::params::Weight;
+use crate::pass::Pass;
+use crate::workspace::{Keep, Workspace};
+
+/// The largest relative error, forward or backward, of a linear that is computed in 8 bits when it is ours to choose.
+pub const ERROR_LIMIT: f64 = 0.06;
+/// Exponents tried; 0 is no smoothing.
+const EXPONENTS: [f32; 3] = [0.0, 0.5, 0.7];
+/// Rows of a pass on which errors are measured.
+const SAMPLE: usize = 64;
+/// Factors beyond this say nothing but that a channel is dead.
+const WIDEST: f32 = 1e4;
+/// The key of the file's metadata under which the choices stand.
+const METADATA: &str = "choices";
+
+/// How one linear is computed.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Choice {
+    /// Its name in the model.
+    pub name: String,
+    /// Whether in 8 bits; in f32 otherwise.
+    pub int8: bool,
+    /// SmoothQuant's exponent; 0 for no smoothing.
+    pub exponent: f32,
+    /// Relative error of the output in 8 bits, and of the input's gradient where it was computed.
+    pub forward_error: f64,
+    pub backward_error: Option<f64>,
+    /// What the input's channels are multiplied by before they are quantized.
+    #[serde(skip)]
+    pub factors: Option<Vec<f32>>,
+}
+
+/// What is known of one linear during a calibration.
+struct Candidate {
+    choice: Choice,
+    weight: Arc<Int8Matrix>,
+}
+
+/// Errors measured during a pass.
+#[derive(Default)]
+pub(crate) struct Calibration {
+    linears: BTreeMap<String, Candidate>,
+}
+
+impl Calibration {
+    /// Measures a linear on its input `x: [T, in]`; the first time it is seen.
+    pub(crate) fn forward(&mut self, linear: &Linear, x: &[f32]) {
+        let Weight::Frozen(matrix) = &linear.weight else { return };
+        if self.linears.contains_key(&linear.name) {
+            return;
+        }
+        let (k, n) = (linear.in_features, linear.out_features);
+        let rows = sample(x, k);
+        let m = rows.len() / k;
+        let mut expected = vec![0.0; m * n];
+        gemm(m, n, &[Term::new(k, MatRef::rows(&rows, k), Rhs::Transposed(matrix))], Out::set(&mut expected, n));
+        let (inputs, weights) = (column_maxima(&F32Panel::new(x, k)), column_maxima(matrix));
+        let mut best: Option<Candidate> = None;
+        for exponent in EXPONENTS {
+            let factors = (exponent > 0.0).then(|| smoothing(&inputs, &weights, exponent));
+            let weight = Int8Matrix::new(matrix, factors.as_deref());
+            let (mut quantized, mut y) = (Int8Rows::default(), vec![0.0; m * n]);
+            quantized.quantize(&rows, k, weight.input_factors());
+            gemm(m, n, &[Term::int8(&quantized, &weight)], Out::set(&mut y, n));
+            let forward_error = relative_error(&y, &expected);
+            // An error that is not a number is not smaller either.
+            if best.as_ref().is_none_or(|best| forward_error < best.choice.forward_error) {
+                let name = linear.name.clone();
+                let choice = Choice { name, int8: true, exponent, forward_error, backward_error: None, factors };
+                best = Some(Candidate { choice, weight: Arc::new(weight) });
+            }
+        }
+        if let Some(best) = best {
+            self.linears.insert(linear.name.clone(), best);
+        }
+    }
+
+    /// Measures a linear on the gradient `g: [T, out]` of its output.
+    pub(crate) fn backward(&mut self, linear: &Linear, g: &[f32]) {
+        let (Weight::Frozen(matrix), Some(candidate)) = (&linear.weight, self.linears.get_mut(&linear.name)) else {
+            return;
+        };
+        let (k, n) = (linear.in_features, linear.out_features);
+        let rows = sample(g, n);
+        let m = rows.len() / n;
+        let (mut expected, mut dx) = (vec![0.0; m * k], vec![0.0; m * k]);
+        gemm(m, k, &[Term::new(n, MatRef::rows(&rows, n), Rhs::Plain(matrix))], Out::set(&mut expected, k));
+        let mut quantized = Int8Rows::default();
+        quantized.quantize(&rows, n, Some(candidate.weight.gradient_factors()));
+        gemm(m, k, &[Term::int8_plain(&quantized, &candidate.weight)], Out::set(&mut dx, k));
+        candidate.choice.backward_error = Some(relative_error(&dx, &expected));
+    }
+}
+
+/// Some rows of `x: [T, width]`, evenly spread.
+fn sample(x: &[f32], width: usize) -> Vec<f32> {
+    let rows = x.len() / width;
+    let taken = rows.min(SAMPLE);
+    (0..taken).flat_map(|i| &x[i * rows / taken * width..][..width]).copied().collect()
+}
+
+/// SmoothQuant's factors for the input: `max|w|^(1 − exponent) / max|x|^exponent` for each channel.
+fn smoothing(inputs: &[f32], weights: &[f32], exponent: f32) -> Vec<f32> {
+    let factor = |(x, w): (&f32, &f32)| {
+        let factor = w.powf(1.0 - exponent) / x.powf(exponent);
+        if factor > 1.0 / WIDEST && factor < WIDEST { factor } else { 1.0 }
+    };
+    inputs.iter().zip(weights).map(factor).collect()
+}
+
+fn relative_error(a: &[f32], b: &[f32]) -> f64 {
+    let (mut difference, mut norm) = (0.0, 0.0);
+    for (&a, &b) in a.iter().zip(b) {
+        difference += f64::from(a - b).powi(2);
+        norm += f64::from(b).powi(2);
+    }
+    if norm == 0.0 { difference.sqrt() } else { (difference / norm).sqrt() }
+}
+
+impl Model {
+    /// Measures each frozen linear on a pass of the run's own data, forward and, with `backward`, backward, and from then on computes in
+    /// 8 bits those whose errors are within `limit`. All of the model must be in f32 before.
+    pub fn calibrate(&mut self, params: &[f32], pass: &Pass, backward: bool, limit: f64) -> Vec<Choice> {
+        let mut workspace = Workspace::new(self, Keep::Inputs);
+        workspace.temporary.linear.calibration = Some(Box::default());
+        if backward {
+            self.loss_and_gradient(params, &mut vec![0.0; params.len()], pass, None, &mut workspace);
+        } else {
+            self.loss(params, pass, &mut workspace);
+        }
+        let mut linears = workspace.temporary.linear.calibration.take().unwrap_or_default().linears;
+        let within = |choice: &Choice| {
+            choice.forward_error <= limit && choice.backward_error.is_none_or(|backward| backward <= limit)
+        };
+        let mut choices = Vec::new();
+        self.for_each_int8_linear(|linear| {
+            let Some(Candidate { mut choice, weight }) = linears.remove(&linear.name) else { return Ok(()) };
+            choice.int8 = within(&choice);
+            linear.int8 = choice.int8.then_some(weight);
+            choices.push(choice);
+            Ok(())
+        })
+        .unwrap_or_default();
+        choices
+    }
+
+    /// Computes linears as an earlier calibration chose.
+    ///
+    /// # Errors
+    /// Choices that are not of this model.
+    pub fn compute_as(&mut self, choices: &[Choice]) -> Result<(), Error> {
+        let mut found = 0;
+        self.for_each_int8_linear(|linear| {
+            let Some(choice) = choices.iter().find(|choice| choice.name == linear.name) else { return Ok(()) };
+            found += 1;
+            let Weight::Frozen(matrix) = &linear.weight else { return Ok(()) };
+            if choice.factors.as_ref().is_some_and(|factors| factors.len() != linear.in_features) {
+                return Err(Error::Calibration { cause: format!("{} has another number of channels", choice.name) });
+            }
+            linear.int8 =
+                choice.int8.then(|| Arc::new(Int8Matrix::new(matrix, choice.factors.as_deref())));
+            Ok(())
+        })?;
+        match choices.len() - found {
+            0 => Ok(()),
+            n => Err(Error::Calibration { cause: format!("{n} of its linears are not in the model") }),
+        }
+    }
+
+    /// The linears that can be computed in 8 bits: those whose weight is frozen. The loss is not quantized, so that a head that trains
+    /// anything of its own is left out.
+    fn for_each_int8_linear(&mut self, mut f: impl FnMut(&mut Linear) -> Result<(), Error>) -> Result<(), Error> {
+        let head = (!self.head.is_trainable()).then_some(&mut self.head);
+        for linear in self.layers.iter_mut().flat_map(crate::model::Layer::linears_mut).chain(head) {
+            if linear.weight.range().is_none() {
+                f(linear)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Bytes of the weights that are kept in 8 bits.
+    pub fn int8_bytes(&self) -> usize {
+        let linears = self.layers.iter().flat_map(|layer| layer.linears()).chain([&self.head]);
+        linears.filter_map(|linear| linear.int8.as_ref()).map(|weight| weight.bytes_len()).sum()
+    }
+}
+
+/// Writes choices to a file: safetensors with the factors, the rest in its metadata.
+///
+/// # Errors
+/// A file that cannot be written.
+pub fn write(path: &Path, choices: &[Choice]) -> Result<(), Error> {
+    let bytes = |factors: &[f32]| -> Vec<u8> { factors.iter().flat_map(|f| f.to_le_bytes()).collect() };
+    let factors: Vec<(&str, Vec<u8>)> =
+        choices.iter().filter_map(|c| Some((c.name.as_str(), bytes(c.factors.as_deref()?)))).collect();
+    let damaged = |error: String| Error::Calibration { cause: error };
+    let mut views = Vec::new();
+    for (name, bytes) in &factors {
+        let view = TensorView::new(Dtype::F32, vec![bytes.len() / 4], bytes).map_err(|e| damaged(e.to_string()))?;
+        views.push((*name, view));
+    }
+    let text = serde_json::to_string(choices).map_err(|e| damaged(e.to_string()))?;
+    let metadata = std::collections::HashMap::from([(METADATA.to_owned(), text)]);
+    let content = safetensors::serialize(views, Some(metadata)).map_err(|e| damaged(e.to_string()))?;
+    atomic::write(path, &content).map_err(|error| damaged(error.to_string()))
+}
+
+/// Reads what [`write`] wrote.
+///
+/// # Errors
+/// A file that cannot be read or is damaged.
+pub fn read(path: &Path) -> Result<Vec<Choice>, Error> {
+    let damaged = |cause: String| Error::Calibration { cause: format!("{} is damaged: {cause}", path.display()) };
+    let content = std::fs::read(path)
+        .map_err(|error| Error::Calibration { cause: format!("cannot read {}: {error}", path.display()) })?;
+    let (_, header) = SafeTensors::read_metadata(&content).map_err(|e| damaged(e.to_string()))?;
+    let tensors = SafeTensors::deserialize(&content).map_err(|e| damaged(e.to_string()))?;
+    let text = header.metadata().as_ref().and_then(|m| m.get(METADATA));
+    let text = text.ok_or_else(|| damaged("it has no choices".to_owned()))?;
+    let mut choices: Vec<Choice> = serde_json::from_str(text).map_err(|e| damaged(e.to_string()))?;
+    for choice in choices.iter_mut().filter(|c| c.exponent > 0.0) {
+        let view = tensors.tensor(&choice.name).map_err(|e| damaged(e.to_string()))?;
+        let values: Vec<f32> = view.data().as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
+        if view.dtype() != Dtype::F32 || !values.iter().all(|v| v.is_finite() && *v > 0.0) {
+            return Err(damaged(format!("the factors of {} are not positive numbers in f32", choice.name)));
+        }
+        choice.factors = Some(values);
+    }
+    Ok(choices)
+}
