@@ -1,12 +1,15 @@
 """Speed and memory of training steps: `retune bench train` and PyTorch + peft in turn, on the same tokens and initial adapter.
 
-    python bench/compare.py --model MODEL.gguf --torch-model DIR [--method lora | full] [--batch 4] [--seq 512] [--steps 15]
+    python bench/compare.py --model MODEL.gguf --torch-model DIR [--compute auto,f32] [--method lora | full] [--batch 4]
+                            [--seq 512] [--steps 15]
 
-Prints for each pair and as a median: tokens a second (median step after three warm-ups), peak resident memory, and retune's
-value over PyTorch's. A pair whose first three losses differ is void: the two did not compute the same. A pair during which
-the machine's speed changed is flagged. Exit code 1 if a pair is void.
+A pair is one run of PyTorch and one of retune for each --compute, each pair starting with another of them. Prints for each
+pair and as a median: tokens a second (median step after three warm-ups), peak resident memory, and retune's values over
+PyTorch's. A pair whose first three losses differ is void: they did not compute the same. A pair during which the machine's
+speed changed is flagged. Exit code 1 if a pair is void.
 """
 
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -29,15 +32,16 @@ def main():
                   "--batch", args.batch, "--seq", args.seq, "--steps", args.steps, "--rank", args.rank,
                   "--targets", args.targets, "--data", comparison.DATA / "debian-synopsis.train.jsonl"]
 
-        def run_retune():  # The inputs are the same in every run; the first pair's, which starts with retune, writes them.
+        def run_retune(compute):  # The inputs are the same in every run; the very first, which is retune's, writes them.
             save = [] if any(Path(inputs).iterdir()) else ["--save-inputs", inputs]
-            return comparison.run_retune(args, *retune, *save)
+            return comparison.run_retune(args, *retune, "--compute", compute, *save)
 
         def run_torch():
             return comparison.run_torch(args, "pytorch_train.py", "--inputs", inputs, "--steps", args.steps)
 
+        sides = {f"retune-{compute}": partial(run_retune, compute) for compute in args.compute} | {"torch": run_torch}
         done = []
-        for pair in comparison.pairs(args, {"retune": run_retune, "torch": run_torch}):
+        for pair in comparison.pairs(args, sides):
             pair["void"] = comparison.disagreement(pair, args.dtype)
             done.append(pair)
             comparison.print_pair(len(done), pair, METRICS)

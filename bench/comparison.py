@@ -1,5 +1,6 @@
-"""Shared by the comparisons: both programs run in turn, the machine checked before and after each, the pairs printed.
+"""Shared by the benchmarks: programs run in turn, the machine checked before and after each, the pairs printed.
 
+A pair is one run of PyTorch and one of retune for every --compute; its sides are named "torch", "retune-auto", "retune-f32".
 This is the side that starts the programs; what runs inside the measured PyTorch process is in pytorch_common.py.
 """
 
@@ -17,22 +18,39 @@ import numpy
 BENCH = Path(__file__).resolve().parent
 DATA = BENCH.parent / "examples" / "data"
 SLOWER = 1.15  # fastest over slowest check of a pair's machine beyond which the pair is flagged
-LOSS_TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}
+LOSS_TOLERANCE = {"f32": 1e-3, "int8": 1e-2, "auto": 1e-2}  # of retune's sides, relative to PyTorch in float32
+BFLOAT16_TOLERANCE = 2e-2  # of every side, where PyTorch computes in bfloat16
+
+
+def compute_list(text):
+    """--compute: "auto,f32" as a list."""
+    names = text.split(",")
+    if len(set(names)) < len(names) or not set(names) <= set(LOSS_TOLERANCE):
+        raise argparse.ArgumentTypeError(f"{text!r}; expected some of {', '.join(LOSS_TOLERANCE)}, each once")
+    return names
+
+
+def retune_parser(doc):
+    """The arguments that everything that runs retune takes."""
+    options = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--model", required=True, help="retune's: a GGUF file or a Hugging Face directory")
+    options.add_argument("--threads", type=int, help="default: all cores")
+    options.add_argument("--retune", default=str(BENCH.parent / "target" / "release" / "retune"), help="the program")
+    return options
 
 
 def parser(doc, pairs):
     """The arguments that both comparisons take."""
-    options = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--model", required=True, help="retune's: a GGUF file or a Hugging Face directory")
+    options = retune_parser(doc)
+    options.add_argument("--compute", type=compute_list, default="auto",
+                         help="retune's: auto, int8, f32, or several of them separated by commas")
     options.add_argument("--torch-model", required=True, help="PyTorch's: a Hugging Face directory of the same weights")
     options.add_argument("--method", choices=["lora", "full"], default="lora")
     options.add_argument("--learning-rate", type=float, help="default: 2e-4 for lora, 2e-5 for full")
     options.add_argument("--pairs", type=int, default=pairs)
-    options.add_argument("--threads", type=int, help="of both; default: all cores")
     options.add_argument("--compile", action="store_true", help="PyTorch's: torch.compile")
-    options.add_argument("--dtype", choices=list(LOSS_TOLERANCE), default="float32", help="PyTorch's")
+    options.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="PyTorch's")
     options.add_argument("--allocator", choices=["tcmalloc", "default"], default="tcmalloc", help="PyTorch's")
-    options.add_argument("--retune", default=str(BENCH.parent / "target" / "release" / "retune"), help="the program")
     options.add_argument("--json", help="write everything measured to this file too")
     return options
 
@@ -82,19 +100,30 @@ def machine_gflops(seconds=1.0, size=1024):
 
 
 def pairs(args, sides):
-    """Runs the sides ({name: function}) in turn, --pairs times, the order changing from pair to pair.
+    """Runs the sides ({name: function}) in turn, --pairs times, each pair starting with another one.
 
     Yields {"order", "gflops": before, between and after, "slowed", and each side's result under its name}."""
     speed = machine_gflops()
     for number in range(args.pairs):
-        order = list(sides) if number % 2 == 0 else list(reversed(sides))
+        first = number % len(sides)
+        order = list(sides)[first:] + list(sides)[:first]
         pair = {"order": order, "gflops": [speed]}
         for name in order:
             pair[name] = sides[name]()
             speed = machine_gflops()
             pair["gflops"].append(speed)
-        pair["slowed"] = max(pair["gflops"]) > SLOWER * min(pair["gflops"])
+        pair["slowed"] = slowed(pair["gflops"])
         yield pair
+
+
+def slowed(gflops):
+    """Whether the machine's speed changed between checks."""
+    return max(gflops) > SLOWER * min(gflops)
+
+
+def retune_sides(names):
+    """Those of the sides that are retune's, in the order they are printed in."""
+    return sorted(name for name in names if name.startswith("retune-"))
 
 
 def largest_difference(ours, theirs):
@@ -104,20 +133,24 @@ def largest_difference(ours, theirs):
 
 
 def disagreement(pair, dtype):
-    """Why the two sides did not do the same work, judged by their first three losses; None if they did."""
-    ours, theirs = (pair[name]["losses"][:3] for name in ("retune", "torch"))
-    difference = largest_difference(ours, theirs)
-    if difference <= LOSS_TOLERANCE[dtype]:
-        return None
-    return f"the first losses differ by {difference:.1e} relative: retune {ours}, torch {theirs}"
+    """Why the sides did not do the same work, judged by their first three losses; None if they did."""
+    theirs = pair["torch"]["losses"][:3]
+    for name in retune_sides(pair["order"]):
+        ours = pair[name]["losses"][:3]
+        tolerance = BFLOAT16_TOLERANCE if dtype == "bfloat16" else LOSS_TOLERANCE[name.removeprefix("retune-")]
+        difference = largest_difference(ours, theirs)
+        if difference > tolerance:
+            return f"the first losses differ by {difference:.1e} relative: {name} {ours}, torch {theirs}"
+    return None
 
 
 def print_metric(label, values, pattern):
     """One line: the value of each side, and retune's over PyTorch's. `values` holds one {side: value} a pair."""
     cells = [f"  {label:15}"]
     cells += [f"{name} {median(v[name] for v in values):{pattern}}" for name in values[0]]
-    if len(values[0]) == 2:
-        cells.append(f"retune/torch {median(v['retune'] / v['torch'] for v in values):.3f}")
+    if "torch" in values[0]:
+        for name in retune_sides(values[0]):
+            cells.append(f"{name}/torch {median(v[name] / v['torch'] for v in values):.3f}")
     print("   ".join(cells), flush=True)
 
 

@@ -1,16 +1,19 @@
-"""A real run: one epoch over the bundled Debian synopses by retune and by PyTorch + peft, and the held-out loss of both.
+"""A real run: one epoch over the bundled Debian synopses by retune and by PyTorch + peft, and the held-out loss of each.
 
-    python bench/epoch.py --model MODEL.gguf --torch-model DIR [--method lora | full] [--steps N] [--only retune | torch]
+    python bench/epoch.py --model MODEL.gguf --torch-model DIR [--compute auto,f32] [--method lora | full] [--steps N]
+                          [--only retune | torch]
 
-Same rows in file order, same initial adapter, batches of 8 rows of at most 256 tokens, linear schedule with 5 warm-up steps,
-AdamW without decay, clipping at 1, no evaluation in between. --steps shortens the run and its schedule. Prints the seconds
-of training (without loading, evaluation or saving), the loss on all held-out rows, peak memory of the whole process (scoring
-included, and in retune's writing its checkpoint), and side by side the losses of the first 20 steps. A pair that saw other
-tokens, or whose first three losses differ, is void; exit code 1.
+A pair is one run of PyTorch and one of retune for each --compute, each pair starting with another of them. Same rows in file
+order, same initial adapter, batches of 8 rows of at most 256 tokens, linear schedule with 5 warm-up steps, AdamW without
+decay, clipping at 1, no evaluation in between. --steps shortens the run and its schedule. Prints the seconds of training
+(without loading, evaluation or saving), the loss on all held-out rows, peak memory of the whole process (scoring included,
+and in retune's writing its checkpoint), and side by side the losses of the first 20 steps. A pair that saw other tokens, or
+whose first three losses differ, is void; exit code 1.
 """
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -27,13 +30,14 @@ METRICS = [
 ]
 
 
-def run_file(args, folder):
+def run_file(args, folder, compute):
     """What retune is to do. JSON is YAML too."""
     adapter = {"adapter_init": str(folder / "adapter")} if args.method == "lora" else {}
     return adapter | {
         "model": args.model,
         "output_dir": str(folder / "run"),
         "method": args.method,
+        "base": {"compute": compute},
         "data": {"train": str(TRAIN), "eval": str(EVAL), "max_length": MAX_LENGTH, "shuffle": False},
         "training": {
             "epochs": 1,
@@ -51,9 +55,9 @@ def run_file(args, folder):
     }
 
 
-def run_retune(args, folder):
+def run_retune(args, folder, compute):
     path = folder / "run.yaml"
-    path.write_text(json.dumps(run_file(args, folder)))
+    path.write_text(json.dumps(run_file(args, folder, compute)))
     result = comparison.run_retune(args, "train", path, "--overwrite")
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
@@ -85,20 +89,22 @@ def run_torch(args, folder):
 
 
 def void(pair, dtype):
-    ours, theirs = pair["retune"], pair["torch"]
-    for key in ("tokens", "label_tokens"):
-        if ours[key] != theirs[key]:
-            return f"retune saw {ours[key]} {key}, torch {theirs[key]}"
+    for name in comparison.retune_sides(pair["order"]):
+        for key in ("tokens", "label_tokens"):
+            if pair[name][key] != pair["torch"][key]:
+                return f"{name} saw {pair[name][key]} {key}, torch {pair['torch'][key]}"
     return comparison.disagreement(pair, dtype)
 
 
 def print_losses(pair):
-    print("  step       " + "".join(f"{name:>12}" for name in sorted(pair["order"])))
-    columns = [pair[name]["losses"][:SIDE_BY_SIDE] for name in sorted(pair["order"])]
-    for step, losses in enumerate(zip(*columns), 1):
-        print(f"  {step:4}       " + "".join(f"{loss:12.6f}" for loss in losses))
-    if len(columns) == 2:
-        print(f"  largest relative difference {comparison.largest_difference(*columns):.2e}", flush=True)
+    losses = {name: pair[name]["losses"][:SIDE_BY_SIDE] for name in sorted(pair["order"])}
+    print("  step       " + "".join(f"{name:>14}" for name in losses))
+    for step, row in enumerate(zip(*losses.values()), 1):
+        print(f"  {step:4}       " + "".join(f"{loss:14.6f}" for loss in row))
+    if "torch" in losses:
+        for name in comparison.retune_sides(losses):
+            difference = comparison.largest_difference(losses[name], losses["torch"])
+            print(f"  largest relative difference of {name} {difference:.2e}", flush=True)
 
 
 def main():
@@ -115,8 +121,9 @@ def main():
         if args.method == "lora":
             comparison.run([sys.executable, comparison.BENCH / "init_adapter.py", "--model", args.torch_model,
                             "--out", folder / "adapter"])
-        sides = {"retune": lambda: run_retune(args, folder), "torch": lambda: run_torch(args, folder)}
-        sides = {name: side for name, side in sides.items() if args.only in (None, name)}
+        sides = {f"retune-{compute}": partial(run_retune, args, folder, compute) for compute in args.compute}
+        sides |= {"torch": partial(run_torch, args, folder)}
+        sides = {name: side for name, side in sides.items() if args.only is None or name.startswith(args.only)}
         done = []
         for pair in comparison.pairs(args, sides):
             pair["void"] = None if args.only else void(pair, args.dtype)

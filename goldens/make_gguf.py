@@ -55,7 +55,8 @@ def make_blocks():
         assert values.dtype == np.float32 and np.isfinite(values).all()
         tensors[f"{kind.name}.values"] = values
     folder = GOLDENS.parents[2] / "retune-quant" / "tests" / "goldens"
-    save_file(tensors, fresh(folder) / "gguf_blocks.safetensors")
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "gguf_blocks.safetensors")
 
 
 SIZES = dict(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, vocab_size=288,

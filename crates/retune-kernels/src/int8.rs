@@ -234,16 +234,10 @@ impl Int8Matrix {
         self.cols
     }
 
-    /// Bytes it takes.
-    pub fn bytes_len(&self) -> usize {
-        Self::planned_bytes(self.rows, self.cols)
-    }
-
     /// Bytes that a weight of this shape takes.
     pub fn planned_bytes(rows: usize, cols: usize) -> usize {
         let (padded_rows, padded_cols) = (rows.next_multiple_of(PANEL), cols.next_multiple_of(PANEL));
-        padded_rows * padded_cols
-            + 4 * (padded_rows * (1 + run_count(cols)) + padded_cols * (1 + run_count(rows)))
+        padded_rows * padded_cols + 4 * (padded_rows * (1 + run_count(cols)) + padded_cols * (1 + run_count(rows)))
     }
 
     /// What the input is to be multiplied by before it is quantized.
@@ -433,8 +427,10 @@ mod tests {
                     let dot: i64 = run
                         .map(|p| {
                             let (row, col) = if transposed { (j, p) } else { (p, j) };
-                            let at =
-                                row / PANEL * PANEL * weight.padded_cols() + col / 4 * GROUP + row % PANEL * 4 + col % 4;
+                            let at = row / PANEL * PANEL * weight.padded_cols()
+                                + col / 4 * GROUP
+                                + row % PANEL * 4
+                                + col % 4;
                             (i64::from(rows.values(t, p)[0]) - 128) * i64::from(weight.values[at])
                         })
                         .sum();

@@ -127,7 +127,8 @@ impl Parts<'_> {
         let (Some(blocksize), Some(offset), Some(dtype)) =
             (state.nested_blocksize, state.nested_offset, &state.nested_dtype)
         else {
-            let reason = "nested_blocksize, nested_offset or nested_dtype is missing, though absmax is stored in 8 bits";
+            let reason =
+                "nested_blocksize, nested_offset or nested_dtype is missing, though absmax is stored in 8 bits";
             return Err(Error::QuantState { tensor: description.to_owned(), reason: reason.to_owned() });
         };
         if dtype != NESTED_DTYPE {

@@ -1,18 +1,19 @@
 //! Which linears of a model are computed in 8 bits, and how: measured on rows of the run's own data, decided by a fixed rule.
 //!
 //! One pass in f32 shows each frozen linear its input and the gradient of its output. From the input's largest value in each channel, and
-//! the weight's, come factors that move the range of outlier channels into the weight (Xiao et al. 2022, SmoothQuant, equation 4). Of a few
-//! exponents, no smoothing among them, the one with the smallest error of the output is taken; a linear whose error, forward or
-//! backward, is over the limit stays in f32. Nothing is timed, so that a run decides the same again.
+//! the weight's, come factors that move the range of outlier channels into the weight (Xiao et al. 2022, SmoothQuant, equation 4). That helps
+//! the forward, and harms the backward, which has no such outliers but the same weight; so of a few exponents, no smoothing among them,
+//! the one is taken whose larger error of the two is smallest. A linear whose error is over the limit all the same stays in f32.
+//! Nothing is timed, so that a run decides the same again.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
 use retune_adapter::atomic;
+use retune_kernels::F32Panel;
 use retune_kernels::gemm::{MatRef, Out, Rhs, Term, gemm};
 use retune_kernels::int8::{Int8Matrix, Int8Rows, column_maxima};
-use retune_kernels::F32Panel;
 use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorView};
 use serde::{Deserialize, Serialize};
@@ -27,7 +28,7 @@ use crate::workspace::{Keep, Workspace};
 /// The largest relative error, forward or backward, of a linear that is computed in 8 bits when it is ours to choose.
 pub const ERROR_LIMIT: f64 = 0.06;
 /// Exponents tried; 0 is no smoothing.
-const EXPONENTS: [f32; 3] = [0.0, 0.5, 0.7];
+const EXPONENTS: [f32; 4] = [0.0, 0.3, 0.5, 0.7];
 /// Rows of a pass on which errors are measured.
 const SAMPLE: usize = 64;
 /// Factors beyond this say nothing but that a channel is dead.
@@ -53,16 +54,13 @@ pub struct Choice {
     pub factors: Option<Vec<f32>>,
 }
 
-/// What is known of one linear during a calibration.
-struct Candidate {
-    choice: Choice,
-    weight: Arc<Int8Matrix>,
-}
+/// What is known of one linear during a calibration: a choice for each exponent.
+type Candidates = Vec<Choice>;
 
 /// Errors measured during a pass.
 #[derive(Default)]
 pub(crate) struct Calibration {
-    linears: BTreeMap<String, Candidate>,
+    linears: BTreeMap<String, Candidates>,
 }
 
 impl Calibration {
@@ -75,32 +73,24 @@ impl Calibration {
         let (k, n) = (linear.in_features, linear.out_features);
         let rows = sample(x, k);
         let m = rows.len() / k;
-        let mut expected = vec![0.0; m * n];
+        let (mut expected, mut y) = (vec![0.0; m * n], vec![0.0; m * n]);
         gemm(m, n, &[Term::new(k, MatRef::rows(&rows, k), Rhs::Transposed(matrix))], Out::set(&mut expected, n));
         let (inputs, weights) = (column_maxima(&F32Panel::new(x, k)), column_maxima(matrix));
-        let mut best: Option<Candidate> = None;
-        for exponent in EXPONENTS {
+        let mut quantized = Int8Rows::default();
+        let candidate = |exponent: f32| {
             let factors = (exponent > 0.0).then(|| smoothing(&inputs, &weights, exponent));
             let weight = Int8Matrix::new(matrix, factors.as_deref());
-            let (mut quantized, mut y) = (Int8Rows::default(), vec![0.0; m * n]);
             quantized.quantize(&rows, k, weight.input_factors());
             gemm(m, n, &[Term::int8(&quantized, &weight)], Out::set(&mut y, n));
             let forward_error = relative_error(&y, &expected);
-            // An error that is not a number is not smaller either.
-            if best.as_ref().is_none_or(|best| forward_error < best.choice.forward_error) {
-                let name = linear.name.clone();
-                let choice = Choice { name, int8: true, exponent, forward_error, backward_error: None, factors };
-                best = Some(Candidate { choice, weight: Arc::new(weight) });
-            }
-        }
-        if let Some(best) = best {
-            self.linears.insert(linear.name.clone(), best);
-        }
+            Choice { name: linear.name.clone(), int8: true, exponent, forward_error, backward_error: None, factors }
+        };
+        self.linears.insert(linear.name.clone(), EXPONENTS.into_iter().map(candidate).collect());
     }
 
     /// Measures a linear on the gradient `g: [T, out]` of its output.
     pub(crate) fn backward(&mut self, linear: &Linear, g: &[f32]) {
-        let (Weight::Frozen(matrix), Some(candidate)) = (&linear.weight, self.linears.get_mut(&linear.name)) else {
+        let (Weight::Frozen(matrix), Some(candidates)) = (&linear.weight, self.linears.get_mut(&linear.name)) else {
             return;
         };
         let (k, n) = (linear.in_features, linear.out_features);
@@ -109,9 +99,20 @@ impl Calibration {
         let (mut expected, mut dx) = (vec![0.0; m * k], vec![0.0; m * k]);
         gemm(m, k, &[Term::new(n, MatRef::rows(&rows, n), Rhs::Plain(matrix))], Out::set(&mut expected, k));
         let mut quantized = Int8Rows::default();
-        quantized.quantize(&rows, n, Some(candidate.weight.gradient_factors()));
-        gemm(m, k, &[Term::int8_plain(&quantized, &candidate.weight)], Out::set(&mut dx, k));
-        candidate.choice.backward_error = Some(relative_error(&dx, &expected));
+        for choice in candidates {
+            let weight = Int8Matrix::new(matrix, choice.factors.as_deref());
+            quantized.quantize(&rows, n, Some(weight.gradient_factors()));
+            gemm(m, k, &[Term::int8_plain(&quantized, &weight)], Out::set(&mut dx, k));
+            choice.backward_error = Some(relative_error(&dx, &expected));
+        }
+    }
+}
+
+impl Choice {
+    /// The larger error of the two directions. What is not a number is larger than all.
+    fn error(&self) -> f64 {
+        let backward = self.backward_error.unwrap_or(0.0);
+        if self.forward_error >= backward { self.forward_error } else { backward }
     }
 }
 
@@ -143,7 +144,7 @@ fn relative_error(a: &[f32], b: &[f32]) -> f64 {
 impl Model {
     /// Measures each frozen linear on a pass of the run's own data, forward and, with `backward`, backward, and from then on computes in
     /// 8 bits those whose errors are within `limit`. All of the model must be in f32 before.
-    pub fn calibrate(&mut self, params: &[f32], pass: &Pass, backward: bool, limit: f64) -> Vec<Choice> {
+    pub fn calibrate(&mut self, params: &[f32], pass: &Pass, backward: bool, limit: f64) -> Result<Vec<Choice>, Error> {
         let mut workspace = Workspace::new(self, Keep::Inputs);
         workspace.temporary.linear.calibration = Some(Box::default());
         if backward {
@@ -152,19 +153,17 @@ impl Model {
             self.loss(params, pass, &mut workspace);
         }
         let mut linears = workspace.temporary.linear.calibration.take().unwrap_or_default().linears;
-        let within = |choice: &Choice| {
-            choice.forward_error <= limit && choice.backward_error.is_none_or(|backward| backward <= limit)
-        };
+        drop(workspace);
         let mut choices = Vec::new();
         self.for_each_int8_linear(|linear| {
-            let Some(Candidate { mut choice, weight }) = linears.remove(&linear.name) else { return Ok(()) };
-            choice.int8 = within(&choice);
-            linear.int8 = choice.int8.then_some(weight);
+            let candidates = linears.remove(&linear.name).into_iter().flatten();
+            let Some(mut choice) = candidates.min_by(|a, b| a.error().total_cmp(&b.error())) else { return Ok(()) };
+            choice.int8 = choice.error() <= limit;
             choices.push(choice);
             Ok(())
-        })
-        .unwrap_or_default();
-        choices
+        })?;
+        self.compute_as(&choices)?;
+        Ok(choices)
     }
 
     /// Computes linears as an earlier calibration chose.
@@ -180,8 +179,7 @@ impl Model {
             if choice.factors.as_ref().is_some_and(|factors| factors.len() != linear.in_features) {
                 return Err(Error::Calibration { cause: format!("{} has another number of channels", choice.name) });
             }
-            linear.int8 =
-                choice.int8.then(|| Arc::new(Int8Matrix::new(matrix, choice.factors.as_deref())));
+            linear.int8 = choice.int8.then(|| Arc::new(Int8Matrix::new(matrix, choice.factors.as_deref())));
             Ok(())
         })?;
         match choices.len() - found {
@@ -202,10 +200,12 @@ impl Model {
         Ok(())
     }
 
-    /// Bytes of the weights that are kept in 8 bits.
-    pub fn int8_bytes(&self) -> usize {
-        let linears = self.layers.iter().flat_map(|layer| layer.linears()).chain([&self.head]);
-        linears.filter_map(|linear| linear.int8.as_ref()).map(|weight| weight.bytes_len()).sum()
+    /// Bytes that the weights would take in 8 bits, if all were that can be.
+    pub fn planned_int8_bytes(&self) -> usize {
+        let head = (!self.head.is_trainable()).then_some(&self.head);
+        let linears = self.layers.iter().flat_map(|layer| layer.linears()).chain(head);
+        let frozen = linears.filter(|linear| linear.weight.range().is_none());
+        frozen.map(|linear| Int8Matrix::planned_bytes(linear.out_features, linear.in_features)).sum()
     }
 }
 

@@ -569,10 +569,13 @@ mod tests {
         assert!(refusal(json!({"model_type": "qwen2"})).contains("qwen2"));
         assert!(refusal(json!({"model_type": null})).contains("llama, mistral"));
         assert!(refusal(json!({"hidden_act": "gelu"})).contains("gelu"));
-        assert!(refusal(json!({"quantization_config": {"quant_method": "gptq", "load_in_4bit": true}})).contains("gptq"));
+        assert!(
+            refusal(json!({"quantization_config": {"quant_method": "gptq", "load_in_4bit": true}})).contains("gptq")
+        );
         let in_8_bits = json!({"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": true}});
         assert!(refusal(in_8_bits).contains("bitsandbytes with load_in_4bit"));
-        for in_4_bits in [json!({"load_in_4bit": true}), json!({"load_in_4bit": true, "quant_method": "bitsandbytes"})] {
+        for in_4_bits in [json!({"load_in_4bit": true}), json!({"load_in_4bit": true, "quant_method": "bitsandbytes"})]
+        {
             assert!(with(json!({"quantization_config": in_4_bits})).is_ok());
         }
         assert!(refusal(json!({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}})).contains("yarn"));

@@ -140,16 +140,16 @@ impl Linear {
         let source = self.weight.source(params);
         let mut y = y;
         let mut terms = ArrayVec::<Term, 2>::new();
-        if tokens <= matvec::MAX_ROWS {
+        if let Some(weight) = &self.int8 {
+            let _span = span(Operation::Quantize);
+            quantized.quantize(x, k, weight.input_factors());
+            terms.push(Term::int8(quantized, weight));
+        } else if tokens <= matvec::MAX_ROWS {
             let _span = span(Operation::Linear);
             // Too few rows to be worth packing the weight.
             let product = sized(low_rank, tokens * n);
             matvec::forward(x, source.panel(), product);
             y = y.plus(product);
-        } else if let Some(weight) = &self.int8 {
-            let _span = span(Operation::Quantize);
-            quantized.quantize(x, k, weight.input_factors());
-            terms.push(Term::int8(quantized, weight));
         } else {
             terms.push(Term::new(k, MatRef::rows(x, k), Rhs::Transposed(source.panel())));
         }

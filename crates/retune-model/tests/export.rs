@@ -145,6 +145,19 @@ fn merged_models_give_the_logits_of_base_and_adapter() {
 }
 
 #[test]
+fn a_base_in_4_bits_is_written_as_plain_numbers() {
+    let (_dir, checkpoint) = base("bnb_nf4_double");
+    let out = tempfile::tempdir().unwrap();
+    merged(&checkpoint, None, out.path()).unwrap();
+    let again = Checkpoint::open(out.path()).unwrap();
+    for name in checkpoint.names() {
+        let (stored, written) = (checkpoint.tensor(name).unwrap(), again.tensor(name).unwrap());
+        assert_eq!((written.storage(), written.to_f32()), ("F32", stored.to_f32()), "{name}");
+    }
+    assert!(json_of(out.path(), "config.json").get("quantization_config").is_none());
+}
+
+#[test]
 fn a_base_alone_is_written_as_it_is() {
     for case in ["llama_tied", "llama_untied_mha", "llama_gqa_head_dim", "mistral_window"] {
         let (_dir, checkpoint) = base(case);

@@ -26,16 +26,29 @@ pub enum Error {
 
     /// More values or bytes than an address can count.
     #[error(
-        "a {format} matrix of {rows} x {cols} is larger than this machine can address; the tensor's shape is wrong"
+        "a {storage} matrix of {rows} x {cols} is larger than this machine can address; the tensor's shape is wrong"
     )]
-    TooLarge { format: Format, rows: usize, cols: usize },
+    TooLarge { storage: &'static str, rows: usize, cols: usize },
 
     /// The shape needs another number of bytes than there are.
     #[error(
-        "a {format} matrix of {rows} x {cols} takes {expected} bytes, but {found} are there; the file is cut short or the \
+        "a {storage} matrix of {rows} x {cols} takes {expected} bytes, but {found} are there; the file is cut short or the \
          tensor's shape is wrong"
     )]
-    ByteCount { format: Format, rows: usize, cols: usize, expected: usize, found: usize },
+    ByteCount { storage: &'static str, rows: usize, cols: usize, expected: usize, found: usize },
+
+    /// A block size of 4-bit storage that does not exist.
+    #[error(
+        "blocks of {found} values; expected a power of two from 32 to 4096, as bitsandbytes writes them: the file is damaged"
+    )]
+    Blocksize { found: usize },
+
+    /// Another number of block magnitudes than there are blocks.
+    #[error(
+        "{found} block magnitudes (absmax) for {values} values; in blocks of {blocksize} there must be {expected}: the file \
+         is damaged, or its parts belong to different tensors"
+    )]
+    AbsmaxCount { values: usize, blocksize: usize, expected: usize, found: usize },
 
     /// A row map that does not name each row once.
     #[error("a row map of {found} entries was given to a matrix of {expected} rows; give one entry for each row")]

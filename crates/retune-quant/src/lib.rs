@@ -1,16 +1,18 @@
-//! Stored matrices: the block formats a frozen weight may be kept in, and their decoding to f32.
+//! Stored matrices: the formats a frozen weight may be kept in, and their decoding to f32.
 //!
 //! A [`Matrix`] keeps the bytes of the file it comes from (usually a memory map, see [`SharedBytes`]) and decodes the
 //! panel that a multiplication asks for, so that a model is never expanded as a whole. Values are bit for bit those of
-//! the `gguf` Python package, on every instruction set.
+//! the `gguf` Python package and of bitsandbytes, on every instruction set.
 
 mod blocks;
 mod bytes;
 mod error;
 mod format;
+mod four_bit;
 mod matrix;
 
 pub use bytes::SharedBytes;
 pub use error::Error;
 pub use format::Format;
+pub use four_bit::{FourBit, QuantType, nested_absmax};
 pub use matrix::Matrix;

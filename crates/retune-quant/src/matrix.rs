@@ -9,16 +9,23 @@ use crate::blocks::{self, Stored};
 use crate::bytes::{self, SharedBytes};
 use crate::error::Error;
 use crate::format::Format;
+use crate::four_bit::{self, FourBit};
 
 /// A stored matrix `[rows, cols]`, row-major. A vector of n values is `[1, n]`. Cloning copies no values.
 #[derive(Clone, Debug)]
 pub struct Matrix {
-    format: Format,
     rows: usize,
     cols: usize,
-    row_bytes: usize,
-    bytes: SharedBytes,
+    values: Values,
     row_map: Option<Arc<[u32]>>,
+}
+
+#[derive(Clone, Debug)]
+enum Values {
+    /// Each row is a sequence of whole blocks.
+    Blocks { format: Format, row_bytes: usize, bytes: SharedBytes },
+    /// Blocks do not end with a row, and their scales lie apart from them.
+    FourBit(Arc<FourBit>),
 }
 
 impl Matrix {
@@ -31,13 +38,23 @@ impl Matrix {
             return Err(Error::RowLength { format, cols });
         }
         let sizes = format.bytes_for(1, cols).zip(format.bytes_for(rows, cols));
+        let storage = format.name();
         let Some((row_bytes, expected)) = sizes else {
-            return Err(Error::TooLarge { format, rows, cols });
+            return Err(Error::TooLarge { storage, rows, cols });
         };
         if bytes.len() != expected {
-            return Err(Error::ByteCount { format, rows, cols, expected, found: bytes.len() });
+            return Err(Error::ByteCount { storage, rows, cols, expected, found: bytes.len() });
         }
-        Ok(Self { format, rows, cols, row_bytes, bytes, row_map: None })
+        Ok(Self { rows, cols, values: Values::Blocks { format, row_bytes, bytes }, row_map: None })
+    }
+
+    /// The matrix of values in bitsandbytes' 4 bits.
+    ///
+    /// # Errors
+    /// When they are not exactly `rows` x `cols` values.
+    pub fn from_four_bit(rows: usize, cols: usize, values: FourBit) -> Result<Self, Error> {
+        values.check_shape(rows, cols)?;
+        Ok(Self { rows, cols, values: Values::FourBit(Arc::new(values)), row_map: None })
     }
 
     /// The matrix of `values`, which it keeps.
@@ -47,7 +64,8 @@ impl Matrix {
     pub fn from_f32(rows: usize, cols: usize, values: Vec<f32>) -> Self {
         assert_eq!(rows.checked_mul(cols), Some(values.len()), "values of a {rows} x {cols} matrix");
         let row_bytes = cols * size_of::<f32>();
-        Self { format: Format::F32, rows, cols, row_bytes, bytes: SharedBytes::from_f32(values), row_map: None }
+        let values = Values::Blocks { format: Format::F32, row_bytes, bytes: SharedBytes::from_f32(values) };
+        Self { rows, cols, values, row_map: None }
     }
 
     /// The same matrix with its rows in another order: row r is what was row `map[r]`. Nothing is copied.
@@ -78,14 +96,20 @@ impl Matrix {
         self.cols
     }
 
-    /// How the values are stored.
-    pub fn format(&self) -> Format {
-        self.format
+    /// The name of how the values are stored: a [`Format`]'s, "NF4" or "FP4".
+    pub fn storage(&self) -> &'static str {
+        match &self.values {
+            Values::Blocks { format, .. } => format.name(),
+            Values::FourBit(values) => values.name(),
+        }
     }
 
     /// Bytes the values take as they are stored.
     pub fn bytes_len(&self) -> usize {
-        self.bytes.len()
+        match &self.values {
+            Values::Blocks { bytes, .. } => bytes.len(),
+            Values::FourBit(values) => values.bytes_len(),
+        }
     }
 
     /// All values, row-major.
@@ -118,19 +142,29 @@ impl PanelSource for Matrix {
         if dst.is_empty() {
             return;
         }
-        let stored = Stored { bytes: &self.bytes, row_bytes: self.row_bytes, row_map: self.row_map.as_deref() };
-        blocks::decode_panel(self.format, stored, rows, cols, dst);
+        let row_map = self.row_map.as_deref();
+        match &self.values {
+            Values::Blocks { format, row_bytes, bytes } => {
+                let stored = Stored { bytes, row_bytes: *row_bytes, row_map };
+                blocks::decode_panel(*format, stored, rows, cols, dst);
+            }
+            Values::FourBit(values) => four_bit::decode_panel(values, self.cols, row_map, rows, cols, dst),
+        }
     }
 
     fn block_cols(&self) -> usize {
-        self.format.block_len()
+        match &self.values {
+            Values::Blocks { format, .. } => format.block_len(),
+            // Every value is decoded by itself.
+            Values::FourBit(_) => 1,
+        }
     }
 
     fn as_f32(&self) -> Option<&[f32]> {
-        if self.format != Format::F32 || self.row_map.is_some() {
-            return None;
+        match &self.values {
+            Values::Blocks { format: Format::F32, bytes, .. } if self.row_map.is_none() => bytes::as_f32(bytes),
+            _ => None,
         }
-        bytes::as_f32(&self.bytes)
     }
 }
 
@@ -189,11 +223,11 @@ mod tests {
         for found in [35, 37, 0] {
             assert_eq!(
                 new(Format::Q4_0, 2, 32, found),
-                Error::ByteCount { format: Format::Q4_0, rows: 2, cols: 32, expected: 36, found }
+                Error::ByteCount { storage: "Q4_0", rows: 2, cols: 32, expected: 36, found }
             );
         }
         let rows = usize::MAX / 8;
-        assert_eq!(new(Format::F32, rows, 64, 0), Error::TooLarge { format: Format::F32, rows, cols: 64 });
+        assert_eq!(new(Format::F32, rows, 64, 0), Error::TooLarge { storage: "F32", rows, cols: 64 });
         let message = new(Format::Q6K, 1, 100, 0).to_string();
         assert!(message.contains("100") && message.contains("Q6_K") && message.contains("256"), "{message}");
     }

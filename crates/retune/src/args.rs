@@ -187,6 +187,10 @@ pub struct EvalArgs {
     #[arg(long, value_name = "N")]
     pub limit: Option<usize>,
 
+    /// Arithmetic of the base's matrix products
+    #[arg(long, value_enum, default_value_t = Compute::F32)]
+    pub compute: Compute,
+
     /// Print one JSON object instead of text
     #[arg(long)]
     pub json: bool,
@@ -246,7 +250,11 @@ pub struct TokenizeArgs {
 
 #[derive(Clone, Copy, PartialEq, ValueEnum)]
 pub enum Compute {
+    /// int8 where it is fast and measured to be close, f32 elsewhere
+    Auto,
     F32,
+    /// int8 wherever a weight is frozen
+    Int8,
 }
 
 #[derive(Args)]
@@ -313,8 +321,8 @@ pub struct BenchTrainArgs {
     #[arg(long, default_value_t = 15, value_name = "N")]
     pub steps: usize,
 
-    /// Arithmetic of the base's matrix products
-    #[arg(long, value_enum, default_value_t = Compute::F32)]
+    /// Arithmetic of the products with the frozen base; with --method full always f32
+    #[arg(long, value_enum, default_value_t = Compute::Auto)]
     pub compute: Compute,
 
     /// Tokens that go through the layers at once

@@ -5,6 +5,7 @@ mod output;
 
 mod args;
 mod commands;
+mod compute;
 mod fetch;
 mod memory;
 mod progress;

@@ -2,14 +2,14 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use retune_adapter::AdapterFile;
 use retune_model::adapter::AdapterPlan;
 use retune_model::checkpoint::Checkpoint;
 use retune_model::model::{Model, Trainable};
 use retune_model::tokenizer::Tokenizer;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::args::ModelArgs;
 use crate::fetch;
@@ -55,22 +55,30 @@ pub fn adapted(checkpoint: &Checkpoint, directory: &Path) -> Result<(Model, Vec<
     Ok((model, params, file))
 }
 
-/// Holds what an adapter of ours says of its base against the base at hand, and warns of another tokenizer, chat template or other weights
-/// (training on a quantized base and using it on the full one is legitimate).
+/// Holds what an adapter of ours says of its base against the base at hand, and warns of another chat template or other weights (training
+/// on a quantized base and using it on the full one is legitimate).
 ///
 /// # Errors
-/// A damaged `retune.json`. An adapter without that file says nothing.
+/// Another tokenizer, to which the adapter's tokens mean other texts; a damaged `retune.json`. An adapter without that file says nothing.
 pub fn check_provenance(checkpoint: &Checkpoint, directory: &Path) -> Result<()> {
     let path = directory.join("retune.json");
     let Ok(text) = std::fs::read(&path) else { return Ok(()) };
     let record: Value = serde_json::from_slice(&text)
         .with_context(|| format!("{} is damaged; remove it to use the adapter without its history", path.display()))?;
     let (adapter, base) = (directory.display(), checkpoint.path().display());
-    if let Some(hash) = record["tokenizer_hash"].as_str()
-        && let Ok(tokenizer) = checkpoint.tokenizer()
-        && tokenizer.content_hash() != hash
-    {
-        note!("! {adapter} was trained with another tokenizer or chat template than that of {base}");
+    // What needs a tokenizer says itself that there is none.
+    if let Ok(tokenizer) = checkpoint.tokenizer() {
+        if record["tokenizer_hash"].as_str().is_some_and(|hash| hash != tokenizer.content_hash()) {
+            let trained_on = record["run"]["model"].as_str().unwrap_or("the base it was trained on");
+            bail!(
+                "{adapter} was trained with another tokenizer than that of {base}, so that its token ids mean other texts there; give it \
+                 {trained_on}, or another model with that tokenizer"
+            );
+        }
+        let template = json!(tokenizer.chat_template().map(|template| template.hash()));
+        if record.get("chat_template_hash").is_some_and(|hash| *hash != template) {
+            note!("! {adapter} was trained with another chat template than that of {base}");
+        }
     }
     if record["run"]["base_content_hash"].as_str().is_some_and(|hash| hash != checkpoint.content_hash()) {
         note!("! {adapter} was trained on other weights than those of {base}");

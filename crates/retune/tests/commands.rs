@@ -136,7 +136,8 @@ fn generate_answers_the_same_every_time_and_stops_at_the_limit() {
 #[test]
 fn train_says_what_it_wrote_and_gained() {
     let folder = Folder::with_run();
-    let summary = folder.succeeds(&["train", "run.yaml", "--json"]).json();
+    // In f32, as `eval` computes.
+    let summary = folder.succeeds(&["train", "run.yaml", "--json", "--set", "base.compute=f32"]).json();
     assert_eq!(summary["output"], "out/adapter");
     assert_eq!(summary["steps"], STEPS);
     let (before, after) = (&summary["held_out_loss_before"], &summary["held_out_loss_after"]);
@@ -251,8 +252,9 @@ fn a_run_goes_on_from_an_adapter() {
     let folder = Folder::with_run();
     short_run(&folder, &[]);
     let first = loss(&folder, &["--model", &golden(MODEL), "--adapter", "out/adapter"]);
+    let exact = ["--set", "base.compute=f32"];
     let args = ["train", "run.yaml", "--json", "--set", "adapter_init=out/adapter", "--set", "output_dir=on"];
-    let summary = folder.succeeds(&joined(&[&args, &SHORT])).json();
+    let summary = folder.succeeds(&joined(&[&args, &exact, &SHORT])).json();
     let before = summary["held_out_loss_before"].as_f64().unwrap();
     assert!((before - first).abs() < 1e-9, "{before} and {first}");
     assert!(summary["held_out_loss_after"].as_f64().unwrap() < before);

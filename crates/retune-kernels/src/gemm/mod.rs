@@ -408,14 +408,32 @@ impl Job<'_> {
                 match side {
                     Side::Transposed => {
                         let epilogue = w.rows_epilogue(start, index);
-                        self.int8_tiles(a, index, run.clone(), w.rows_panel(start, run.start), epilogue, cols.clone(), tiles.clone(), first);
+                        self.int8_tiles(
+                            a,
+                            index,
+                            run.clone(),
+                            w.rows_panel(start, run.start),
+                            epilogue,
+                            cols.clone(),
+                            tiles.clone(),
+                            first,
+                        );
                     }
                     Side::Plain => {
                         let bytes = run.len().next_multiple_of(PANEL) / 4 * GROUP;
                         scratch::with_bytes(Purpose::PackedB, bytes, |packed| {
                             w.cols_panel(run.clone(), start, packed);
                             let epilogue = w.cols_epilogue(start, index);
-                            self.int8_tiles(a, index, run.clone(), packed, epilogue, cols.clone(), tiles.clone(), first);
+                            self.int8_tiles(
+                                a,
+                                index,
+                                run.clone(),
+                                packed,
+                                epilogue,
+                                cols.clone(),
+                                tiles.clone(),
+                                first,
+                            );
                         });
                     }
                 }
@@ -443,7 +461,10 @@ impl Job<'_> {
             let within = start - columns.start;
             let cols = width.min(columns.end - start);
             let whole = cols.next_multiple_of(PANEL.min(width));
-            assert!(col_scales.len() >= within + whole && offsets.len() >= within + whole, "factors of a part of the panel");
+            assert!(
+                col_scales.len() >= within + whole && offsets.len() >= within + whole,
+                "factors of a part of the panel"
+            );
             for tile in tiles.clone() {
                 let row = tile * MR;
                 let (values, (row_scales, row_scale_stride)) = (a.values(row, run.start), a.scales(row, index));

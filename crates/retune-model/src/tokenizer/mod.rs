@@ -239,8 +239,8 @@ impl Tokenizer {
         Value::Object(config)
     }
 
-    /// SHA-256, in hexadecimal, of the vocabulary, the merges and the chat template: what decides whether an adapter trained
-    /// with one tokenizer fits a model that comes with another copy, be it a directory or a GGUF file.
+    /// SHA-256, in hexadecimal, of the vocabulary and the merges: what decides whether an adapter trained with one tokenizer fits a
+    /// model that comes with another copy, be it a directory or a GGUF file. The chat template has a hash of its own.
     pub fn content_hash(&self) -> String {
         let mut hash = Sha256::new();
         // Each part is preceded by its length, so that no two contents run together to the same bytes.
@@ -248,7 +248,10 @@ impl Tokenizer {
             hash.update((bytes.len() as u64).to_le_bytes());
             hash.update(bytes);
         };
-        let mut vocabulary: Vec<(String, u32)> = self.backend.tokenizer.get_vocab(true).into_iter().collect();
+        // llama.cpp's converter names ids without a token after themselves; a directory has nothing there.
+        let is_stand_in = |token: &str, id: u32| token.starts_with("[PAD") && token == format!("[PAD{id}]");
+        let tokens = self.backend.tokenizer.get_vocab(true).into_iter();
+        let mut vocabulary: Vec<(String, u32)> = tokens.filter(|(token, id)| !is_stand_in(token, *id)).collect();
         vocabulary.sort_by(|a, b| (a.1, &a.0).cmp(&(b.1, &b.0)));
         add(&(vocabulary.len() as u64).to_le_bytes());
         for (token, id) in &vocabulary {
@@ -258,7 +261,6 @@ impl Tokenizer {
         // A model is strings and numbers, which serialise; one without merges has none to hash.
         let model = serde_json::to_value(self.backend.tokenizer.get_model()).unwrap_or_default();
         add(model.get("merges").unwrap_or(&json!([])).to_string().as_bytes());
-        add(self.chat_template.as_ref().map_or("", ChatTemplate::source).as_bytes());
         format!("{:x}", hash.finalize())
     }
 }
@@ -364,14 +366,22 @@ mod tests {
     }
 
     #[test]
-    fn the_hash_depends_on_vocabulary_merges_and_template() {
+    fn the_hash_depends_on_vocabulary_and_merges_alone() {
         let hash = |vocabulary: gguf::Vocabulary| {
             Tokenizer::assemble(vocabulary.into_parts().unwrap()).unwrap().content_hash()
         };
         let original = hash(fixture::byte_level_vocabulary());
         assert_eq!(original, fixture::byte_level().content_hash());
         assert_ne!(original, hash(gguf::Vocabulary { merges: Some(Vec::new()), ..fixture::byte_level_vocabulary() }));
-        assert_ne!(original, hash(gguf::Vocabulary { chat_template: None, ..fixture::byte_level_vocabulary() }));
+        assert_eq!(original, hash(gguf::Vocabulary { chat_template: None, ..fixture::byte_level_vocabulary() }));
+        let mut padded = fixture::byte_level_vocabulary();
+        padded.tokens.push(format!("[PAD{}]", padded.tokens.len()));
+        padded.types.push(5);
+        assert_eq!(original, hash(padded));
+        let mut longer = fixture::byte_level_vocabulary();
+        longer.tokens.push("[PAD]".to_owned());
+        longer.types.push(5);
+        assert_ne!(original, hash(longer));
         let mut swapped = fixture::byte_level_vocabulary();
         swapped.tokens.swap(10, 11);
         assert_ne!(original, hash(swapped));

@@ -15,8 +15,8 @@ use retune_train::trainer::Trainer;
 use serde_json::{Map, Value, json};
 
 use super::print_json;
-use crate::args::{BenchCommand, BenchMethod, BenchTrainArgs, Compute};
-use crate::{fetch, memory};
+use crate::args::{BenchCommand, BenchMethod, BenchTrainArgs};
+use crate::{compute, fetch, memory};
 
 /// Steps that are not counted.
 const WARM_UP: usize = 3;
@@ -29,7 +29,6 @@ pub fn run(command: &BenchCommand) -> Result<()> {
 }
 
 fn train(args: &BenchTrainArgs) -> Result<()> {
-    let Compute::F32 = args.compute;
     if args.steps <= WARM_UP || args.seq < 2 || args.batch == 0 || args.rank == 0 {
         bail!("--steps must be more than {WARM_UP}, --seq at least 2, --batch and --rank at least 1");
     }
@@ -50,7 +49,7 @@ fn train(args: &BenchTrainArgs) -> Result<()> {
         BenchMethod::Lora => Trainable::Adapter(&plan),
         BenchMethod::Full => Trainable::Everything,
     };
-    let model = Model::load(&checkpoint, trainable)?;
+    let mut model = Model::load(&checkpoint, trainable)?;
     let params = model.initial_params(&checkpoint, &config.init_lora_weights, 0)?;
     if let Some(directory) = &args.save_inputs {
         save_inputs(directory, args, &examples)?;
@@ -60,6 +59,8 @@ fn train(args: &BenchTrainArgs) -> Result<()> {
             file.write(&directory.join("adapter"), &linear_modules(&checkpoint.linear_modules()))?;
         }
     }
+    let pass = compute::calibration_pass(&examples);
+    let choices = compute::apply(&mut model, &params, args.compute.into(), &pass, true)?;
     let training = TrainingConfig {
         epochs: 1.0,
         max_steps: Some(args.steps),
@@ -111,10 +112,14 @@ fn train(args: &BenchTrainArgs) -> Result<()> {
             "operations": shares,
             "threads": rayon::current_num_threads(),
             "isa": retune_kernels::isa::isa().to_string(),
+            "compute": compute::summary(&choices),
         }))?;
         return Ok(());
     }
     outln!("{tokens_per_second:.1} tokens/s  (median of {} steps, {median:.3} s each)", counted.len());
+    for line in compute::describe(&choices) {
+        outln!("{line}");
+    }
     outln!("{} peak memory", peak.map_or_else(|| "unknown".to_owned(), memory::human));
     outln!("{} trainable parameters, loss {:.4} to {:.4}", model.layout.len(), losses[0], losses[losses.len() - 1]);
     for (name, value) in &shares {

@@ -9,6 +9,7 @@ use serde_json::json;
 
 use super::print_json;
 use crate::args::EvalArgs;
+use crate::compute;
 use crate::session::Session;
 
 const TOKENS_PER_PASS: usize = 1024;
@@ -18,13 +19,20 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     if args.limit == Some(0) || args.max_length < 2 {
         bail!("--limit must be at least 1 and --max-length at least 2");
     }
-    let session = Session::open(&args.model)?;
+    let mut session = Session::open(&args.model)?;
     let tokenizer = session.tokenizer()?;
     let mut file = read_rows(&args.data, DataFormat::Auto, &ColumnMap::default())?;
     file.rows.truncate(args.limit.unwrap_or(usize::MAX));
     let options =
         EncodeOptions { max_length: args.max_length, overlong: Overlong::Truncate, train_on_prompt: args.whole_text };
     let data = Dataset::build(&file, &Encoder::new(&tokenizer, options)?, None)?;
+    let choices = compute::apply(
+        &mut session.model,
+        &session.params,
+        args.compute.into(),
+        &compute::calibration_pass(&data.examples),
+        false,
+    )?;
     let bar = ProgressBar::new(data.examples.len() as u64);
     bar.set_style(ProgressStyle::with_template("{wide_bar} {pos}/{len} rows, {eta} left")?);
     let mut workspace = Workspace::new(&session.model, Keep::Nothing);
@@ -42,6 +50,7 @@ pub fn run(args: &EvalArgs) -> Result<()> {
             "tokens": data.report.tokens,
             "label_tokens": labels,
             "truncated": data.report.truncated.count,
+            "compute": compute::summary(&choices),
         }))?;
     } else {
         outln!("loss        {loss:.4}  (nats per label token)");

@@ -37,11 +37,11 @@ fn model(checkpoint: &Checkpoint) -> Value {
     let mut storage = std::collections::BTreeMap::new();
     for name in checkpoint.names() {
         if let Ok(matrix) = checkpoint.tensor(name) {
-            *storage.entry(matrix.format().to_string()).or_insert(0u64) += matrix.bytes_len() as u64;
+            *storage.entry(matrix.storage()).or_insert(0u64) += matrix.bytes_len() as u64;
         }
     }
     let storage: serde_json::Map<String, Value> =
-        storage.into_iter().map(|(format, bytes)| (format, json!(human(bytes)))).collect();
+        storage.into_iter().map(|(name, bytes)| (name.to_owned(), json!(human(bytes)))).collect();
     let mut targets = serde_json::Map::new();
     for (name, count) in count_matches(&modules) {
         let shape = modules.iter().find(|m| m.name.ends_with(&name)).map(|m| [m.out_features, m.in_features]);

@@ -10,13 +10,13 @@ use retune_model::pass::Pass;
 use retune_model::workspace::{Keep, Workspace};
 use safetensors::tensor::{Dtype, TensorView};
 
-use crate::args::{Compute, LogitsArgs};
+use crate::args::LogitsArgs;
+use crate::compute;
 use crate::session::Session;
 
 /// Writes `logits` [T, V]; with labels also `loss` [1], and with an adapter the gradient of that loss by each of its tensors.
 pub fn run(args: &LogitsArgs) -> Result<()> {
-    let Compute::F32 = args.compute;
-    let Session { model, params, .. } = Session::open(&args.model)?;
+    let Session { mut model, params, .. } = Session::open(&args.model)?;
     let vocab = model.config.vocab_size;
     if let Some(id) = args.tokens.iter().find(|&&id| id as usize >= vocab) {
         bail!("token {id} is outside the model's vocabulary of {vocab}");
@@ -27,6 +27,7 @@ pub fn run(args: &LogitsArgs) -> Result<()> {
     };
     let mut pass = Pass::default();
     pass.push(0, &args.tokens, &trained);
+    compute::apply(&mut model, &params, args.compute.into(), &pass, args.labels.is_some())?;
     let mut workspace = Workspace::new(&model, Keep::Activations);
     let all: Vec<u32> = (0..pass.tokens() as u32).collect();
     let logits = model.logits(&params, &pass, &all, &mut workspace);

@@ -7,6 +7,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use retune_adapter::{AdapterFile, LoraConfig, atomic};
 use retune_model::adapter::{AdapterPlan, linear_modules};
+use retune_model::calibration::{self, Choice};
 use retune_model::checkpoint::Checkpoint;
 use retune_model::export::{self, MergeOptions};
 use retune_model::generate::{Generation, Sampling};
@@ -14,7 +15,7 @@ use retune_model::model::{Model, Trainable};
 use retune_model::tokenizer::Tokenizer;
 use retune_model::workspace::{Keep, Workspace};
 use retune_train::data::Example;
-use retune_train::run_config::{ActivationCheckpointing, Compute, Method, RunConfig};
+use retune_train::run_config::{ActivationCheckpointing, Method, RunConfig};
 use retune_train::state::{self, Progress as RunProgress};
 use retune_train::trainer::{Outcome, Trainer};
 use serde_json::{Value, json};
@@ -25,7 +26,7 @@ use crate::args::TrainArgs;
 use crate::memory::{self, human};
 use crate::progress::{Progress, watch_interrupts};
 use crate::run_data::RunData;
-use crate::{fetch, session};
+use crate::{compute, fetch, session};
 
 /// Held-out rows answered by the base and by the adapted model at the end.
 const SAMPLES: usize = 3;
@@ -45,6 +46,11 @@ impl RunFolder {
 
     fn checkpoints(&self) -> PathBuf {
         self.root.join("checkpoints")
+    }
+
+    /// How each linear is computed.
+    fn calibration(&self) -> PathBuf {
+        self.root.join("calibration.safetensors")
     }
 
     fn metrics(&self) -> PathBuf {
@@ -127,7 +133,7 @@ impl RunFolder {
         for folder in folders.iter().filter(|folder| folder.exists()) {
             fs::remove_dir_all(folder).with_context(|| format!("cannot remove {}", folder.display()))?;
         }
-        for file in [self.metrics(), self.config()] {
+        for file in [self.metrics(), self.calibration(), self.config()] {
             if file.exists() {
                 fs::remove_file(&file).with_context(|| format!("cannot remove {}", file.display()))?;
             }
@@ -209,7 +215,6 @@ pub fn run(args: &TrainArgs, threads: Option<usize>) -> Result<()> {
 }
 
 fn start(args: &TrainArgs, config: RunConfig) -> Result<()> {
-    let Compute::F32 = config.base.compute;
     let path = fetch::resolve_or_fetch(&config.model, &|message| note!("{message}"))?;
     let checkpoint = Checkpoint::open(&path)?;
     checkpoint.check_finite()?;
@@ -265,10 +270,11 @@ fn rows_hash(examples: &[Example]) -> String {
 impl Run<'_> {
     fn train(&self) -> Result<()> {
         let Run { config, folder, data, .. } = self;
-        let (model, params) = self.model()?;
+        let (mut model, params) = self.model()?;
         self.print_start(&model);
         self.check_memory(&model)?;
         let _lock = folder.prepare(&self.record, config, self.args)?;
+        let choices = self.choose_compute(&mut model, &params)?;
         watch_interrupts()?;
 
         let eval = data.eval.as_ref().map_or(&[][..], |e| &e.examples);
@@ -300,9 +306,9 @@ impl Run<'_> {
         if progress.best_loss.is_some() && progress.best_step != progress.total_steps {
             state::read_best(&folder.checkpoints(), progress.best_step, &mut params)?;
         }
-        let out = self.write_result(&model, &params, &progress)?;
+        let out = self.write_result(&model, &params, &progress, &choices)?;
         let samples = self.samples(&model, &params, eval)?;
-        self.report(&model, &progress, &out, &samples, start.elapsed().as_secs_f64())
+        self.report(&model, &progress, &out, &samples, &choices, start.elapsed().as_secs_f64())
     }
 
     /// The model with what is to be trained, and its first parameters.
@@ -340,6 +346,27 @@ impl Run<'_> {
         Ok((model, params))
     }
 
+    /// Decides how each linear is computed, or does as was decided when the run began.
+    fn choose_compute(&self, model: &mut Model, params: &[f32]) -> Result<Vec<Choice>> {
+        let path = self.folder.calibration();
+        let choices = if self.args.resume && path.exists() {
+            let choices = calibration::read(&path)?;
+            model.compute_as(&choices)?;
+            choices
+        } else {
+            let pass = compute::calibration_pass(&self.data.train.examples);
+            let choices = compute::apply(model, params, self.config.base.compute, &pass, true)?;
+            calibration::write(&path, &choices)?;
+            choices
+        };
+        let mut label = "compute ";
+        for line in compute::describe(&choices) {
+            note!("{label} {line}");
+            label = "        ";
+        }
+        Ok(choices)
+    }
+
     fn print_start(&self, model: &Model) {
         let Run { config, data, .. } = self;
         let (trained, base) = (model.layout.len(), model.parameters());
@@ -373,11 +400,13 @@ impl Run<'_> {
         let base = self.checkpoint.file_bytes() as usize;
         let trained = 4 * 4 * model.layout.len();
         let activations = Workspace::planned_bytes(model, keep, tokens, labels);
-        let total = (base + trained + activations + PROGRAM_BYTES) as u64;
+        let int8 = if compute::limit(self.config.base.compute).is_some() { model.planned_int8_bytes() } else { 0 };
+        let total = (base + int8 + trained + activations + PROGRAM_BYTES) as u64;
         note!(
-            "memory   {} planned: base {}, trained with optimizer {}, activations {} for passes of {tokens} tokens",
+            "memory   {} planned: base {}, in int8 {}, trained with optimizer {}, activations {} for passes of {tokens} tokens",
             human(total),
             human(base as u64),
+            human(int8 as u64),
             human(trained as u64),
             human(activations as u64),
         );
@@ -405,7 +434,13 @@ impl Run<'_> {
     }
 
     /// Writes the adapter or the whole model, and beside it where it comes from; returns its folder.
-    fn write_result(&self, model: &Model, params: &[f32], progress: &RunProgress) -> Result<PathBuf> {
+    fn write_result(
+        &self,
+        model: &Model,
+        params: &[f32],
+        progress: &RunProgress,
+        choices: &[Choice],
+    ) -> Result<PathBuf> {
         let Run { config, checkpoint, folder, .. } = self;
         let out = folder.result(config.method);
         if config.method == Method::Full {
@@ -433,6 +468,7 @@ impl Run<'_> {
             "run": self.record,
             "tokenizer_hash": self.tokenizer.content_hash(),
             "chat_template_hash": self.tokenizer.chat_template().map(|t| t.hash()),
+            "compute": compute::summary(choices),
             "steps": progress.total_steps,
             "taken_from_step": if progress.best_loss.is_some() { progress.best_step } else { progress.total_steps },
             "held_out_loss_before": progress.initial_loss,
@@ -469,7 +505,16 @@ impl Run<'_> {
         Ok(samples)
     }
 
-    fn report(&self, model: &Model, progress: &RunProgress, out: &Path, samples: &[Value], seconds: f64) -> Result<()> {
+    #[allow(clippy::too_many_arguments)]
+    fn report(
+        &self,
+        model: &Model,
+        progress: &RunProgress,
+        out: &Path,
+        samples: &[Value],
+        choices: &[Choice],
+        seconds: f64,
+    ) -> Result<()> {
         let size = folder_size(out);
         if self.args.json {
             print_json(&json!({
@@ -483,6 +528,7 @@ impl Run<'_> {
                 "held_out_loss_last": progress.last_loss,
                 "best_step": progress.best_step,
                 "seconds": seconds,
+                "compute": compute::summary(choices),
                 "peak_rss_bytes": memory::peak_resident(),
                 "samples": samples,
             }))?;

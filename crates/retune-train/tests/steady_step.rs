@@ -1,0 +1,124 @@
+//! A step like those before it allocates nothing: what a step needs is kept from the first ones.
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use rayon::ThreadPoolBuilder;
+use retune_adapter::InitLoraWeights;
+use retune_kernels::scratch::{self, Purpose};
+use retune_model::adapter::AdapterPlan;
+use retune_model::checkpoint::Checkpoint;
+use retune_model::model::{Model, Trainable};
+use retune_train::data::{Example, steps_per_epoch};
+use retune_train::run_config::RunConfig;
+use retune_train::trainer::Trainer;
+use serde_json::json;
+
+const ROWS_PER_STEP: usize = 3;
+const TOKENS_PER_PASS: usize = 60;
+/// More elements than any scratch buffer of the model below takes.
+const SCRATCH: usize = 1 << 17;
+const PURPOSES: [Purpose; 8] = [
+    Purpose::PackedB,
+    Purpose::PackedA,
+    Purpose::Panel,
+    Purpose::Scores,
+    Purpose::ScoreGradients,
+    Purpose::Row,
+    Purpose::Heads,
+    Purpose::HeadGradients,
+];
+
+/// The system's allocator, counting what all threads ask of it. What is zeroed or made larger is counted too: both end in `alloc` here.
+struct Counting;
+
+static COUNTING: AtomicBool = AtomicBool::new(false);
+static ALLOCATIONS: AtomicUsize = AtomicUsize::new(0);
+
+// SAFETY: every request goes on to the system's allocator as it came.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        if COUNTING.load(Ordering::SeqCst) {
+            ALLOCATIONS.fetch_add(1, Ordering::SeqCst);
+        }
+        // SAFETY: the caller keeps what the system's allocator asks for.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        // SAFETY: as above, and the pointer came from that allocator.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// Rows whose steps are of one pass and of several, of a pass of two tokens too.
+fn examples() -> Vec<Example> {
+    let mut examples = Vec::new();
+    for (row, length) in [60, 2, 60, 17, 33, 5, 9, 41, 24, 3, 58, 12].into_iter().enumerate() {
+        let ids = (0..length).map(|i| ((31 * row + 7 * i) % 288) as u32).collect();
+        examples.push(Example { row, ids, trained: (0..length).map(|i| i > 0).collect() });
+    }
+    examples
+}
+
+/// How often a step allocates.
+fn allocations(trainer: &mut Trainer) -> usize {
+    ALLOCATIONS.store(0, Ordering::SeqCst);
+    COUNTING.store(true, Ordering::SeqCst);
+    let report = trainer.step();
+    COUNTING.store(false, Ordering::SeqCst);
+    report.unwrap();
+    ALLOCATIONS.load(Ordering::SeqCst)
+}
+
+/// How often each step of a third epoch allocates.
+fn third_epoch(checkpointing: &str, examples: &[Example]) -> Vec<usize> {
+    let run = json!({
+        "model": "base",
+        "output_dir": "out",
+        "adapter": { "r": 4, "lora_dropout": 0.1 },
+        "data": { "train": "train.jsonl", "max_length": TOKENS_PER_PASS },
+        "training": {
+            "epochs": 3,
+            "batch_size": ROWS_PER_STEP,
+            "tokens_per_pass": TOKENS_PER_PASS,
+            "activation_checkpointing": checkpointing,
+        },
+    });
+    let config = RunConfig::parse(&run.to_string(), "the run", &[]).unwrap();
+    let goldens = Path::new(env!("CARGO_MANIFEST_DIR")).join("../retune-model/tests/goldens");
+    let checkpoint = Checkpoint::open(&goldens.join("gguf_llama/model.gguf")).unwrap();
+    let plan = AdapterPlan::new(config.adapter.as_ref().unwrap(), &checkpoint).unwrap();
+    let model = Model::load(&checkpoint, Trainable::Adapter(&plan)).unwrap();
+    let params = model.initial_params(&checkpoint, &InitLoraWeights::Kaiming, 0).unwrap();
+    // Not shuffled, so that every epoch has the same passes.
+    let mut trainer = Trainer::new(&model, &config.training, false, examples, &[], params);
+    assert!(allocations(&mut trainer) > 0, "the first step makes its buffers: nothing is counted");
+    let steps = steps_per_epoch(examples.len(), ROWS_PER_STEP, 1);
+    for _ in 1..2 * steps {
+        trainer.step().unwrap();
+    }
+    (0..steps).map(|_| allocations(&mut trainer)).collect()
+}
+
+#[test]
+fn a_step_like_those_before_it_allocates_nothing() {
+    let examples = examples();
+    // Both pools live to the end: a thread that ends allocates.
+    let pools = [1, 2].map(|threads| ThreadPoolBuilder::new().num_threads(threads).build().unwrap());
+    for pool in &pools {
+        // Which thread takes the largest piece of an operation is chance, and may be another one in a later step.
+        pool.broadcast(|_| PURPOSES.into_iter().for_each(|purpose| scratch::with(purpose, SCRATCH, |_| ())));
+        for checkpointing in ["none", "layer"] {
+            let counts = pool.install(|| third_epoch(checkpointing, &examples));
+            let threads = pool.current_num_threads();
+            // The order of the rows is made anew for each epoch, by its first step.
+            assert!(counts[0] <= 1, "{threads} threads, activation_checkpointing {checkpointing}: {counts:?}");
+            assert_eq!(counts[1..], [0, 0, 0], "{threads} threads, activation_checkpointing {checkpointing}");
+        }
+    }
+}

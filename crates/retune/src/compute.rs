@@ -1,0 +1,89 @@
+//! The arithmetic of the frozen base: what `base.compute` and `--compute` ask for, done to a model and put into words.
+
+use anyhow::Result;
+use retune_kernels::isa::int8_isa;
+use retune_model::calibration::{Choice, ERROR_LIMIT};
+use retune_model::model::Model;
+use retune_model::pass::Pass;
+use retune_train::data::Example;
+use retune_train::run_config::Compute;
+use retune_train::trainer::fill_pass;
+use serde_json::{Value, json};
+
+use crate::args;
+
+/// Tokens of the pass on which errors are measured.
+const CALIBRATION_TOKENS: usize = 512;
+/// Names listed of layers that stay in f32.
+const LISTED: usize = 6;
+
+impl From<args::Compute> for Compute {
+    fn from(compute: args::Compute) -> Self {
+        match compute {
+            args::Compute::Auto => Compute::Auto,
+            args::Compute::F32 => Compute::F32,
+            args::Compute::Int8 => Compute::Int8,
+        }
+    }
+}
+
+/// The largest error of a linear in int8; `None` when all is computed in f32.
+pub fn limit(compute: Compute) -> Option<f64> {
+    match compute {
+        Compute::F32 => None,
+        Compute::Int8 => Some(f64::INFINITY),
+        Compute::Auto => int8_isa().is_fast().then_some(ERROR_LIMIT),
+    }
+}
+
+/// The first rows of the data, as many as a calibration looks at.
+pub fn calibration_pass(examples: &[Example]) -> Pass {
+    let mut pass = Pass::default();
+    let rows: Vec<usize> = (0..examples.len()).collect();
+    fill_pass(&mut pass, examples, &rows, 0, CALIBRATION_TOKENS);
+    pass
+}
+
+/// Puts a model that is all in f32 into the arithmetic asked for, measured on `pass`, and says how each linear is computed: nothing for f32.
+pub fn apply(model: &mut Model, params: &[f32], compute: Compute, pass: &Pass, backward: bool) -> Result<Vec<Choice>> {
+    match limit(compute) {
+        Some(limit) => Ok(model.calibrate(params, pass, backward, limit)?),
+        None => Ok(Vec::new()),
+    }
+}
+
+/// What was chosen, in lines.
+pub fn describe(choices: &[Choice]) -> Vec<String> {
+    let int8: Vec<&Choice> = choices.iter().filter(|choice| choice.int8).collect();
+    if choices.is_empty() {
+        return vec!["f32".to_owned()];
+    }
+    let mut lines =
+        vec![format!("int8 ({}) in {} of {} linears, the others in f32", int8_isa(), int8.len(), choices.len())];
+    let largest = |error: fn(&Choice) -> Option<f64>| {
+        let with = int8.iter().filter_map(|choice| Some((error(choice)?, &choice.name)));
+        with.max_by(|a, b| a.0.total_cmp(&b.0))
+    };
+    let forward = largest(|choice| Some(choice.forward_error));
+    for (what, found) in [("output", forward), ("input gradient", largest(|choice| choice.backward_error))] {
+        if let Some((error, name)) = found {
+            lines.push(format!("largest relative error of an {what}: {:.1}% ({name})", 100.0 * error));
+        }
+    }
+    let others: Vec<&str> = choices.iter().filter(|choice| !choice.int8).map(|choice| choice.name.as_str()).collect();
+    if !others.is_empty() {
+        let more = if others.len() > LISTED { format!(" and {} more", others.len() - LISTED) } else { String::new() };
+        lines.push(format!("in f32, for their error in int8: {}{more}", others[..others.len().min(LISTED)].join(", ")));
+    }
+    lines
+}
+
+/// The same for programs.
+pub fn summary(choices: &[Choice]) -> Value {
+    let f32: Vec<&str> = choices.iter().filter(|choice| !choice.int8).map(|choice| choice.name.as_str()).collect();
+    json!({
+        "arithmetic": if choices.iter().any(|choice| choice.int8) { "int8" } else { "f32" },
+        "int8_linears": choices.len() - f32.len(),
+        "f32_for_their_error": f32,
+    })
+}

@@ -1,0 +1,147 @@
+//! What a run takes of the machine's memory: the base as it is stored, and what the plan says.
+
+#![cfg(target_os = "linux")]
+
+mod common;
+
+use std::fs;
+
+use common::{Folder, MODEL, Random, golden};
+use retune_quant::Format;
+use serde_json::json;
+
+/// Two hundred megabytes in f32, so that a base expanded to that would stand out; 28 in Q4_0.
+const LAYERS: u64 = 8;
+const HIDDEN_SIZE: u64 = 768;
+const INTERMEDIATE_SIZE: u64 = 2048;
+const HEADS: u64 = 12;
+const KEY_VALUE_HEADS: u64 = 4;
+const HEAD_DIM: u64 = 64;
+/// That of the tiny model, whose tokenizer it has.
+const VOCAB_SIZE: u64 = 288;
+
+/// What the program may take beside the base and the plan's other parts.
+const REST: f64 = 64e6;
+
+/// Names of tensors with their sizes in GGUF's order, columns first.
+fn tensors() -> Vec<(String, Vec<u64>)> {
+    let mut tensors = vec![
+        ("token_embd.weight".to_owned(), vec![HIDDEN_SIZE, VOCAB_SIZE]),
+        ("output_norm.weight".to_owned(), vec![HIDDEN_SIZE]),
+    ];
+    for layer in 0..LAYERS {
+        for (part, sizes) in [
+            ("attn_norm", vec![HIDDEN_SIZE]),
+            ("attn_q", vec![HIDDEN_SIZE, HEADS * HEAD_DIM]),
+            ("attn_k", vec![HIDDEN_SIZE, KEY_VALUE_HEADS * HEAD_DIM]),
+            ("attn_v", vec![HIDDEN_SIZE, KEY_VALUE_HEADS * HEAD_DIM]),
+            ("attn_output", vec![HEADS * HEAD_DIM, HIDDEN_SIZE]),
+            ("ffn_norm", vec![HIDDEN_SIZE]),
+            ("ffn_gate", vec![HIDDEN_SIZE, INTERMEDIATE_SIZE]),
+            ("ffn_up", vec![HIDDEN_SIZE, INTERMEDIATE_SIZE]),
+            ("ffn_down", vec![INTERMEDIATE_SIZE, HIDDEN_SIZE]),
+        ] {
+            tensors.push((format!("blk.{layer}.{part}.weight"), sizes));
+        }
+    }
+    tensors
+}
+
+/// Where `text` is in `bytes`.
+fn find(bytes: &[u8], text: &[u8]) -> usize {
+    bytes.windows(text.len()).position(|window| window == text).unwrap()
+}
+
+/// Matrices as random Q4_0 blocks of 32 values, vectors as ones in f32.
+fn values(sizes: &[u64], random: &mut Random) -> Vec<u8> {
+    /// 2⁻⁸ in half precision, for weights of about 0.02.
+    const SCALE: u16 = 0x1c00;
+    let count: u64 = sizes.iter().product();
+    let mut bytes = Vec::new();
+    if sizes.len() == 1 {
+        (0..count).for_each(|_| bytes.extend_from_slice(&1f32.to_le_bytes()));
+        return bytes;
+    }
+    for _ in 0..count / 32 {
+        bytes.extend_from_slice(&SCALE.to_le_bytes());
+        (0..16).for_each(|_| bytes.push(random.below(256) as u8));
+    }
+    bytes
+}
+
+/// A GGUF file: the tiny model's metadata with the sizes above, and tensors to go with them.
+fn q4_0_model() -> Vec<u8> {
+    const ALIGNMENT: usize = 32;
+    let tiny = fs::read(golden(MODEL)).unwrap();
+    // Behind the metadata come the tensors' names, each after its length in eight bytes.
+    let mut file = tiny[..find(&tiny, b"token_embd.weight") - 8].to_vec();
+    for (key, size) in [
+        ("llama.block_count", LAYERS),
+        ("llama.embedding_length", HIDDEN_SIZE),
+        ("llama.feed_forward_length", INTERMEDIATE_SIZE),
+        ("llama.attention.head_count", HEADS),
+        ("llama.attention.head_count_kv", KEY_VALUE_HEADS),
+        ("llama.rope.dimension_count", HEAD_DIM),
+    ] {
+        // Behind a key come the number of its type, 4 for u32, and its value.
+        let key = [key.as_bytes(), &[4, 0, 0, 0]].concat();
+        let at = find(&file, &key) + key.len();
+        file[at..at + 4].copy_from_slice(&(size as u32).to_le_bytes());
+    }
+    let tensors = tensors();
+    file[8..16].copy_from_slice(&(tensors.len() as u64).to_le_bytes());
+    let (mut data, mut random): (Vec<u8>, Random) = (Vec::new(), Random(1));
+    for (name, sizes) in &tensors {
+        file.extend_from_slice(&(name.len() as u64).to_le_bytes());
+        file.extend_from_slice(name.as_bytes());
+        file.extend_from_slice(&(sizes.len() as u32).to_le_bytes());
+        sizes.iter().for_each(|size| file.extend_from_slice(&size.to_le_bytes()));
+        let format = if sizes.len() == 1 { Format::F32 } else { Format::Q4_0 };
+        file.extend_from_slice(&format.ggml_type().to_le_bytes());
+        file.extend_from_slice(&(data.len() as u64).to_le_bytes());
+        data.extend_from_slice(&values(sizes, &mut random));
+        data.resize(data.len().next_multiple_of(ALIGNMENT), 0);
+    }
+    file.resize(file.len().next_multiple_of(ALIGNMENT), 0);
+    file.extend_from_slice(&data);
+    file
+}
+
+/// The bytes that the plan of a run gives for something: "activations 61 MB for passes".
+fn planned(messages: &str, what: &str) -> f64 {
+    let plan = messages.lines().find(|line| line.starts_with("memory ")).unwrap_or_else(|| panic!("{messages}"));
+    let (_, rest) = plan.split_once(what).unwrap_or_else(|| panic!("{plan}"));
+    let mut words = rest.split_whitespace();
+    let (number, unit) = (words.next().unwrap(), words.next().unwrap().trim_end_matches(','));
+    let unit = match unit {
+        "B" => 1.0,
+        "kB" => 1e3,
+        "MB" => 1e6,
+        "GB" => 1e9,
+        _ => panic!("{plan}"),
+    };
+    number.parse::<f64>().unwrap() * unit
+}
+
+#[test]
+fn a_quantized_base_is_never_expanded_as_a_whole() {
+    let folder = Folder::with_run();
+    let base = q4_0_model();
+    folder.write("base.gguf", &base);
+    let run = json!({
+        "model": "base.gguf",
+        "output_dir": "out",
+        "base": { "compute": "f32" },
+        "adapter": { "r": 8 },
+        "data": { "train": "train.jsonl", "eval_fraction": 0.0, "max_length": 192 },
+        "training": { "max_steps": 1, "batch_size": 2 },
+    });
+    folder.write("run.yaml", run.to_string());
+    let output = folder.succeeds(&["train", "run.yaml", "--json"]);
+    let parts = ["base", "trained with optimizer", "activations"].map(|part| planned(&output.stderr, part));
+    let size = base.len() as f64;
+    assert!((parts[0] - size).abs() < 0.05 * size, "the plan counts {} for a base of {size} bytes", parts[0]);
+    let peak = output.json()["peak_rss_bytes"].as_f64().unwrap();
+    let most = size + parts[1] + parts[2] + REST;
+    assert!(peak < most, "{peak} bytes at most, more than {most}: {}", output.stderr);
+}
