@@ -214,14 +214,19 @@ pub fn backward(
         });
         let (dk, dv) = (SharedMut::new(dk), SharedMut::new(dv));
         for segment in segments {
-            parallel::for_each(segment.keys.len(), |i| {
+            let n = segment.keys.len();
+            parallel::for_each(n, |i| {
                 let token = segment.keys.start + i;
                 for (to, from) in [(dk, own_dk), (dv, own_dv)] {
-                    // SAFETY: one piece, one token; the pieces above are done.
-                    let (to, from) =
-                        unsafe { (to.slice(token * k_stride, k_stride), from.slice(token * q_stride, q_stride)) };
-                    for (to, from) in to.chunks_exact_mut(d).zip(from.chunks_exact(group * d)) {
-                        sum_heads(to, from);
+                    // SAFETY: one piece, one token.
+                    let to = unsafe { to.slice(token * k_stride, k_stride) };
+                    for (key, to) in to.chunks_exact_mut(d).enumerate() {
+                        for head in key * group..(key + 1) * group {
+                            let start = own_start(heads, segment, head) + i * d;
+                            // SAFETY: one piece, one token; the pieces above are done.
+                            let from = unsafe { from.slice(start, d) };
+                            if head == key * group { to.copy_from_slice(from) } else { add_row(to, from) }
+                        }
                     }
                 }
             });
@@ -229,14 +234,15 @@ pub fn backward(
     });
 }
 
+/// Where a query head's own gradient of a segment's keys lies: `[keys, head_dim]` together.
+fn own_start(heads: &Heads, segment: &Segment, head: usize) -> usize {
+    (segment.keys.start * heads.queries + head * segment.keys.len()) * heads.head_dim
+}
+
 multiversion! {
-    fn sum_heads(to: &mut [f32], from: &[f32]) {
-        let d = to.len();
-        to.copy_from_slice(&from[..d]);
-        for head in from[d..].chunks_exact(d) {
-            for (t, f) in to.iter_mut().zip(head) {
-                *t += f;
-            }
+    fn add_row(to: &mut [f32], from: &[f32]) {
+        for (t, f) in to.iter_mut().zip(from) {
+            *t += f;
         }
     }
 }
@@ -254,12 +260,10 @@ fn head_backward(
     let n = segment.keys.len();
     let key_start = segment.keys.start * k_stride + head / (heads.queries / heads.keys) * d;
     let (across, along) = (Packed::len(d, n), Packed::len(n, d));
-    for own in own {
-        for token in segment.keys.clone() {
-            // SAFETY: one piece, one head of the segment's tokens.
-            unsafe { own.slice(token * q_stride + head * d, d).fill(0.0) };
-        }
-    }
+    // SAFETY: one piece, one head of the segment.
+    let [own_dk, own_dv] = own.map(|own| unsafe { own.slice(own_start(heads, segment, head), n * d) });
+    own_dk.fill(0.0);
+    own_dv.fill(0.0);
     scratch::with(Purpose::Heads, 2 * across + along, |memory| {
         let (for_keys_t, rest) = memory.split_at_mut(across);
         let (for_values_t, for_keys) = rest.split_at_mut(across);
@@ -295,30 +299,15 @@ fn head_backward(
                             unsafe { dq.slice(start + i * q_stride, d).copy_from_slice(row) };
                         }
                     });
-                    let key_token = segment.keys.start + block.low;
-                    for (own, left, right) in [(own[0], &*gradients, queries), (own[1], &*scores, out_gradients)] {
+                    let seen = block.low * d..block.high * d;
+                    for (own, left, right) in [(&mut *own_dk, &*gradients, queries), (&mut *own_dv, &*scores, out_gradients)] {
                         let term = Term::new(block.len, MatRef::rows(left, width).t(), Rhs::View(right));
-                        scratch::with(Purpose::Row, width * d, |sum| {
-                            gemm_serial(width, d, &[term], Out::set(sum, d));
-                            for (i, row) in sum.chunks_exact(d).enumerate() {
-                                // SAFETY: as above.
-                                let to = unsafe { own.slice((key_token + i) * q_stride + head * d, d) };
-                                add_row(to, row);
-                            }
-                        });
+                        gemm_serial(width, d, &[term], Out::add(&mut own[seen.clone()], d));
                     }
                 });
             });
         }
     });
-}
-
-multiversion! {
-    fn add_row(to: &mut [f32], from: &[f32]) {
-        for (t, f) in to.iter_mut().zip(from) {
-            *t += f;
-        }
-    }
 }
 
 #[cfg(test)]

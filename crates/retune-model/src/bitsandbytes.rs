@@ -186,7 +186,7 @@ mod tests {
             let parts = [("absmax", f32s(&[1.0, 10.0, 100.0])), ("quant_map", f32s(&code))];
             Self {
                 description: json!({"quant_type": "nf4", "blocksize": 32, "dtype": "float16", "shape": [ROWS, COLS]}),
-                indices: (0..66u8).step_by(2).map(|i| (i % 16) << 4 | (i + 1) % 16).collect(),
+                indices: (0..66u8).step_by(2).map(|i| ((i % 16) << 4) | ((i + 1) % 16)).collect(),
                 tensors: parts.map(|(part, raw)| (format!("{NAME}.{part}"), raw)).into(),
             }
         }
