@@ -14,7 +14,7 @@ pub mod merge;
 pub mod names;
 mod pattern;
 mod peft_config;
-mod random;
+pub mod random;
 pub mod targets;
 #[cfg(test)]
 mod test_model;

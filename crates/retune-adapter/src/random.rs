@@ -2,11 +2,11 @@
 //!
 //! The mixing function is that of SplitMix64 (Steele, Lea, Flood 2014), whose stream i-th value is `mix(key + (i + 1)·GAMMA)`.
 
-pub(crate) const GAMMA: u64 = 0x9e37_79b9_7f4a_7c15;
+const GAMMA: u64 = 0x9e37_79b9_7f4a_7c15;
 
 /// A bijection of 64-bit words in which every input bit reaches every output bit.
 #[inline(always)]
-pub(crate) const fn mix(mut z: u64) -> u64 {
+const fn mix(mut z: u64) -> u64 {
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     z ^ (z >> 31)
@@ -14,12 +14,12 @@ pub(crate) const fn mix(mut z: u64) -> u64 {
 
 /// The value at a place of the stream with this key.
 #[inline(always)]
-pub(crate) const fn at(key: u64, index: u64) -> u64 {
+pub const fn at(key: u64, index: u64) -> u64 {
     mix(key.wrapping_add(index.wrapping_add(1).wrapping_mul(GAMMA)))
 }
 
 /// A key made of a key and one more word.
-pub(crate) const fn derive(key: u64, word: u64) -> u64 {
+pub const fn derive(key: u64, word: u64) -> u64 {
     mix(key.wrapping_add(GAMMA) ^ mix(word.wrapping_add(GAMMA)))
 }
 

@@ -300,7 +300,9 @@ fn head_backward(
                         }
                     });
                     let seen = block.low * d..block.high * d;
-                    for (own, left, right) in [(&mut *own_dk, &*gradients, queries), (&mut *own_dv, &*scores, out_gradients)] {
+                    for (own, left, right) in
+                        [(&mut *own_dk, &*gradients, queries), (&mut *own_dv, &*scores, out_gradients)]
+                    {
                         let term = Term::new(block.len, MatRef::rows(left, width).t(), Rhs::View(right));
                         gemm_serial(width, d, &[term], Out::add(&mut own[seen.clone()], d));
                     }

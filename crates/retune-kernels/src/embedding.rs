@@ -25,15 +25,15 @@ multiversion! {
 }
 
 multiversion! {
-    fn subtract_row(from: &mut [f32], row: &[f32]) {
-        for (f, r) in from.iter_mut().zip(row) {
-            *f -= r;
+    fn add_scaled(to: &mut [f32], row: &[f32], factor: f32) {
+        for (t, r) in to.iter_mut().zip(row) {
+            *t += factor * r;
         }
     }
 }
 
-/// Subtracts the rows `ids` of `table: [V, D]` from `y: [T, D]`: the labels' part of a head's input gradient.
-pub fn subtract_rows(table: &dyn PanelSource, ids: &[u32], y: &mut [f32]) {
+/// Adds the rows `ids` of `table: [V, D]`, each times its factor, to `y: [T, D]`: the labels' part of a head's input gradient.
+pub fn add_scaled_rows(table: &dyn PanelSource, ids: &[u32], factors: &[f32], y: &mut [f32]) {
     let d = table.cols();
     let shared = SharedMut::new(y);
     parallel::for_each(ids.len(), |t| {
@@ -41,7 +41,7 @@ pub fn subtract_rows(table: &dyn PanelSource, ids: &[u32], y: &mut [f32]) {
         scratch::with(Purpose::Row, d, |decoded| {
             table.panel_f32(row..row + 1, 0..d, decoded);
             // SAFETY: one token, one row of y.
-            subtract_row(unsafe { shared.slice(t * d, d) }, decoded);
+            add_scaled(unsafe { shared.slice(t * d, d) }, decoded, factors[t]);
         });
     });
 }
@@ -78,9 +78,11 @@ mod tests {
         for (t, &id) in ids.iter().enumerate() {
             assert_eq!(y[t * d..(t + 1) * d], table[id as usize * d..(id as usize + 1) * d]);
         }
-        let mut rest = y.clone();
-        subtract_rows(&F32Panel::new(&table, d), &ids, &mut rest);
-        assert!(rest.iter().all(|&v| v == 0.0));
+        let mut sum = y.clone();
+        add_scaled_rows(&F32Panel::new(&table, d), &ids, &[-1.0, 1.0, 0.0, 0.5], &mut sum);
+        for (sum, (y, factor)) in sum.chunks(d).zip(y.chunks(d).zip([0.0, 2.0, 1.0, 1.5])) {
+            assert!(sum.iter().zip(y).all(|(s, v)| *s == factor * v));
+        }
         let mut dtable = vec![0.0; v * d];
         backward(&ids, &y, d, &mut dtable);
         for j in 0..d {

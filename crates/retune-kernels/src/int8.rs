@@ -3,7 +3,8 @@
 //! A frozen weight `W[n, k]` is kept as `r[n] · Q[n, k] · c[k]` with Q in [−127, 127], one copy for both directions. The forward quantizes
 //! `c ⊙ x` by rows, and r scales the columns of the result; the input gradient quantizes `r ⊙ g` by rows, and c scales the columns.
 //! r is what each row of W needs; c is free: taken from calibration it moves the range of outlier channels from the activations into the
-//! weight (Xiao et al. 2022, SmoothQuant), at no cost at run time.
+//! weight (Xiao et al. 2022, SmoothQuant), at no cost at run time. What is too large for that, a few channels, is left out of the integers
+//! in the forward and multiplied in f32 (Dettmers et al. 2022, LLM.int8()).
 //!
 //! A contraction is cut into runs of at most about [`RUN`] elements, each with a scale of its own for each row of activations: an outlier
 //! spoils the resolution of its run alone, and sums of products stay far from the limits of 32 bits.
@@ -20,7 +21,7 @@ pub(crate) const PANEL: usize = 64;
 /// Bytes of a panel's rows for four columns.
 pub(crate) const GROUP: usize = 4 * PANEL;
 /// About how many elements share a scale.
-const RUN: usize = 1024;
+const RUN: usize = 512;
 /// What makes a signed value an unsigned one, as the products want their left operand.
 const OFFSET: u8 = 128;
 /// Largest magnitude of a quantized value.
@@ -64,6 +65,20 @@ multiversion! {
 }
 
 multiversion! {
+    /// Rounds up or down with the probability that makes the mean exact. What decides is a hash of the value itself: no state, no seed, and
+    /// the same result wherever the value stands.
+    fn dither_to(x: &[f32], inverse: f32, to: &mut [u8]) {
+        for (to, v) in to.iter_mut().zip(x) {
+            let hash = v.to_bits().wrapping_mul(0x9E37_79B1);
+            let hash = (hash ^ (hash >> 15)).wrapping_mul(0x85EB_CA77);
+            // In [1, 2).
+            let uniform = f32::from_bits(0x3f80_0000 | (hash >> 9));
+            *to = (v * inverse + (uniform - 1.5) + ROUND).to_bits().wrapping_add(u32::from(OFFSET)) as u8;
+        }
+    }
+}
+
+multiversion! {
     fn multiply(x: &[f32], factors: &[f32], to: &mut [f32]) {
         for ((to, v), f) in to.iter_mut().zip(x).zip(factors) {
             *to = v * f;
@@ -71,15 +86,33 @@ multiversion! {
     }
 }
 
-/// Writes round(v / scale) + 128 and returns the scale; NaN for values that are not finite, so that they are noticed further on.
-fn quantize(x: &[f32], to: &mut [u8]) -> f32 {
-    let most = largest(x);
-    let (scale, inverse) = match most {
+/// How values become integers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rounding {
+    /// To the nearest.
+    Nearest,
+    /// Up or down at random, right in the mean. For sums over many values most of which are far below the scale, as the probabilities of
+    /// a vocabulary: rounded to the nearest they would all vanish, in every row alike.
+    Stochastic,
+}
+
+/// The scale of values of which `most` is the largest magnitude, and its inverse; NaN for values that are not finite, so that they are
+/// noticed further on.
+fn scale_of(most: f32) -> (f32, f32) {
+    match most {
         _ if !most.is_finite() => (f32::NAN, 0.0),
         _ if most < SMALLEST => (0.0, 0.0),
         _ => (most / LARGEST, LARGEST / most),
-    };
-    round_to(x, inverse, to);
+    }
+}
+
+/// Writes v / scale, rounded, + 128 and returns the scale.
+fn quantize(x: &[f32], rounding: Rounding, to: &mut [u8]) -> f32 {
+    let (scale, inverse) = scale_of(largest(x));
+    match rounding {
+        Rounding::Nearest => round_to(x, inverse, to),
+        Rounding::Stochastic => dither_to(x, inverse, to),
+    }
     scale
 }
 
@@ -90,21 +123,45 @@ pub struct Int8Rows {
     values: Vec<u8>,
     /// [T, runs]
     scales: Vec<f32>,
+    /// The channels that are multiplied in f32, [T, outliers].
+    outliers: Vec<f32>,
     rows: usize,
     cols: usize,
 }
 
+fn grow<T: Clone>(buffer: &mut Vec<T>, len: usize, value: T) {
+    if buffer.len() < len {
+        buffer.resize(len, value);
+    }
+}
+
 impl Int8Rows {
-    /// Quantizes `x: [T, cols]`, or `x · diag(factors)`, on all threads. The memory is reused by the next call.
-    pub fn quantize(&mut self, x: &[f32], cols: usize, factors: Option<&[f32]>) {
+    /// Quantizes the inputs `x: [T, cols]` of a weight, on all threads. The memory is reused by the next call.
+    pub fn quantize_input(&mut self, x: &[f32], weight: &Int8Matrix) {
+        self.quantize(x, weight.cols, weight.input_factors.as_deref(), Rounding::Nearest);
+        let count = weight.outliers.len();
+        if count == 0 {
+            return;
+        }
+        grow(&mut self.outliers, self.rows * count, 0.0);
+        for (x, to) in x.chunks_exact(self.cols).zip(self.outliers.chunks_exact_mut(count)) {
+            for (to, &channel) in to.iter_mut().zip(&weight.outliers) {
+                *to = x[channel as usize];
+            }
+        }
+    }
+
+    /// Quantizes the gradients `g: [T, rows]` of a weight's output.
+    pub fn quantize_gradient(&mut self, g: &[f32], weight: &Int8Matrix, rounding: Rounding) {
+        self.quantize(g, weight.rows, Some(&weight.row_scales[..weight.rows]), rounding);
+    }
+
+    /// Quantizes `x: [T, cols]`, or `x · diag(factors)`.
+    fn quantize(&mut self, x: &[f32], cols: usize, factors: Option<&[f32]>, rounding: Rounding) {
         let (rows, stride, runs) = (x.len() / cols, cols.next_multiple_of(PANEL), run_count(cols));
         (self.rows, self.cols) = (rows, cols);
-        if self.values.len() < rows * stride {
-            self.values.resize(rows * stride, OFFSET);
-        }
-        if self.scales.len() < rows * runs {
-            self.scales.resize(rows * runs, 0.0);
-        }
+        grow(&mut self.values, rows * stride, OFFSET);
+        grow(&mut self.scales, rows * runs, 0.0);
         let (values, scales) = (SharedMut::new(&mut self.values), SharedMut::new(&mut self.scales));
         let chunk = parallel::chunk_rows(rows, 8);
         parallel::for_each(rows.div_ceil(chunk), |piece| {
@@ -118,7 +175,7 @@ impl Int8Rows {
                     // SAFETY: one piece, its rows.
                     let (to, scales) = unsafe { (values.slice(row * stride, cols), scales.slice(row * runs, runs)) };
                     for (run, scale) in self::runs(cols).zip(scales) {
-                        *scale = quantize(&from[run.clone()], &mut to[run]);
+                        *scale = quantize(&from[run.clone()], rounding, &mut to[run]);
                     }
                 }
             });
@@ -138,6 +195,11 @@ impl Int8Rows {
     /// Elements from one row to the next.
     pub(crate) fn stride(&self) -> usize {
         self.cols.next_multiple_of(PANEL)
+    }
+
+    /// The outlier channels `[T, count]`.
+    pub(crate) fn outliers(&self, count: usize) -> &[f32] {
+        &self.outliers[..self.rows * count]
     }
 
     /// The rows from `row` on, from column `col` on.
@@ -163,8 +225,11 @@ pub struct Int8Matrix {
     row_scales: Vec<f32>,
     /// c, filled up with zeros.
     col_scales: Vec<f32>,
-    /// Whether c is anything but ones.
-    smoothed: bool,
+    /// What an input is multiplied by before it is quantized: c, and 0 for outliers. `None` for ones.
+    input_factors: Option<Vec<f32>>,
+    /// Columns that the forward multiplies in f32, and their values, [rows, outliers].
+    outliers: Vec<u32>,
+    outlier_weights: Vec<f32>,
     /// What the offset of the left operand adds to the sums of a row over a run of columns, negated: [runs, rows].
     row_offsets: Vec<i32>,
     /// The same of a column over a run of rows: [runs, cols].
@@ -172,8 +237,8 @@ pub struct Int8Matrix {
 }
 
 impl Int8Matrix {
-    /// Quantizes a weight, with the given factors of its columns.
-    pub fn new(weight: &dyn PanelSource, col_scales: Option<&[f32]>) -> Self {
+    /// Quantizes a weight, with the given factors of its columns, and some of these kept in f32 for the forward.
+    pub fn new(weight: &dyn PanelSource, col_scales: Option<&[f32]>, outliers: &[u32]) -> Self {
         let (rows, cols) = (weight.rows(), weight.cols());
         let (padded_rows, padded_cols) = (rows.next_multiple_of(PANEL), cols.next_multiple_of(PANEL));
         let mut values = vec![0i8; padded_rows * padded_cols];
@@ -220,8 +285,36 @@ impl Int8Matrix {
                 }
             });
         }
-        let smoothed = col_scales.is_some();
-        Self { rows, cols, values, row_scales, col_scales: padded_scales, smoothed, row_offsets, col_offsets }
+        let input_factors = (col_scales.is_some() || !outliers.is_empty()).then(|| {
+            let mut factors = padded_scales[..cols].to_vec();
+            outliers.iter().for_each(|&channel| factors[channel as usize] = 0.0);
+            factors
+        });
+        let mut outlier_weights = vec![0.0; rows * outliers.len()];
+        if !outliers.is_empty() {
+            let to = SharedMut::new(&mut outlier_weights);
+            parallel::for_each(rows, |row| {
+                scratch::with(Purpose::Panel, cols, |decoded| {
+                    weight.panel_f32(row..row + 1, 0..cols, decoded);
+                    // SAFETY: one piece, one row.
+                    let to = unsafe { to.slice(row * outliers.len(), outliers.len()) };
+                    to.iter_mut().zip(outliers).for_each(|(to, &channel)| *to = decoded[channel as usize]);
+                });
+            });
+        }
+        let (outliers, col_scales) = (outliers.to_vec(), padded_scales);
+        Self {
+            rows,
+            cols,
+            values,
+            row_scales,
+            col_scales,
+            input_factors,
+            outliers,
+            outlier_weights,
+            row_offsets,
+            col_offsets,
+        }
     }
 
     /// Number of rows (output features).
@@ -240,14 +333,9 @@ impl Int8Matrix {
         padded_rows * padded_cols + 4 * (padded_rows * (1 + run_count(cols)) + padded_cols * (1 + run_count(rows)))
     }
 
-    /// What the input is to be multiplied by before it is quantized.
-    pub fn input_factors(&self) -> Option<&[f32]> {
-        self.smoothed.then(|| &self.col_scales[..self.cols])
-    }
-
-    /// What the gradient of the output is to be multiplied by before it is quantized.
-    pub fn gradient_factors(&self) -> &[f32] {
-        &self.row_scales[..self.rows]
+    /// How many columns are multiplied in f32 in the forward, and their values `[rows, count]`.
+    pub(crate) fn outliers(&self) -> (usize, &[f32]) {
+        (self.outliers.len(), &self.outlier_weights)
     }
 
     /// The weight that the quantized values stand for, `[rows, cols]`.
@@ -347,13 +435,8 @@ fn quantize_row(
         };
         let mut quantized = [OFFSET; PANEL];
         // The scale is the whole row's: both directions use it.
-        let most = largest(values);
         let inverse;
-        (*scale, inverse) = match most {
-            _ if !most.is_finite() => (f32::NAN, 0.0),
-            _ if most < SMALLEST => (0.0, 0.0),
-            _ => (most / LARGEST, LARGEST / most),
-        };
+        (*scale, inverse) = scale_of(largest(values));
         for (values, groups) in values.chunks(PANEL).zip(panel.chunks_exact_mut(PANEL / 4 * GROUP)) {
             quantized.fill(OFFSET);
             round_to(values, inverse, &mut quantized);
@@ -460,15 +543,16 @@ mod tests {
         for (m, n, k) in SHAPES {
             let w = random(2, n * k);
             let factors: Vec<f32> = random(3, k).iter().map(|v| 1.5 + v).collect();
-            let weight = Int8Matrix::new(&F32Panel::new(&w, k), Some(&factors));
+            let weight = Int8Matrix::new(&F32Panel::new(&w, k), Some(&factors), &[]);
             let mut rows = Int8Rows::default();
             for (transposed, out, depth) in [(true, n, k), (false, k, n)] {
                 let x = random(1, m * depth);
-                let (term_factors, addend) = match transposed {
-                    true => (weight.input_factors(), random(4, m * out)),
-                    false => (Some(weight.gradient_factors()), random(4, m * out)),
-                };
-                rows.quantize(&x, depth, term_factors);
+                let addend = random(4, m * out);
+                if transposed {
+                    rows.quantize_input(&x, &weight);
+                } else {
+                    rows.quantize_gradient(&x, &weight, Rounding::Nearest);
+                }
                 let term = if transposed { Term::int8(&rows, &weight) } else { Term::int8_plain(&rows, &weight) };
                 let mut y = vec![f32::NAN; m * out];
                 gemm(m, out, &[term], Out::set(&mut y, out));
@@ -486,10 +570,10 @@ mod tests {
     fn quantized_products_are_close_to_those_of_the_values() {
         let (m, n, k) = (40, 130, 600);
         let (x, w) = (random(1, m * k), random(2, n * k));
-        let weight = Int8Matrix::new(&F32Panel::new(&w, k), None);
+        let weight = Int8Matrix::new(&F32Panel::new(&w, k), None, &[]);
         assert!(relative_error(&weight.to_f32(), &crate::testing::to_f64(&w)) < 6e-3);
         let mut rows = Int8Rows::default();
-        rows.quantize(&x, k, weight.input_factors());
+        rows.quantize_input(&x, &weight);
         let mut y = vec![0.0; m * n];
         gemm(m, n, &[Term::int8(&rows, &weight)], Out::set(&mut y, n));
         let mut expected = Vec::new();
@@ -497,6 +581,23 @@ mod tests {
             expected.extend(w.chunks(k).map(|w| row.iter().zip(w).map(|(a, b)| f64::from(a * b)).sum::<f64>()));
         }
         assert!(relative_error(&y, &expected) < 1e-2);
+    }
+
+    #[test]
+    fn stochastic_rounding_is_right_in_the_mean() {
+        // One value near 1 sets the scale; the others are far below half of it.
+        let k = RUN;
+        let mut x: Vec<f32> = random(1, 40 * k).iter().map(|v| v.abs() * 2e-3).collect();
+        x.chunks_mut(k).for_each(|row| row[5] = 0.9);
+        let sum = |rounding| {
+            let mut rows = Int8Rows::default();
+            rows.quantize(&x, k, None, rounding);
+            let row = |t: usize| rows.values(t, 0)[..k].iter().map(|&v| f64::from(v) - 128.0).sum::<f64>();
+            (0..40).map(|t| f64::from(rows.scales(t, 0).0[0]) * row(t)).sum::<f64>()
+        };
+        let exact: f64 = x.iter().map(|&v| f64::from(v)).sum();
+        assert!((sum(Rounding::Stochastic) - exact).abs() < 0.02 * exact, "{} for {exact}", sum(Rounding::Stochastic));
+        assert!(sum(Rounding::Nearest) < 0.7 * exact, "the test needs values that round to 0");
     }
 
     #[test]
@@ -509,7 +610,7 @@ mod tests {
     }
 
     #[test]
-    fn an_outlier_channel_is_moved_into_the_weight() {
+    fn an_outlier_channel_is_moved_into_the_weight_or_split_off() {
         let (m, n, k) = (40, 64, 256);
         let (mut x, w) = (random(1, m * k), random(2, n * k));
         x.chunks_mut(k).for_each(|row| row[7] *= 60.0);
@@ -520,29 +621,32 @@ mod tests {
         // The inverse of what SmoothQuant multiplies the weight by.
         let mut factors = vec![1.0; k];
         factors[7] = 1.0 / 15.0;
-        let error = |factors: Option<&[f32]>| {
-            let weight = Int8Matrix::new(&F32Panel::new(&w, k), factors);
+        let error = |factors: Option<&[f32]>, outliers: &[u32]| {
+            let weight = Int8Matrix::new(&F32Panel::new(&w, k), factors, outliers);
             let mut rows = Int8Rows::default();
-            rows.quantize(&x, k, weight.input_factors());
+            rows.quantize_input(&x, &weight);
             let mut y = vec![0.0; m * n];
             gemm(m, n, &[Term::int8(&rows, &weight)], Out::set(&mut y, n));
             relative_error(&y, &expected)
         };
-        let (plain, smoothed) = (error(None), error(Some(&factors)));
+        let (plain, smoothed) = (error(None, &[]), error(Some(&factors), &[]));
         assert!(smoothed < 0.5 * plain, "{smoothed} against {plain}");
+        // With the channel in f32 nothing of it is left: the error is that of rows without an outlier.
+        let split = error(None, &[7]);
+        assert!(split < 0.5 * plain && split < 0.011, "{split} against {plain}");
     }
 
     #[test]
     fn values_that_are_not_finite_reach_the_result_and_zeros_stay_zero() {
         let (n, k) = (70, 40);
         let w = random(2, n * k);
-        let weight = Int8Matrix::new(&F32Panel::new(&w, k), None);
+        let weight = Int8Matrix::new(&F32Panel::new(&w, k), None, &[]);
         let mut x = random(1, 3 * k);
         x[3] = f32::NAN;
         x[k..2 * k].fill(0.0);
         x[2 * k + 5] = f32::INFINITY;
         let mut rows = Int8Rows::default();
-        rows.quantize(&x, k, None);
+        rows.quantize_input(&x, &weight);
         let mut y = vec![1.0; 3 * n];
         gemm(3, n, &[Term::int8(&rows, &weight)], Out::set(&mut y, n));
         assert!(y[..n].iter().chain(&y[2 * n..]).all(|v| v.is_nan()));

@@ -5,6 +5,7 @@
 //! sequences being laid end to end. No operation allocates in a steady state: scratch memory is kept per thread and reused.
 
 pub mod attention;
+pub mod bf16;
 pub mod cross_entropy;
 pub mod embedding;
 pub mod gemm;

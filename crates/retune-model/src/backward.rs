@@ -87,7 +87,7 @@ impl Model {
     ) -> f64 {
         let (d, v) = (self.config.hidden_size, self.config.vocab_size);
         let last = workspace.input(self.layers.len(), backward);
-        let block = Workspace::head_rows(self, pass.labels.len());
+        let block = Workspace::head_rows(self, self.head.int8.is_some(), pass.labels.len());
         let Workspace { x, temporary, head, losses, .. } = workspace;
         losses.resize(pass.labels.len(), 0.0);
         if backward {
@@ -127,22 +127,25 @@ impl Model {
         let below = self.norm.is_trainable() || self.lowest_trainable_layer().is_some();
         grow(&mut head.dnorm, rows * d);
         grow(&mut head.drows, rows * d);
-        let HeadBuffers { rows: inputs, norm, dnorm, drows, logits, targets, u } = head;
+        let HeadBuffers { rows: inputs, norm, dnorm, drows, logits, targets, label_gradients, u } = head;
         {
             let _span = span(Operation::Head);
             let logits = &mut logits[..rows * v];
-            // In 8 bits the probabilities alone are quantized: beside the −1 at the label the small ones would all round to 0.
-            let exact_labels = self.head.int8.is_some();
+            // In 8 bits the label's own gradient, p − 1, is kept apart and exact: beside it small probabilities would round to 0, and where p
+            // is close to 1 it would cancel against a rounded weight, the same way at every step.
+            let measured = temporary.linear.calibration.is_some();
+            let exact_labels = self.head.int8.is_some() || measured && !self.head.is_trainable();
             if exact_labels {
-                let targets = logits.chunks_exact_mut(v).zip(&*targets);
-                targets.for_each(|(row, &target)| row[target as usize] += 1.0);
+                grow(label_gradients, rows);
+                let labels = logits.chunks_exact_mut(v).zip(&*targets).zip(&mut *label_gradients);
+                labels.for_each(|((row, &target), gradient)| *gradient = std::mem::take(&mut row[target as usize]));
             }
             let branch = Branch { linear: &self.head, g: logits, u };
             let dx = below.then(|| &mut dnorm[..rows * d]);
             linear::backward(&[branch], params, grads, &norm[..rows * d], None, &mut temporary.linear, dx);
             if exact_labels && below {
                 let weight = self.head.weight.source(params);
-                embedding::subtract_rows(weight.panel(), targets, &mut dnorm[..rows * d]);
+                embedding::add_scaled_rows(weight.panel(), targets, label_gradients, &mut dnorm[..rows * d]);
             }
         }
         if !below {
@@ -174,8 +177,12 @@ impl Model {
         let embedding_range = self.embedding.range();
         for (l, layer) in self.layers.iter().enumerate().skip(lowest).rev() {
             let (input, saved) = (workspace.input(l, true), workspace.saved(l, true));
+            {
+                let _span = span(Operation::SavedActivations);
+                workspace.restore_rounded(l, input, saved, tokens * d, tokens);
+            }
             let Workspace { x, layers, temporary, rope, keep, .. } = workspace;
-            let context = Context { model: self, params, positions: &pass.positions, rope, dropout };
+            let context = Context { model: self, params, positions: &pass.positions, rope, dropout, rounds: false };
             let x = &x[input][..tokens * d];
             if *keep == Keep::Inputs {
                 layer.forward(&context, x, &mut layers[saved], temporary, None, None);
@@ -195,11 +202,9 @@ impl Model {
         let d = self.config.hidden_size;
         let layers = if workspace.keep == Keep::Nothing { 0 } else { self.layers.len() + 1 };
         for l in 0..layers {
-            let rows = workspace.x[l].chunks_exact(d).take(pass.tokens());
-            for (token, row) in rows.enumerate() {
-                if row.iter().any(|v| !v.is_finite()) {
-                    return Some((l, pass.sequence_of(token).map_or(0, |s| s.row)));
-                }
+            let token = (0..pass.tokens()).find(|t| !workspace.input_is_finite(l, t * d..(t + 1) * d));
+            if let Some(token) = token {
+                return Some((l, pass.sequence_of(token).map_or(0, |s| s.row)));
             }
         }
         None
@@ -218,7 +223,7 @@ impl Layer {
         temporary: &mut Temporary,
         needs_input: bool,
     ) {
-        let Context { model, params, positions, rope, ref dropout } = *context;
+        let Context { model, params, positions, rope, ref dropout, .. } = *context;
         let c = &model.config;
         let (d, f, tokens, eps) = (c.hidden_size, c.intermediate_size, positions.len(), c.rms_norm_eps);
         let (wide, narrow) = (c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim);

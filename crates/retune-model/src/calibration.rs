@@ -2,8 +2,8 @@
 //!
 //! One pass in f32 shows each frozen linear its input and the gradient of its output. From the input's largest value in each channel, and
 //! the weight's, come factors that move the range of outlier channels into the weight (Xiao et al. 2022, SmoothQuant, equation 4). That helps
-//! the forward, and harms the backward, which has no such outliers but the same weight; so of a few exponents, no smoothing among them,
-//! the one is taken whose larger error of the two is smallest. A linear whose error is over the limit all the same stays in f32.
+//! the forward, and harms the backward, which has no such outliers but the same weight. The largest channels can be multiplied in f32
+//! instead, which harms nothing but costs time. Of a few combinations the one is taken whose larger error of the two is smallest. A linear whose error is over the limit all the same stays in f32.
 //! Nothing is timed, so that a run decides the same again.
 
 use std::collections::BTreeMap;
@@ -27,8 +27,8 @@ use crate::workspace::{Keep, Workspace};
 
 /// The largest relative error, forward or backward, of a linear that is computed in 8 bits when it is ours to choose.
 pub const ERROR_LIMIT: f64 = 0.06;
-/// Exponents tried; 0 is no smoothing.
-const EXPONENTS: [f32; 4] = [0.0, 0.3, 0.5, 0.7];
+/// What is tried: an exponent, 0 for no smoothing, and a number of outlier channels.
+const TRIED: [(f32, usize); 4] = [(0.0, 0), (0.5, 0), (0.0, 16), (0.3, 16)];
 /// Rows of a pass on which errors are measured.
 const SAMPLE: usize = 64;
 /// Factors beyond this say nothing but that a channel is dead.
@@ -46,6 +46,8 @@ pub struct Choice {
     pub int8: bool,
     /// SmoothQuant's exponent; 0 for no smoothing.
     pub exponent: f32,
+    /// Input channels multiplied in f32.
+    pub outliers: Vec<u32>,
     /// Relative error of the output in 8 bits, and of the input's gradient where it was computed.
     pub forward_error: f64,
     pub backward_error: Option<f64>,
@@ -77,15 +79,17 @@ impl Calibration {
         gemm(m, n, &[Term::new(k, MatRef::rows(&rows, k), Rhs::Transposed(matrix))], Out::set(&mut expected, n));
         let (inputs, weights) = (column_maxima(&F32Panel::new(x, k)), column_maxima(matrix));
         let mut quantized = Int8Rows::default();
-        let candidate = |exponent: f32| {
+        let candidate = |(exponent, count): (f32, usize)| {
+            let outliers = largest(&inputs, count);
             let factors = (exponent > 0.0).then(|| smoothing(&inputs, &weights, exponent));
-            let weight = Int8Matrix::new(matrix, factors.as_deref());
-            quantized.quantize(&rows, k, weight.input_factors());
+            let weight = Int8Matrix::new(matrix, factors.as_deref(), &outliers);
+            quantized.quantize_input(&rows, &weight);
             gemm(m, n, &[Term::int8(&quantized, &weight)], Out::set(&mut y, n));
-            let forward_error = relative_error(&y, &expected);
-            Choice { name: linear.name.clone(), int8: true, exponent, forward_error, backward_error: None, factors }
+            let forward_error = relative_error(&y, &expected, n);
+            let name = linear.name.clone();
+            Choice { name, int8: true, exponent, outliers, forward_error, backward_error: None, factors }
         };
-        self.linears.insert(linear.name.clone(), EXPONENTS.into_iter().map(candidate).collect());
+        self.linears.insert(linear.name.clone(), TRIED.into_iter().map(candidate).collect());
     }
 
     /// Measures a linear on the gradient `g: [T, out]` of its output.
@@ -100,19 +104,18 @@ impl Calibration {
         gemm(m, k, &[Term::new(n, MatRef::rows(&rows, n), Rhs::Plain(matrix))], Out::set(&mut expected, k));
         let mut quantized = Int8Rows::default();
         for choice in candidates {
-            let weight = Int8Matrix::new(matrix, choice.factors.as_deref());
-            quantized.quantize(&rows, n, Some(weight.gradient_factors()));
+            let weight = Int8Matrix::new(matrix, choice.factors.as_deref(), &choice.outliers);
+            quantized.quantize_gradient(&rows, &weight, linear.gradient_rounding);
             gemm(m, k, &[Term::int8_plain(&quantized, &weight)], Out::set(&mut dx, k));
-            choice.backward_error = Some(relative_error(&dx, &expected));
+            choice.backward_error = Some(relative_error(&dx, &expected, k));
         }
     }
 }
 
 impl Choice {
-    /// The larger error of the two directions. What is not a number is larger than all.
+    /// The larger error of the two directions.
     fn error(&self) -> f64 {
-        let backward = self.backward_error.unwrap_or(0.0);
-        if self.forward_error >= backward { self.forward_error } else { backward }
+        self.forward_error.max(self.backward_error.unwrap_or(0.0))
     }
 }
 
@@ -121,6 +124,18 @@ fn sample(x: &[f32], width: usize) -> Vec<f32> {
     let rows = x.len() / width;
     let taken = rows.min(SAMPLE);
     (0..taken).flat_map(|i| &x[i * rows / taken * width..][..width]).copied().collect()
+}
+
+/// The channels with the largest values, in ascending order; none where that would be most of them.
+fn largest(inputs: &[f32], count: usize) -> Vec<u32> {
+    let mut channels: Vec<u32> = (0..inputs.len() as u32).collect();
+    if 8 * count > channels.len() {
+        return Vec::new();
+    }
+    channels.sort_by(|&a, &b| inputs[b as usize].total_cmp(&inputs[a as usize]));
+    channels.truncate(count);
+    channels.sort_unstable();
+    channels
 }
 
 /// SmoothQuant's factors for the input: `max|w|^(1 − exponent) / max|x|^exponent` for each channel.
@@ -132,13 +147,21 @@ fn smoothing(inputs: &[f32], weights: &[f32], exponent: f32) -> Vec<f32> {
     inputs.iter().zip(weights).map(factor).collect()
 }
 
-fn relative_error(a: &[f32], b: &[f32]) -> f64 {
-    let (mut difference, mut norm) = (0.0, 0.0);
-    for (&a, &b) in a.iter().zip(b) {
-        difference += f64::from(a - b).powi(2);
-        norm += f64::from(b).powi(2);
+/// The root mean square over rows of `width` elements of ‖a − b‖ / ‖b‖. By rows, because a single one can be a thousand times as large as
+/// the others (the first token of a sequence often is) and would hide what happens to them. Rows of zeros are left out.
+fn relative_error(a: &[f32], b: &[f32], width: usize) -> f64 {
+    let (mut sum, mut rows) = (0.0, 0);
+    for (a, b) in a.chunks_exact(width).zip(b.chunks_exact(width)) {
+        let norm: f64 = b.iter().map(|&b| f64::from(b).powi(2)).sum();
+        let difference: f64 = a.iter().zip(b).map(|(&a, &b)| f64::from(a - b).powi(2)).sum();
+        if norm != 0.0 {
+            sum += difference / norm;
+            rows += 1;
+        }
     }
-    if norm == 0.0 { difference.sqrt() } else { (difference / norm).sqrt() }
+    let error = (sum / f64::from(rows.max(1))).sqrt();
+    // What is not a number is larger than every limit but none.
+    if error.is_finite() { error } else { f64::MAX }
 }
 
 impl Model {
@@ -176,10 +199,12 @@ impl Model {
             let Some(choice) = choices.iter().find(|choice| choice.name == linear.name) else { return Ok(()) };
             found += 1;
             let Weight::Frozen(matrix) = &linear.weight else { return Ok(()) };
-            if choice.factors.as_ref().is_some_and(|factors| factors.len() != linear.in_features) {
+            let outside = choice.outliers.iter().any(|&channel| channel as usize >= linear.in_features);
+            if outside || choice.factors.as_ref().is_some_and(|factors| factors.len() != linear.in_features) {
                 return Err(Error::Calibration { cause: format!("{} has another number of channels", choice.name) });
             }
-            linear.int8 = choice.int8.then(|| Arc::new(Int8Matrix::new(matrix, choice.factors.as_deref())));
+            linear.int8 =
+                choice.int8.then(|| Arc::new(Int8Matrix::new(matrix, choice.factors.as_deref(), &choice.outliers)));
             Ok(())
         })?;
         match choices.len() - found {

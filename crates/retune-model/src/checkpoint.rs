@@ -204,6 +204,11 @@ impl Checkpoint {
         }
     }
 
+    /// Gives back the memory of the weight files, which are mapped: what is used again is read again.
+    pub fn release(&self) {
+        self.tensors.values().flat_map(|tensor| &tensor.parts).for_each(SharedBytes::release);
+    }
+
     /// Total size of the weight files.
     pub fn file_bytes(&self) -> u64 {
         self.file_bytes

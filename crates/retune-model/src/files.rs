@@ -5,13 +5,31 @@ use std::path::Path;
 use std::sync::Arc;
 
 use memmap2::Mmap;
-use retune_quant::SharedBytes;
+use retune_quant::{ByteOwner, SharedBytes};
 use serde_json::Value;
 
 use crate::error::Error;
 
 /// The largest JSON files in use, shard indexes and tokenizers, stay far below this.
 const MAX_JSON_BYTES: u64 = 256 << 20;
+
+/// A file mapped into memory, read-only.
+struct MappedFile(Mmap);
+
+impl AsRef<[u8]> for MappedFile {
+    fn as_ref(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+impl ByteOwner for MappedFile {
+    fn release(&self) {
+        // SAFETY: pages of a map that is never written are read from the file again when they are next touched.
+        // Advice: where it is not taken the memory just stays in use.
+        #[cfg(unix)]
+        let _ = unsafe { self.0.unchecked_advise(memmap2::UncheckedAdvice::DontNeed) };
+    }
+}
 
 /// Maps a whole file into memory, read-only.
 ///
@@ -25,7 +43,7 @@ pub(crate) fn map_file(path: &Path) -> Result<SharedBytes, Error> {
     // SAFETY: the map is never written through. Should another process change the file meanwhile, the bytes change under us:
     // they are read as numbers, or checked again where they are read as text, and every pattern is a valid number.
     let map = unsafe { Mmap::map(&file) }.map_err(io)?;
-    Ok(SharedBytes::new(Arc::new(map)))
+    Ok(SharedBytes::new(Arc::new(MappedFile(map))))
 }
 
 /// Reads and parses a JSON file. Errors name the file.

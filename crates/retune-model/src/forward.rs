@@ -2,14 +2,14 @@
 
 use retune_kernels::attention::{self, Segment};
 use retune_kernels::gemm::Out;
-use retune_kernels::{embedding, rms_norm, rope, swiglu};
+use retune_kernels::{bf16, embedding, rms_norm, rope, swiglu};
 
 use crate::generate::LayerCache;
 use crate::linear::Dropout;
 use crate::model::{Layer, Model};
 use crate::pass::Pass;
 use crate::profile::{Operation, span};
-use crate::workspace::{LayerSaved, Temporary, Workspace};
+use crate::workspace::{Keep, LayerSaved, Temporary, Workspace};
 
 /// What all layers of a pass share.
 pub(crate) struct Context<'a> {
@@ -18,6 +18,8 @@ pub(crate) struct Context<'a> {
     pub positions: &'a [u32],
     pub rope: &'a rope::Table,
     pub dropout: Option<Dropout<'a>>,
+    /// Whether what is saved will be rounded to bfloat16.
+    pub rounds: bool,
 }
 
 impl Model {
@@ -46,14 +48,19 @@ impl Model {
         for (l, layer) in self.layers.iter().enumerate() {
             let (from, to) = (workspace.input(l, backward), workspace.input(l + 1, backward));
             let saved = workspace.saved(l, backward);
-            let Workspace { x, layers, temporary, rope, .. } = workspace;
-            let context = Context { model: self, params, positions: &pass.positions, rope, dropout };
+            let Workspace { x, layers, temporary, rope, keep, .. } = workspace;
+            let rounds = backward && *keep == Keep::RoundedActivations;
+            let context = Context { model: self, params, positions: &pass.positions, rope, dropout, rounds };
             // Input and output are two different buffers of `x`.
             let mut output = std::mem::take(&mut x[to]);
             let cache = cache.as_mut().map(|c| &mut c[l]);
             let input = &x[from][..tokens * d];
             layer.forward(&context, input, &mut layers[saved], temporary, Some(&mut output[..tokens * d]), cache);
             x[to] = output;
+            if backward {
+                let _span = span(Operation::SavedActivations);
+                workspace.keep_rounded(l, from, saved, tokens * d, tokens);
+            }
         }
     }
 }
@@ -74,7 +81,7 @@ impl Layer {
         output: Option<&mut [f32]>,
         cache: Option<&mut LayerCache>,
     ) {
-        let Context { model, params, positions, rope, ref dropout } = *context;
+        let Context { model, params, positions, rope, ref dropout, rounds } = *context;
         let c = &model.config;
         let (d, f, tokens) = (c.hidden_size, c.intermediate_size, positions.len());
         let (wide, narrow) = (c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim);
@@ -96,6 +103,12 @@ impl Layer {
             let _span = span(Operation::Rope);
             rope::forward(q, positions, rope);
             rope::forward(k, positions, rope);
+        }
+        if rounds {
+            // The backward computes the probabilities again from the kept queries and keys: they must be those that the log-sum-exp is of.
+            let _span = span(Operation::SavedActivations);
+            bf16::round_in_place(q);
+            bf16::round_in_place(k);
         }
         {
             let _span = span(Operation::Attention);

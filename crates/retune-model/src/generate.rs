@@ -1,5 +1,7 @@
 //! Generation with a key/value cache, greedy or sampled.
 
+use retune_adapter::random;
+
 use crate::model::Model;
 use crate::pass::Pass;
 use crate::workspace::{Keep, Workspace};
@@ -107,8 +109,8 @@ impl<'a> Generation<'a> {
             kept >= f64::from(top_p) * total
         });
         self.order.truncate(enough.map_or(self.order.len(), |i| i + 1));
-        self.drawn += 1;
         let mut left = uniform(seed, self.drawn) * kept.min(total);
+        self.drawn += 1;
         for id in &self.order {
             left -= weight(id);
             if left <= 0.0 {
@@ -147,10 +149,7 @@ impl<'a> Generation<'a> {
     }
 }
 
-/// The `n`-th uniform number in [0, 1) of a seed (splitmix64).
-fn uniform(seed: u64, n: u64) -> f64 {
-    let mut z = seed.wrapping_add(n.wrapping_mul(0x9E37_79B9_7F4A_7C15));
-    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-    ((z ^ (z >> 31)) >> 11) as f64 / (1u64 << 53) as f64
+/// The uniform number in [0, 1) at a place of a seed's stream.
+fn uniform(seed: u64, index: u64) -> f64 {
+    (random::at(seed, index) >> 11) as f64 / (1u64 << 53) as f64
 }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use arrayvec::ArrayVec;
 use retune_adapter::dropout::{self, DropoutKey};
 use retune_kernels::gemm::{MatRef, Out, Rhs, Term, gemm};
-use retune_kernels::int8::{Int8Matrix, Int8Rows};
+use retune_kernels::int8::{Int8Matrix, Int8Rows, Rounding};
 use retune_kernels::{matvec, vector};
 
 use crate::calibration::Calibration;
@@ -45,6 +45,8 @@ pub struct Linear {
     pub lora: Option<Lora>,
     /// The frozen weight in 8 bits, where products are computed with that.
     pub int8: Option<Arc<Int8Matrix>>,
+    /// How the gradient of its output is rounded there.
+    pub gradient_rounding: Rounding,
 }
 
 /// What a step's dropout masks depend on beside the module and the element.
@@ -142,7 +144,7 @@ impl Linear {
         let mut terms = ArrayVec::<Term, 2>::new();
         if let Some(weight) = &self.int8 {
             let _span = span(Operation::Quantize);
-            quantized.quantize(x, k, weight.input_factors());
+            quantized.quantize_input(x, weight);
             terms.push(Term::int8(quantized, weight));
         } else if tokens <= matvec::MAX_ROWS {
             let _span = span(Operation::Linear);
@@ -253,7 +255,7 @@ pub fn input_gradient(
         }
         if let Some(weight) = &linear.int8 {
             let _span = span(Operation::Quantize);
-            rows.quantize(g, linear.out_features, Some(weight.gradient_factors()));
+            rows.quantize_gradient(g, weight, linear.gradient_rounding);
         }
     }
     let _span = span(Operation::Linear);

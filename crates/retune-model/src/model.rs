@@ -5,6 +5,7 @@ use retune_adapter::{InitLoraWeights, init_lora};
 use retune_adapter::{dropout, names};
 use retune_kernels::PanelSource;
 use retune_kernels::attention::Heads;
+use retune_kernels::int8::Rounding;
 use retune_quant::Matrix;
 
 use crate::adapter::AdapterPlan;
@@ -182,7 +183,16 @@ impl Builder<'_> {
             };
             Lora { a, b, r, scaling, dropout, module: dropout::module_key(module) }
         });
-        Ok(Linear { name: module.to_owned(), in_features, out_features, weight, bias, lora, int8: None })
+        Ok(Linear {
+            name: module.to_owned(),
+            in_features,
+            out_features,
+            weight,
+            bias,
+            lora,
+            int8: None,
+            gradient_rounding: Rounding::Nearest,
+        })
     }
 }
 
@@ -211,7 +221,7 @@ impl Model {
             });
         }
         let norm = b.norm("model.norm")?;
-        let head = if config.tie_word_embeddings {
+        let mut head = if config.tie_word_embeddings {
             let weight = match trainable {
                 // peft trains a copy of a saved module and leaves its twin as it was.
                 Trainable::Adapter(_) => Weight::Frozen(checkpoint.tensor("model.embed_tokens.weight")?),
@@ -221,6 +231,8 @@ impl Model {
         } else {
             b.linear("lm_head")?
         };
+        // The gradient of the logits is a vocabulary of small probabilities.
+        head.gradient_rounding = Rounding::Stochastic;
         let heads = Heads {
             queries: config.num_attention_heads,
             keys: config.num_key_value_heads,

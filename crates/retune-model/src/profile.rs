@@ -17,11 +17,12 @@ pub enum Operation {
     AttentionBackward,
     Activation,
     Head,
+    SavedActivations,
     Optimizer,
 }
 
 /// All kinds, with the names they are reported under.
-pub const OPERATIONS: [(Operation, &str); 12] = [
+pub const OPERATIONS: [(Operation, &str); 13] = [
     (Operation::Linear, "linear"),
     (Operation::Quantize, "quantize"),
     (Operation::LowRank, "low_rank"),
@@ -33,6 +34,7 @@ pub const OPERATIONS: [(Operation, &str); 12] = [
     (Operation::Norm, "norm"),
     (Operation::Rope, "rope"),
     (Operation::Embedding, "embedding"),
+    (Operation::SavedActivations, "saved_activations"),
     (Operation::Optimizer, "optimizer"),
 ];
 

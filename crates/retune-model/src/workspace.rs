@@ -2,20 +2,23 @@
 //! reused, so a steady step allocates nothing.
 
 use retune_kernels::attention::Segment;
-use retune_kernels::rope;
+use retune_kernels::{bf16, rope};
 
 use crate::linear::LinearScratch;
 use crate::model::Model;
 
-/// Most bytes of logits that exist at once: the head works through the label tokens in blocks of rows. Each block reads and packs the
-/// whole head, so blocks are as large as that allows.
+/// Most bytes of logits that exist at once: the head works through the label tokens in blocks of rows. In f32 each block decodes and packs
+/// the whole head, so blocks are large; in 8 bits the head lies ready, so they stay in the cache.
 const LOGITS_BYTES: usize = 104 << 20;
+const INT8_LOGITS_BYTES: usize = 26 << 20;
 
 /// What is kept of each layer's activations.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Keep {
     /// All that the backward reads.
     Activations,
+    /// The same, rounded to bfloat16.
+    RoundedActivations,
     /// The layer's input alone; the backward reruns the layer (`activation_checkpointing: layer`).
     Inputs,
     /// Nothing: for evaluation and generation.
@@ -44,6 +47,67 @@ pub struct LayerSaved {
     pub up: Vec<f32>,
     /// The adapters' inputs projected by A, `[T, r]`, in the order of [`crate::model::Layer::linears`].
     pub u: [Vec<f32>; 7],
+}
+
+impl LayerSaved {
+    /// What may be rounded: all but the log-sum-exp, of which an exponential is taken.
+    fn roundable(&mut self) -> impl Iterator<Item = &mut Vec<f32>> {
+        let Self { q, k, v, attention, residual, gate, up, u, lse: _ } = self;
+        [q, k, v, attention, residual, gate, up].into_iter().chain(u)
+    }
+}
+
+/// A layer's input and what it saved, rounded to bfloat16.
+#[derive(Default)]
+pub struct RoundedLayer {
+    /// The input, then the tensors of [`LayerSaved::roundable`].
+    values: Vec<u16>,
+    lse: Vec<f32>,
+}
+
+impl RoundedLayer {
+    /// Rounds the layer's input `x` and what it saved; of each buffer the part that a pass of `tokens` out of the `most` it was grown
+    /// for uses.
+    pub(crate) fn keep(&mut self, x: &[f32], saved: &mut LayerSaved, tokens: usize, most: usize) {
+        let part = |len: usize| len / most.max(1) * tokens;
+        // Enough for the largest pass at once: growing with each larger one would leave holes in the heap.
+        let needed = x.len() / tokens.max(1) * most + saved.roundable().map(|v| v.len()).sum::<usize>();
+        if self.values.len() < needed {
+            self.values = Vec::new();
+            self.values = vec![0; needed];
+        }
+        grow(&mut self.lse, saved.lse.len());
+        let lse = &saved.lse[..part(saved.lse.len())];
+        self.lse[..lse.len()].copy_from_slice(lse);
+        let (first, mut rest) = self.values.split_at_mut(x.len());
+        bf16::round(x, first);
+        for from in saved.roundable() {
+            let n = part(from.len());
+            let (to, others) = rest.split_at_mut(n);
+            bf16::round(&from[..n], to);
+            rest = others;
+        }
+    }
+
+    /// Puts back what was kept.
+    pub(crate) fn restore(&self, x: &mut [f32], saved: &mut LayerSaved, tokens: usize, most: usize) {
+        let part = |len: usize| len / most.max(1) * tokens;
+        let n = part(saved.lse.len());
+        saved.lse[..n].copy_from_slice(&self.lse[..n]);
+        let (first, mut rest) = self.values.split_at(x.len());
+        bf16::widen(first, x);
+        for to in saved.roundable() {
+            let n = part(to.len());
+            let (from, others) = rest.split_at(n);
+            bf16::widen(from, &mut to[..n]);
+            rest = others;
+        }
+    }
+
+    /// Whether `range` of the layer's input is finite.
+    pub(crate) fn input_is_finite(&self, range: std::ops::Range<usize>) -> bool {
+        self.values[range].iter().all(|&v| bf16::is_finite(v))
+    }
 }
 
 /// Buffers that hold nothing between layers.
@@ -82,6 +146,8 @@ pub struct HeadBuffers {
     /// `[R, V]`
     pub logits: Vec<f32>,
     pub targets: Vec<u32>,
+    /// The gradient of each label's own logit, `[R]`, in 8 bits.
+    pub label_gradients: Vec<f32>,
     /// The adapter's projection, where the head has one, `[R, r]`.
     pub u: Vec<f32>,
 }
@@ -89,9 +155,12 @@ pub struct HeadBuffers {
 /// Everything a pass works in.
 pub struct Workspace {
     pub keep: Keep,
-    /// Inputs of the layers and the output of the last, `[T, D]` each; two in turn when nothing is kept.
+    /// Inputs of the layers and the output of the last, `[T, D]` each; two in turn when they are not kept, or kept rounded.
     pub x: Vec<Vec<f32>>,
     pub layers: Vec<LayerSaved>,
+    pub rounded: Vec<RoundedLayer>,
+    /// Tokens of the largest pass so far.
+    most_tokens: usize,
     pub temporary: Temporary,
     pub head: HeadBuffers,
     pub rope: rope::Table,
@@ -111,16 +180,26 @@ pub(crate) fn grow(buffer: &mut Vec<f32>, len: usize) {
 impl Workspace {
     /// An empty workspace; it grows to the largest pass it sees.
     pub fn new(model: &Model, keep: Keep) -> Self {
+        Self::for_passes(model, keep, 0)
+    }
+
+    /// A workspace that is made for passes of `tokens` tokens when the first one comes.
+    pub fn for_passes(model: &Model, keep: Keep, tokens: usize) -> Self {
         let layers = model.layers.len();
         let (inputs, saved) = match keep {
             Keep::Activations => (layers + 1, layers),
             Keep::Inputs => (layers + 1, 1),
+            // The last layer's output is kept beside the two.
+            Keep::RoundedActivations => (3, 1),
             Keep::Nothing => (2, 1),
         };
+        let rounded = if keep == Keep::RoundedActivations { layers } else { 0 };
         Self {
             keep,
             x: (0..inputs).map(|_| Vec::new()).collect(),
             layers: (0..saved).map(|_| LayerSaved::default()).collect(),
+            rounded: (0..rounded).map(|_| RoundedLayer::default()).collect(),
+            most_tokens: tokens,
             temporary: Temporary::default(),
             head: HeadBuffers::default(),
             rope: rope::Table::new(model.config.rope.inverse_frequencies(model.config.head_dim)),
@@ -129,14 +208,19 @@ impl Workspace {
     }
 
     /// Rows of logits that exist at once in a pass of `labels` labels: blocks of equal size.
-    pub fn head_rows(model: &Model, labels: usize) -> usize {
-        let most = (LOGITS_BYTES / (4 * model.config.vocab_size)).max(16);
+    pub fn head_rows(model: &Model, int8: bool, labels: usize) -> usize {
+        let bytes = if int8 { INT8_LOGITS_BYTES } else { LOGITS_BYTES };
+        let most = (bytes / (4 * model.config.vocab_size)).max(16);
         labels.div_ceil(labels.div_ceil(most).max(1)).max(1)
     }
 
     /// Where the input of layer `l` is kept in a pass that will (`backward`) or will not be followed by its backward.
     pub(crate) fn input(&self, l: usize, backward: bool) -> usize {
-        if backward && self.keep != Keep::Nothing { l } else { l % 2 }
+        match self.keep {
+            Keep::Activations | Keep::Inputs if backward => l,
+            Keep::RoundedActivations if backward && l == self.rounded.len() => 2,
+            _ => l % 2,
+        }
     }
 
     /// Where what layer `l` saves is kept.
@@ -144,14 +228,40 @@ impl Workspace {
         if backward && self.keep == Keep::Activations { l } else { 0 }
     }
 
+    /// Keeps what layer `l` read and saved, where that is kept rounded.
+    pub(crate) fn keep_rounded(&mut self, l: usize, input: usize, saved: usize, values: usize, tokens: usize) {
+        if let Some(rounded) = self.rounded.get_mut(l) {
+            rounded.keep(&self.x[input][..values], &mut self.layers[saved], tokens, self.most_tokens);
+        }
+    }
+
+    /// Puts it back in place for the layer's backward.
+    pub(crate) fn restore_rounded(&mut self, l: usize, input: usize, saved: usize, values: usize, tokens: usize) {
+        if let Some(rounded) = self.rounded.get(l) {
+            rounded.restore(&mut self.x[input][..values], &mut self.layers[saved], tokens, self.most_tokens);
+        }
+    }
+
+    /// Whether `range` of the input of layer `l` of the last pass with a backward is finite; the number of layers stands for the output of
+    /// the last.
+    pub(crate) fn input_is_finite(&self, l: usize, range: std::ops::Range<usize>) -> bool {
+        match self.rounded.get(l) {
+            Some(rounded) => rounded.input_is_finite(range),
+            None => self.x[self.input(l, true)][range].iter().all(|v| v.is_finite()),
+        }
+    }
+
     /// Makes every buffer hold a pass of `tokens` tokens up to `positions` long.
     pub(crate) fn reserve(&mut self, model: &Model, tokens: usize, positions: usize, backward: bool) {
         let c = &model.config;
         let (q, k) = (c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim);
         self.rope.grow(positions);
+        let tokens = tokens.max(self.most_tokens);
+        self.most_tokens = tokens;
         let (inputs, saved) = match (backward, self.keep) {
             (true, Keep::Activations) => (self.x.len(), self.layers.len()),
             (true, Keep::Inputs) => (self.x.len(), 1),
+            (true, Keep::RoundedActivations) => (3, 1),
             _ => (2, 1),
         };
         self.x[..inputs].iter_mut().for_each(|x| grow(x, tokens * c.hidden_size));
@@ -184,24 +294,29 @@ impl Workspace {
     }
 
     /// Bytes that a training pass of `tokens` tokens with `labels` label tokens will make the workspace take: the plan shown before
-    /// training. Scratch memory of the kernels is included.
-    pub fn planned_bytes(model: &Model, keep: Keep, tokens: usize, labels: usize) -> usize {
+    /// training. `int8` says whether the base will be computed in 8 bits. Scratch memory of the kernels is included.
+    pub fn planned_bytes(model: &Model, keep: Keep, int8: bool, tokens: usize, labels: usize) -> usize {
         let c = &model.config;
         let (q, k) = (c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim);
         let (d, f) = (c.hidden_size, c.intermediate_size);
         let ranks: usize = model.layers.iter().map(|l| l.linears().iter().map(|l| l.rank()).sum::<usize>()).sum();
-        let per_layer = 2 * q + 2 * k + c.num_attention_heads + d + 2 * f;
-        let layers = model.layers.len();
+        let per_layer = 2 * q + 2 * k + d + 2 * f;
+        let (heads, layers) = (c.num_attention_heads, model.layers.len());
+        let one = per_layer + heads + ranks / layers.max(1);
+        // Counted in halves of four bytes.
         let saved = match keep {
-            Keep::Activations => layers * per_layer + ranks,
-            Keep::Inputs | Keep::Nothing => per_layer + ranks / layers.max(1),
+            Keep::Activations => 2 * (layers * (per_layer + heads + d) + ranks + d),
+            Keep::RoundedActivations => layers * (per_layer + d + 2 * heads) + ranks + 2 * (one + 3 * d),
+            Keep::Inputs => 2 * (one + (layers + 1) * d),
+            Keep::Nothing => 2 * (one + 2 * d),
         };
-        let inputs = if keep == Keep::Nothing { 2 } else { layers + 1 };
         let temporary = 3 * d + f + 2 * q + 2 * k;
         let attention = 2 * q;
-        let rows = Self::head_rows(model, labels);
+        let rows = Self::head_rows(model, int8, labels);
         let head = rows * (4 * d + c.vocab_size);
+        // In 8 bits the head's gradient is quantized beside the logits.
+        let quantized = if int8 { rows * c.vocab_size / 4 } else { 0 };
         let packing = 3 << 20;
-        4 * (tokens * (saved + inputs * d + temporary + attention) + head + packing)
+        2 * tokens * saved + 4 * (tokens * (temporary + attention) + head + quantized + packing)
     }
 }

@@ -4,16 +4,24 @@ use std::fmt;
 use std::ops::{Deref, Range};
 use std::sync::Arc;
 
+/// What owns bytes; its `as_ref` must give the same bytes each time.
+pub trait ByteOwner: AsRef<[u8]> + Send + Sync {
+    /// Gives back memory whose contents can be had again, from a file.
+    fn release(&self) {}
+}
+
+impl ByteOwner for Vec<u8> {}
+
 /// Read-only bytes and a share in whatever owns them. Cloning and slicing copy nothing.
 #[derive(Clone)]
 pub struct SharedBytes {
-    owner: Arc<dyn AsRef<[u8]> + Send + Sync>,
+    owner: Arc<dyn ByteOwner>,
     range: Range<usize>,
 }
 
 impl SharedBytes {
-    /// All bytes of `owner`, whose `as_ref` must give the same bytes each time.
-    pub fn new(owner: Arc<dyn AsRef<[u8]> + Send + Sync>) -> Self {
+    /// All bytes of `owner`.
+    pub fn new(owner: Arc<dyn ByteOwner>) -> Self {
         let all: &[u8] = (*owner).as_ref();
         let range = 0..all.len();
         Self { owner, range }
@@ -31,6 +39,11 @@ impl SharedBytes {
         } else {
             Self::from_vec(values.into_iter().flat_map(f32::to_le_bytes).collect())
         }
+    }
+
+    /// Gives back the memory of all of the owner's bytes, where they can be read again.
+    pub fn release(&self) {
+        self.owner.release();
     }
 
     /// The part `range` of these bytes, or `None` where they do not reach so far.
@@ -67,6 +80,8 @@ pub(crate) fn as_f32(bytes: &[u8]) -> Option<&[f32]> {
 
 /// A vector of f32 seen as its bytes.
 struct F32Bytes(Vec<f32>);
+
+impl ByteOwner for F32Bytes {}
 
 impl AsRef<[u8]> for F32Bytes {
     fn as_ref(&self) -> &[u8] {

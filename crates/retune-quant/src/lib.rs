@@ -11,7 +11,7 @@ mod format;
 mod four_bit;
 mod matrix;
 
-pub use bytes::SharedBytes;
+pub use bytes::{ByteOwner, SharedBytes};
 pub use error::Error;
 pub use format::Format;
 pub use four_bit::{FourBit, QuantType, nested_absmax};

@@ -21,8 +21,6 @@ use crate::schedule::SchedulerType;
 const LORA_LEARNING_RATE: f64 = 2e-4;
 /// The peak learning rate of full fine-tuning where none is given; it needs about a tenth of LoRA's.
 const FULL_LEARNING_RATE: f64 = 2e-5;
-/// Tokens of a pass where none are given, unless a row may be longer.
-const TOKENS_PER_PASS: usize = 1024;
 /// More threads or tokens than any machine or model has: what is above is a slip.
 pub const MOST_THREADS: usize = 4096;
 const MOST_TOKENS: usize = 1 << 24;
@@ -183,8 +181,11 @@ pub struct RawTrainingConfig {
     pub save_total_limit: usize,
     /// The seed of everything random: initial weights, order of the rows, the held-out part, dropout.
     pub seed: u64,
-    /// Tokens computed at once; memory grows with it, the result does not depend on it beyond rounding. 1024 when absent, or `data.max_length` if that is more.
+    /// Tokens computed at once; memory grows with it, the result does not depend on it beyond rounding. When absent 512 where the base is
+    /// computed in int8 and 1280 in f32, fewer where activations would take more than 2 GB, and always enough for the longest row.
     pub tokens_per_pass: Option<usize>,
+    /// How activations are kept from the forward to the backward pass.
+    pub saved_activations: SavedActivations,
     /// What is computed anew in the backward pass to save memory.
     pub activation_checkpointing: ActivationCheckpointing,
 }
@@ -210,9 +211,23 @@ impl Default for RawTrainingConfig {
             save_total_limit: 2,
             seed: 42,
             tokens_per_pass: None,
+            saved_activations: SavedActivations::Auto,
             activation_checkpointing: ActivationCheckpointing::None,
         }
     }
+}
+
+/// How activations are kept from the forward to the backward pass.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum SavedActivations {
+    /// bf16 where the base is computed in int8, f32 elsewhere.
+    #[default]
+    Auto,
+    /// As they were computed.
+    F32,
+    /// Rounded, in half the memory.
+    Bf16,
 }
 
 /// What is computed anew in the backward pass to save memory.
@@ -261,7 +276,9 @@ pub struct TrainingConfig {
     pub save_steps: usize,
     pub save_total_limit: usize,
     pub seed: u64,
-    pub tokens_per_pass: usize,
+    /// `None` where it depends on the model ([`crate::trainer::Passes`]).
+    pub tokens_per_pass: Option<usize>,
+    pub saved_activations: SavedActivations,
     pub activation_checkpointing: ActivationCheckpointing,
 }
 
@@ -392,24 +409,19 @@ impl RawTrainingConfig {
             Method::Lora => LORA_LEARNING_RATE,
             Method::Full => FULL_LEARNING_RATE,
         });
-        let tokens_per_pass = self.tokens_per_pass.unwrap_or(TOKENS_PER_PASS.max(data.max_length));
         self.check_steps()?;
         self.check_optimizer(learning_rate)?;
         let key = "training.tokens_per_pass";
-        require(
-            tokens_per_pass <= MOST_TOKENS,
-            key,
-            tokens_per_pass,
-            &format!("at most {MOST_TOKENS}"),
-            "1024 is usual",
-        )?;
-        require(
-            tokens_per_pass >= data.max_length,
-            key,
-            tokens_per_pass,
-            &format!("at least data.max_length, which is {}", data.max_length),
-            "A row is computed in one pass: raise it or lower data.max_length",
-        )?;
+        if let Some(tokens) = self.tokens_per_pass {
+            require(tokens <= MOST_TOKENS, key, tokens, &format!("at most {MOST_TOKENS}"), "1024 is usual")?;
+            require(
+                tokens >= data.max_length,
+                key,
+                tokens,
+                &format!("at least data.max_length, which is {}", data.max_length),
+                "A row is computed in one pass: raise it or lower data.max_length",
+            )?;
+        }
         Ok(TrainingConfig {
             epochs: self.epochs,
             max_steps: self.max_steps,
@@ -428,7 +440,8 @@ impl RawTrainingConfig {
             save_steps: self.save_steps,
             save_total_limit: self.save_total_limit,
             seed: self.seed,
-            tokens_per_pass,
+            tokens_per_pass: self.tokens_per_pass,
+            saved_activations: self.saved_activations,
             activation_checkpointing: self.activation_checkpointing,
         })
     }
@@ -577,7 +590,7 @@ mod tests {
         assert_eq!((training.adam_beta1, training.adam_beta2, training.adam_epsilon), (0.9, 0.999, 1e-8));
         assert_eq!((training.max_grad_norm, training.eval_steps), (1.0, None));
         assert_eq!((training.save_steps, training.save_total_limit, training.seed), (50, 2, 42));
-        assert_eq!((training.gradient_accumulation_steps, training.tokens_per_pass), (1, 1024));
+        assert_eq!((training.gradient_accumulation_steps, training.tokens_per_pass), (1, None));
         assert_eq!(training.activation_checkpointing, ActivationCheckpointing::None);
     }
 
@@ -611,7 +624,7 @@ threads: 2
         assert_eq!((adapter.r, adapter.lora_alpha), (8, 16.0));
         assert_eq!(config.data.columns.completion.as_deref(), Some("answer"));
         assert_eq!((config.training.epochs, config.training.learning_rate), (0.5, 1e-3));
-        assert_eq!(config.training.tokens_per_pass, 2048, "a pass holds the longest row");
+        assert_eq!(config.training.tokens_per_pass, None);
         assert_eq!((config.data.overlong, config.threads), (Overlong::Drop, Some(2)));
     }
 

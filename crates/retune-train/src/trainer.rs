@@ -12,9 +12,46 @@ use retune_model::workspace::{Keep, Workspace};
 use crate::data::{Example, batches, order, steps_per_epoch};
 use crate::error::Error;
 use crate::optimizer::{AdamW, AdamWOptions};
-use crate::run_config::{ActivationCheckpointing, TrainingConfig};
+use crate::run_config::{ActivationCheckpointing, SavedActivations, TrainingConfig};
 use crate::schedule::{self, Schedule};
 use crate::state::{self, Progress};
+
+/// Tokens of a pass in f32 where none are given: a larger one decodes and packs the weights less often.
+const TOKENS_PER_PASS: usize = 1280;
+/// The same in 8 bits, where weights lie ready: a smaller one stays in the cache.
+const INT8_TOKENS_PER_PASS: usize = 512;
+/// Planned bytes of activations above which passes are made smaller.
+const MOST_ACTIVATIONS: usize = 2 << 30;
+
+/// In what pieces a run computes, and what it keeps of each. It follows from the configuration, the model and the longest row by fixed rules,
+/// so that a resumed run computes alike.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Passes {
+    /// Tokens of a pass at most.
+    pub tokens: usize,
+    pub keep: Keep,
+}
+
+impl Passes {
+    /// Resolves what the configuration leaves open. `int8` says whether the base is computed in 8 bits.
+    pub fn resolve(config: &TrainingConfig, model: &Model, int8: bool, longest: usize) -> Self {
+        let rounded = match config.saved_activations {
+            SavedActivations::Auto => int8,
+            SavedActivations::F32 => false,
+            SavedActivations::Bf16 => true,
+        };
+        let keep = match config.activation_checkpointing {
+            ActivationCheckpointing::Layer => Keep::Inputs,
+            ActivationCheckpointing::None if rounded => Keep::RoundedActivations,
+            ActivationCheckpointing::None => Keep::Activations,
+        };
+        let mut tokens = if int8 { INT8_TOKENS_PER_PASS } else { TOKENS_PER_PASS };
+        while tokens > longest && Workspace::planned_bytes(model, keep, int8, tokens, tokens) > MOST_ACTIVATIONS {
+            tokens /= 2;
+        }
+        Self { tokens: config.tokens_per_pass.unwrap_or(tokens).max(longest), keep }
+    }
+}
 
 /// What a step did.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -67,6 +104,7 @@ pub enum Outcome {
 pub struct Trainer<'a> {
     model: &'a Model,
     config: &'a TrainingConfig,
+    passes: Passes,
     shuffle: bool,
     train: &'a [Example],
     eval: &'a [Example],
@@ -83,6 +121,12 @@ pub struct Trainer<'a> {
     pub progress: Progress,
 }
 
+/// Tokens of a step at most.
+fn largest_step(config: &TrainingConfig, train: &[Example]) -> usize {
+    let longest = train.iter().map(|example| example.ids.len()).max().unwrap_or(0);
+    longest * config.batch_size * config.gradient_accumulation_steps
+}
+
 /// Number of optimizer steps of a run over `rows` rows.
 pub fn total_steps(config: &TrainingConfig, rows: usize) -> usize {
     let per_epoch = steps_per_epoch(rows, config.batch_size, config.gradient_accumulation_steps);
@@ -94,6 +138,7 @@ impl<'a> Trainer<'a> {
     pub fn new(
         model: &'a Model,
         config: &'a TrainingConfig,
+        passes: Passes,
         shuffle: bool,
         train: &'a [Example],
         eval: &'a [Example],
@@ -108,20 +153,17 @@ impl<'a> Trainer<'a> {
         let total = total_steps(config, train.len());
         let warmup_steps = schedule::warmup_steps(total, config.warmup_steps, config.warmup_ratio);
         let schedule = Schedule { kind: config.lr_scheduler_type, warmup_steps, total_steps: total };
-        let keep = match config.activation_checkpointing {
-            ActivationCheckpointing::None => Keep::Activations,
-            ActivationCheckpointing::Layer => Keep::Inputs,
-        };
         Self {
             model,
             config,
+            passes,
             shuffle,
             train,
             eval,
             grads: vec![0.0; params.len()],
             optimizer: AdamW::new(options, params.len()),
             params,
-            workspace: Workspace::new(model, keep),
+            workspace: Workspace::for_passes(model, passes.keep, passes.tokens.min(largest_step(config, train))),
             schedule,
             pass: Pass::default(),
             rows: Vec::new(),
@@ -201,7 +243,7 @@ impl<'a> Trainer<'a> {
         let (mut loss, mut tokens, mut label_tokens) = (0.0, 0, 0);
         let mut next = 0;
         while next < self.rows.len() {
-            next = fill_pass(&mut self.pass, self.train, &self.rows, next, self.config.tokens_per_pass);
+            next = fill_pass(&mut self.pass, self.train, &self.rows, next, self.passes.tokens);
             let sequences = &self.pass.sequences;
             let dropout = Dropout { seed: self.config.seed, step: index, sequences };
             let (params, grads) = (&self.params, &mut self.grads);
@@ -216,7 +258,8 @@ impl<'a> Trainer<'a> {
         let divisor = label_tokens.max(1) as f64;
         let gradient_norm = vector::sum_squares(&self.grads).sqrt() / divisor;
         if !gradient_norm.is_finite() {
-            let tensor = self.grads.iter().position(|g| !g.is_finite()).and_then(|i| self.model.layout.at(i));
+            // The backward runs from the last tensor to the first: what comes before the cause is spoilt by it.
+            let tensor = self.grads.iter().rposition(|g| !g.is_finite()).and_then(|i| self.model.layout.at(i));
             let tensor = tensor.map_or_else(|| "the whole gradient".to_owned(), |p| p.name.clone());
             return Err(Error::NonFiniteGradient { step: index + 1, tensor });
         }
@@ -276,7 +319,7 @@ impl<'a> Trainer<'a> {
     }
 
     fn score(&mut self) -> Result<(f64, usize), Error> {
-        let limit = self.config.tokens_per_pass;
+        let limit = self.passes.tokens;
         let (sum, labels) = held_out_loss(self.model, &self.params, self.eval, limit, &mut self.workspace, |_| {})?;
         Ok((sum / labels.max(1) as f64, labels))
     }

@@ -1,16 +1,19 @@
 //! Training stops at a number that is none, says where it came from, and leaves the parameters as they were.
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use retune_adapter::{AdapterFile, InitLoraWeights, names};
 use retune_model::adapter::AdapterPlan;
 use retune_model::checkpoint::Checkpoint;
 use retune_model::model::{Model, Trainable};
+use retune_model::params::Vector;
+use retune_model::pass::Pass;
 use retune_model::workspace::{Keep, Workspace};
 use retune_train::Error;
 use retune_train::data::Example;
 use retune_train::run_config::RunConfig;
-use retune_train::trainer::{Trainer, held_out_loss};
+use retune_train::trainer::{Passes, Trainer, fill_pass, held_out_loss};
 use serde_json::json;
 
 const HIDDEN_SIZE: usize = 32;
@@ -59,10 +62,15 @@ fn whole() -> (Model, Vec<f32>) {
     (model, params)
 }
 
+/// Where a tensor lies in the flat vector.
+fn range(model: &Model, tensor: &str) -> Range<usize> {
+    let param = model.layout.params().iter().find(|param| param.name == tensor);
+    param.unwrap_or_else(|| panic!("{tensor} is not trained")).range.clone()
+}
+
 /// The place of a tensor's element in the flat vector.
 fn place(model: &Model, tensor: &str, element: usize) -> usize {
-    let param = model.layout.params().iter().find(|param| param.name == tensor);
-    param.unwrap_or_else(|| panic!("{tensor} is not trained")).range.start + element
+    range(model, tensor).start + element
 }
 
 fn bits(values: &[f32]) -> Vec<u32> {
@@ -73,7 +81,15 @@ fn bits(values: &[f32]) -> Vec<u32> {
 fn check(model: &Model, params: &[f32], tensor: &str, element: usize, value: f32, layer: &str, row: u64) {
     for checkpointing in ["none", "layer"] {
         let (config, examples) = (config(checkpointing), examples());
-        let mut trainer = Trainer::new(model, &config.training, false, &examples, &[], params.to_vec());
+        let mut trainer = Trainer::new(
+            model,
+            &config.training,
+            Passes::resolve(&config.training, model, false, 60),
+            false,
+            &examples,
+            &[],
+            params.to_vec(),
+        );
         trainer.step().unwrap();
         trainer.params[place(model, tensor, element)] = value;
         let before = bits(&trainer.params);
@@ -127,6 +143,27 @@ fn a_held_out_loss_that_is_not_finite_is_traced_to_its_row() {
     assert!(matches!(error, Error::NonFiniteEvaluation { row: 45 }), "{error}");
 }
 
+/// Asserts that the first step ends with an error that names the gradient of `tensor`.
+fn check_gradient(model: &Model, params: &[f32], tensor: &str) {
+    let (config, examples) = (config("none"), examples());
+    let mut trainer = Trainer::new(
+        model,
+        &config.training,
+        Passes::resolve(&config.training, model, false, 60),
+        false,
+        &examples,
+        &[],
+        params.to_vec(),
+    );
+    let error = trainer.step().unwrap_err();
+    let text = error.to_string();
+    let Error::NonFiniteGradient { step: 1, tensor: found } = error else { panic!("{text}") };
+    assert_eq!(found, tensor);
+    assert!(text.contains("step 1") && text.contains(tensor), "{text}");
+    assert!(bits(&trainer.params) == bits(params), "the step changed parameters");
+    assert_eq!(trainer.progress.step, 0);
+}
+
 #[test]
 fn a_gradient_that_is_not_finite_is_traced_to_its_tensor() {
     let module = "model.layers.1.self_attn.v_proj";
@@ -137,16 +174,34 @@ fn a_gradient_that_is_not_finite_is_traced_to_its_tensor() {
     plan.targets.iter_mut().find(|target| target.module == module).unwrap().scaling = f32::MAX;
     let model = Model::load(&checkpoint, Trainable::Adapter(&plan)).unwrap();
     let mut params = model.initial_params(&checkpoint, &InitLoraWeights::Kaiming, 0).unwrap();
-    let a = place(&model, &names::lora_a(module), 0);
-    params[a..a + 4 * HIDDEN_SIZE].iter_mut().for_each(|value| *value *= 1e3);
+    params[range(&model, &names::lora_a(module))].iter_mut().for_each(|value| *value *= 1e3);
 
-    let (config, examples) = (config("none"), examples());
-    let mut trainer = Trainer::new(&model, &config.training, false, &examples, &[], params.clone());
-    let error = trainer.step().unwrap_err();
-    let text = error.to_string();
-    let Error::NonFiniteGradient { step: 1, tensor } = error else { panic!("{text}") };
-    assert_eq!(tensor, names::lora_b(module));
-    assert!(text.contains("step 1") && text.contains(&tensor), "{text}");
-    assert!(bits(&trainer.params) == bits(&params), "the step changed parameters");
-    assert_eq!(trainer.progress.step, 0);
+    check_gradient(&model, &params, &names::lora_b(module));
+}
+
+#[test]
+fn a_gradient_that_spoils_those_below_it_is_traced_to_where_it_arose() {
+    let module = "model.layers.1.self_attn.v_proj";
+    let checkpoint = Checkpoint::open(&goldens().join("llama_tied")).unwrap();
+    let adapter = AdapterFile::read(&goldens().join("lora_all_linear/adapter")).unwrap();
+    let mut plan = AdapterPlan::new(&adapter.config, &checkpoint).unwrap();
+    plan.targets.iter_mut().find(|target| target.module == module).unwrap().scaling = 1e20;
+    let mut model = Model::load(&checkpoint, Trainable::Adapter(&plan)).unwrap();
+    // Large gradients of a loss that is finite.
+    model.norm = Vector::Frozen(vec![1e10; HIDDEN_SIZE]);
+    let mut params = model.params_from(&adapter.tensors).unwrap();
+    // While A is zero this module is of no effect on the loss; what its scaled B makes of the gradient overflows, and goes on downwards.
+    params[range(&model, &names::lora_a(module))].fill(0.0);
+    params[range(&model, &names::lora_b(module))].fill(1e17);
+
+    let (mut pass, mut grads) = (Pass::default(), vec![0.0; params.len()]);
+    fill_pass(&mut pass, &examples(), &[0, 1, 2], 0, 64);
+    let mut workspace = Workspace::new(&model, Keep::Activations);
+    let loss = model.loss_and_gradient(&params, &mut grads, &pass, None, &mut workspace);
+    assert!(loss.is_finite(), "{loss}");
+    let spoilt = |name: &str| grads[range(&model, name)].iter().any(|value| !value.is_finite());
+    assert!(spoilt(&names::lora_a("model.layers.0.self_attn.q_proj")), "the layer below is as it was");
+    assert!(!spoilt(&names::lora_a("model.layers.1.self_attn.o_proj")), "the module above is not finite either");
+
+    check_gradient(&model, &params, &names::lora_a(module));
 }

@@ -12,7 +12,7 @@ use retune_model::checkpoint::Checkpoint;
 use retune_model::model::{Model, Trainable};
 use retune_train::data::{Example, steps_per_epoch};
 use retune_train::run_config::RunConfig;
-use retune_train::trainer::Trainer;
+use retune_train::trainer::{Passes, Trainer};
 use serde_json::json;
 
 const ROWS_PER_STEP: usize = 3;
@@ -96,7 +96,15 @@ fn third_epoch(checkpointing: &str, examples: &[Example]) -> Vec<usize> {
     let model = Model::load(&checkpoint, Trainable::Adapter(&plan)).unwrap();
     let params = model.initial_params(&checkpoint, &InitLoraWeights::Kaiming, 0).unwrap();
     // Not shuffled, so that every epoch has the same passes.
-    let mut trainer = Trainer::new(&model, &config.training, false, examples, &[], params);
+    let mut trainer = Trainer::new(
+        &model,
+        &config.training,
+        Passes::resolve(&config.training, &model, false, 60),
+        false,
+        examples,
+        &[],
+        params,
+    );
     assert!(allocations(&mut trainer) > 0, "the first step makes its buffers: nothing is counted");
     let steps = steps_per_epoch(examples.len(), ROWS_PER_STEP, 1);
     for _ in 1..2 * steps {

@@ -325,9 +325,9 @@ pub struct BenchTrainArgs {
     #[arg(long, value_enum, default_value_t = Compute::Auto)]
     pub compute: Compute,
 
-    /// Tokens that go through the layers at once
-    #[arg(long, default_value_t = 1024, value_name = "N")]
-    pub tokens_per_pass: usize,
+    /// Tokens that go through the layers at once; 512 in int8 and 1280 in f32 when absent
+    #[arg(long, value_name = "N")]
+    pub tokens_per_pass: Option<usize>,
 
     /// Learning rate
     #[arg(long, default_value_t = 2e-4)]

@@ -4,18 +4,8 @@ mod common;
 
 use std::fs;
 
-use common::{ADAPTER, Folder, MODEL, NO_TOKENIZER, Random, golden, joined, refused};
+use common::{ADAPTER, Folder, MODEL, NO_TOKENIZER, Random, golden, joined, refused, with_header};
 use serde_json::{Value, json};
-
-/// A safetensors file with its JSON header changed.
-fn with_header(bytes: &[u8], change: impl FnOnce(&mut Value)) -> Vec<u8> {
-    let (length, rest) = bytes.split_first_chunk::<8>().unwrap();
-    let (header, data) = rest.split_at(u64::from_le_bytes(*length) as usize);
-    let mut header: Value = serde_json::from_slice(header).unwrap();
-    change(&mut header);
-    let header = header.to_string();
-    [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), data].concat()
-}
 
 /// A safetensors file of f32 with NaN for its first value.
 fn with_nan(mut bytes: Vec<u8>) -> Vec<u8> {

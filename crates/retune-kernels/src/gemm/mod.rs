@@ -91,12 +91,12 @@ impl<'a> Term<'a> {
         Self::F32 { k, a, b, scale }
     }
 
-    /// `x·Wᵀ`, the rows x quantized with the weight's [`Int8Matrix::input_factors`].
+    /// `x·Wᵀ`, the rows quantized by [`Int8Rows::quantize_input`].
     pub fn int8(rows: &'a Int8Rows, weight: &'a Int8Matrix) -> Self {
         Self::Int8 { a: rows, w: weight, side: Side::Transposed }
     }
 
-    /// `g·W`, the rows g quantized with the weight's [`Int8Matrix::gradient_factors`].
+    /// `g·W`, the rows quantized by [`Int8Rows::quantize_gradient`].
     pub fn int8_plain(rows: &'a Int8Rows, weight: &'a Int8Matrix) -> Self {
         Self::Int8 { a: rows, w: weight, side: Side::Plain }
     }
@@ -284,7 +284,15 @@ impl Job<'_> {
                     let a = if a.col_stride == 1 { Left::Rows(a) } else { Left::Packed { data: packed_a, k } };
                     self.f32_term(k, a, b, scale, columns.clone(), width, tiles.clone(), i == 0);
                 }
-                Term::Int8 { a, w, side } => self.int8_term(a, w, side, columns.clone(), tiles.clone(), i == 0),
+                Term::Int8 { a, w, side } => {
+                    self.int8_term(a, w, side, columns.clone(), tiles.clone(), i == 0);
+                    let (count, weights) = w.outliers();
+                    if side == Side::Transposed && count > 0 {
+                        let x = Left::Rows(MatRef::rows(a.outliers(count), count));
+                        let weights = Rhs::View(MatRef::rows(weights, count).t());
+                        self.f32_term(count, x, weights, 1.0, columns.clone(), width, tiles.clone(), false);
+                    }
+                }
             }
             packed_a = &packed_a[term.packed_k() * self.m.next_multiple_of(MR)..];
         }

@@ -1,9 +1,9 @@
-//! The order in which rows are taken, and the small generator behind it and behind the split.
+//! The order in which rows are taken, and the stream of random words behind it and behind the split.
 //!
-//! The generator is SplitMix64 (Steele, Lea and Flood 2014) used by counter: what it gives depends on the seed and on what it
-//! is for, on no draw made elsewhere, so a resumed run finds its place without replaying.
+//! What a stream gives depends on the seed and on what it is for, on no draw made elsewhere, so a resumed run finds its place without
+//! replaying.
 
-const GAMMA: u64 = 0x9e37_79b9_7f4a_7c15;
+use retune_adapter::random;
 
 /// What a stream is for, so that one seed gives unrelated streams.
 #[derive(Clone, Copy)]
@@ -15,20 +15,19 @@ pub(super) enum Purpose {
 /// A stream of pseudo-random words.
 pub(super) struct Stream {
     key: u64,
-    counter: u64,
+    drawn: u64,
 }
 
 impl Stream {
     pub(super) fn new(purpose: Purpose, seed: u64, number: u64) -> Self {
-        let key = [purpose as u64, seed, number]
-            .into_iter()
-            .fold(0u64, |key, word| mix(key.wrapping_add(GAMMA) ^ mix(word.wrapping_add(GAMMA))));
-        Stream { key, counter: 0 }
+        let key = [purpose as u64, seed, number].into_iter().fold(0, random::derive);
+        Stream { key, drawn: 0 }
     }
 
     fn draw(&mut self) -> u64 {
-        self.counter = self.counter.wrapping_add(1);
-        mix(self.key.wrapping_add(self.counter.wrapping_mul(GAMMA)))
+        let word = random::at(self.key, self.drawn);
+        self.drawn += 1;
+        word
     }
 
     /// A number below `bound`; the bias, at most bound / 2⁶⁴, is of no matter.
@@ -44,13 +43,6 @@ impl Stream {
         }
         items
     }
-}
-
-/// A bijection of 64-bit words in which every input bit reaches every output bit.
-fn mix(mut z: u64) -> u64 {
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
 }
 
 /// The order of `n` examples in an epoch counted from 0: another one for every seed and epoch, or 0..n when `shuffle` is false.

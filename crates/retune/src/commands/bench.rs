@@ -9,9 +9,9 @@ use retune_model::checkpoint::Checkpoint;
 use retune_model::model::{Model, Trainable};
 use retune_model::profile;
 use retune_train::data::{ColumnMap, DataFormat, Example, RowText, read_rows};
-use retune_train::run_config::{ActivationCheckpointing, TrainingConfig};
+use retune_train::run_config::{ActivationCheckpointing, SavedActivations, TrainingConfig};
 use retune_train::schedule::SchedulerType;
-use retune_train::trainer::Trainer;
+use retune_train::trainer::{Passes, Trainer};
 use serde_json::{Map, Value, json};
 
 use super::print_json;
@@ -60,7 +60,11 @@ fn train(args: &BenchTrainArgs) -> Result<()> {
         }
     }
     let pass = compute::calibration_pass(&examples);
-    let choices = compute::apply(&mut model, &params, args.compute.into(), &pass, true)?;
+    let choices = match args.method {
+        BenchMethod::Lora => compute::apply(&mut model, &params, args.compute.into(), &pass, true)?,
+        BenchMethod::Full => Vec::new(),
+    };
+    checkpoint.release();
     let training = TrainingConfig {
         epochs: 1.0,
         max_steps: Some(args.steps),
@@ -79,10 +83,13 @@ fn train(args: &BenchTrainArgs) -> Result<()> {
         save_steps: args.steps,
         save_total_limit: 1,
         seed: 0,
-        tokens_per_pass: args.tokens_per_pass.max(args.seq),
+        tokens_per_pass: args.tokens_per_pass,
+        saved_activations: SavedActivations::Auto,
         activation_checkpointing: ActivationCheckpointing::None,
     };
-    let mut trainer = Trainer::new(&model, &training, false, &examples, &[], params);
+    let int8 = choices.iter().any(|choice| choice.int8);
+    let passes = Passes::resolve(&training, &model, int8, args.seq);
+    let mut trainer = Trainer::new(&model, &training, passes, false, &examples, &[], params);
     let (mut losses, mut seconds) = (Vec::new(), Vec::new());
     for step in 0..args.steps {
         if step == WARM_UP {
@@ -110,6 +117,7 @@ fn train(args: &BenchTrainArgs) -> Result<()> {
             "trainable_parameters": model.layout.len(),
             "step_seconds": median,
             "operations": shares,
+            "tokens_per_pass": passes.tokens,
             "threads": rayon::current_num_threads(),
             "isa": retune_kernels::isa::isa().to_string(),
             "compute": compute::summary(&choices),

@@ -13,11 +13,11 @@ use retune_model::export::{self, MergeOptions};
 use retune_model::generate::{Generation, Sampling};
 use retune_model::model::{Model, Trainable};
 use retune_model::tokenizer::Tokenizer;
-use retune_model::workspace::{Keep, Workspace};
+use retune_model::workspace::Workspace;
 use retune_train::data::Example;
-use retune_train::run_config::{ActivationCheckpointing, Method, RunConfig};
+use retune_train::run_config::{Method, RunConfig};
 use retune_train::state::{self, Progress as RunProgress};
-use retune_train::trainer::{Outcome, Trainer};
+use retune_train::trainer::{Outcome, Passes, Trainer};
 use serde_json::{Value, json};
 
 use super::data::problems;
@@ -279,7 +279,11 @@ impl Run<'_> {
 
         let eval = data.eval.as_ref().map_or(&[][..], |e| &e.examples);
         let training = &config.training;
-        let mut trainer = Trainer::new(&model, training, config.data.shuffle, &data.train.examples, eval, params);
+        // What is kept in 8 bits is not read from the files any more.
+        self.checkpoint.release();
+        let passes = self.passes(&model, choices.iter().any(|choice| choice.int8));
+        let mut trainer =
+            Trainer::new(&model, training, passes, config.data.shuffle, &data.train.examples, eval, params);
         if self.args.resume {
             self.take_up(&mut trainer)?;
         }
@@ -355,7 +359,10 @@ impl Run<'_> {
             choices
         } else {
             let pass = compute::calibration_pass(&self.data.train.examples);
-            let choices = compute::apply(model, params, self.config.base.compute, &pass, true)?;
+            let choices = match self.config.method {
+                Method::Lora => compute::apply(model, params, self.config.base.compute, &pass, true)?,
+                Method::Full => Vec::new(),
+            };
             calibration::write(&path, &choices)?;
             choices
         };
@@ -384,23 +391,34 @@ impl Run<'_> {
         }
     }
 
+    /// Whether the base is to be computed in 8 bits, as far as errors allow.
+    fn computes_int8(&self) -> bool {
+        self.config.method == Method::Lora && compute::limit(self.config.base.compute).is_some()
+    }
+
+    fn longest_row(&self) -> usize {
+        let eval = self.data.eval.iter().flat_map(|eval| &eval.examples);
+        self.data.train.examples.iter().chain(eval).map(|e| e.ids.len()).max().unwrap_or(0)
+    }
+
+    fn passes(&self, model: &Model, int8: bool) -> Passes {
+        Passes::resolve(&self.config.training, model, int8, self.longest_row())
+    }
+
     /// Says what the run will take, and warns when that is more than is free.
     fn check_memory(&self, model: &Model) -> Result<()> {
         let training = &self.config.training;
+        let Passes { tokens, keep } = self.passes(model, self.computes_int8());
         let rows = self.data.train.examples.iter();
-        let longest = rows.clone().map(|e| e.ids.len()).max().unwrap_or(0);
+        let longest = self.longest_row();
         let per_step: usize = training.batch_size * training.gradient_accumulation_steps;
-        let tokens = training.tokens_per_pass.min(longest * per_step).max(longest);
+        let tokens = tokens.min(longest * per_step).max(longest);
         let densest = rows.map(|e| e.trained_tokens() as f64 / e.ids.len().max(1) as f64).fold(0.0, f64::max);
         let labels = (densest * tokens as f64).ceil() as usize;
-        let keep = match training.activation_checkpointing {
-            ActivationCheckpointing::None => Keep::Activations,
-            ActivationCheckpointing::Layer => Keep::Inputs,
-        };
         let base = self.checkpoint.file_bytes() as usize;
         let trained = 4 * 4 * model.layout.len();
-        let activations = Workspace::planned_bytes(model, keep, tokens, labels);
-        let int8 = if compute::limit(self.config.base.compute).is_some() { model.planned_int8_bytes() } else { 0 };
+        let activations = Workspace::planned_bytes(model, keep, self.computes_int8(), tokens, labels);
+        let int8 = if self.computes_int8() { model.planned_int8_bytes() } else { 0 };
         let total = (base + int8 + trained + activations + PROGRAM_BYTES) as u64;
         note!(
             "memory   {} planned: base {}, in int8 {}, trained with optimizer {}, activations {} for passes of {tokens} tokens",

@@ -177,6 +177,16 @@ fn list(folder: &Path, root: &Path, tree: &mut Tree) {
     }
 }
 
+/// A safetensors file with its JSON header changed.
+pub fn with_header(bytes: &[u8], change: impl FnOnce(&mut Value)) -> Vec<u8> {
+    let (length, rest) = bytes.split_first_chunk::<8>().unwrap();
+    let (header, data) = rest.split_at(u64::from_le_bytes(*length) as usize);
+    let mut header: Value = serde_json::from_slice(header).unwrap();
+    change(&mut header);
+    let header = header.to_string();
+    [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), data].concat()
+}
+
 /// Rows of about 110 tokens, no two the same.
 pub fn rows(numbers: Range<usize>) -> String {
     const WORDS: [&str; 12] =
