@@ -12,7 +12,7 @@ use criterion::{BenchmarkGroup, BenchmarkId, Criterion, SamplingMode, Throughput
 use retune_kernels::F32Panel;
 use retune_kernels::attention::{self, Heads, Saved, Segment};
 use retune_kernels::gemm::{MatRef, Out, Rhs, Term, gemm};
-use retune_kernels::int8::{Int8Matrix, Int8Rows};
+use retune_kernels::int8::{Int8Matrix, Int8Rows, Rounding};
 use retune_quant::{Format, Matrix, SharedBytes};
 
 /// Tokens, input features, output features: the linears and the head of SmolLM2-135M, then linears as wide as those of Llama-3.2-1B and
@@ -148,7 +148,7 @@ fn f32_products(criterion: &mut Criterion) {
 
 /// The forward and the input gradient in 8 bits. Quantizing the rows is part of both, as it is in training.
 fn int8_products(criterion: &mut Criterion) {
-    let weight = |n: usize, k: usize| Int8Matrix::new(&F32Panel::new(&values(n * k), k), Some(&factors(k)));
+    let weight = |n: usize, k: usize| Int8Matrix::new(&F32Panel::new(&values(n * k), k), Some(&factors(k)), &[]);
 
     let mut group = start_group(criterion, "int8-forward");
     for (t, k, n) in SHAPES {
@@ -158,7 +158,7 @@ fn int8_products(criterion: &mut Criterion) {
             2 * t * k * n,
             || (values(t * k), Int8Rows::default(), weight(n, k), zeros(t * n)),
             |(x, rows, weight, y)| {
-                rows.quantize(x, k, weight.input_factors());
+                rows.quantize_input(x, weight);
                 gemm(t, n, &[Term::int8(rows, weight)], Out::set(y, n));
             },
         );
@@ -173,7 +173,7 @@ fn int8_products(criterion: &mut Criterion) {
             2 * t * k * n,
             || (values(t * n), Int8Rows::default(), weight(n, k), zeros(t * k)),
             |(g, rows, weight, dx)| {
-                rows.quantize(g, n, Some(weight.gradient_factors()));
+                rows.quantize_gradient(g, weight, Rounding::Nearest);
                 gemm(t, k, &[Term::int8_plain(rows, weight)], Out::set(dx, k));
             },
         );
@@ -192,7 +192,7 @@ fn quantize_weight(criterion: &mut Criterion) {
                 format!("{k}x{n}"),
                 n * k,
                 || (stored(format, n, k), factors(k)),
-                |(weight, factors)| drop(black_box(Int8Matrix::new(&*weight, Some(&factors[..])))),
+                |(weight, factors)| drop(black_box(Int8Matrix::new(&*weight, Some(&factors[..]), &[]))),
             );
         }
         group.finish();
@@ -227,8 +227,15 @@ fn quantize_rows(criterion: &mut Criterion) {
             &mut group,
             format!("{t}x{k}"),
             t * k,
-            || (values(t * k), factors(k), Int8Rows::default()),
-            |(x, factors, rows)| rows.quantize(x, k, Some(&factors[..])),
+            // Only the columns of the weight matter here.
+            || {
+                (
+                    values(t * k),
+                    Int8Matrix::new(&F32Panel::new(&values(k), k), Some(&factors(k)), &[]),
+                    Int8Rows::default(),
+                )
+            },
+            |(x, weight, rows)| rows.quantize_input(x, weight),
         );
     }
     group.finish();

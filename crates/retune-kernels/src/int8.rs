@@ -138,26 +138,32 @@ fn grow<T: Clone>(buffer: &mut Vec<T>, len: usize, value: T) {
 impl Int8Rows {
     /// Quantizes the inputs `x: [T, cols]` of a weight, on all threads. The memory is reused by the next call.
     pub fn quantize_input(&mut self, x: &[f32], weight: &Int8Matrix) {
-        self.quantize(x, weight.cols, weight.input_factors.as_deref(), Rounding::Nearest);
         let count = weight.outliers.len();
-        if count == 0 {
-            return;
-        }
-        grow(&mut self.outliers, self.rows * count, 0.0);
-        for (x, to) in x.chunks_exact(self.cols).zip(self.outliers.chunks_exact_mut(count)) {
-            for (to, &channel) in to.iter_mut().zip(&weight.outliers) {
-                *to = x[channel as usize];
-            }
-        }
+        grow(&mut self.outliers, x.len() / weight.cols * count, 0.0);
+        let mut outliers = std::mem::take(&mut self.outliers);
+        let shared = SharedMut::new(&mut outliers);
+        self.quantize(x, weight.cols, weight.input_factors.as_deref(), Rounding::Nearest, |row, x| {
+            // SAFETY: one piece, its rows.
+            let to = unsafe { shared.slice(row * count, count) };
+            to.iter_mut().zip(&weight.outliers).for_each(|(to, &channel)| *to = x[channel as usize]);
+        });
+        self.outliers = outliers;
     }
 
     /// Quantizes the gradients `g: [T, rows]` of a weight's output.
     pub fn quantize_gradient(&mut self, g: &[f32], weight: &Int8Matrix, rounding: Rounding) {
-        self.quantize(g, weight.rows, Some(&weight.row_scales[..weight.rows]), rounding);
+        self.quantize(g, weight.rows, Some(&weight.row_scales[..weight.rows]), rounding, |_, _| {});
     }
 
-    /// Quantizes `x: [T, cols]`, or `x · diag(factors)`.
-    fn quantize(&mut self, x: &[f32], cols: usize, factors: Option<&[f32]>, rounding: Rounding) {
+    /// Quantizes `x: [T, cols]`, or `x · diag(factors)`, and shows each row to `also`.
+    fn quantize(
+        &mut self,
+        x: &[f32],
+        cols: usize,
+        factors: Option<&[f32]>,
+        rounding: Rounding,
+        also: impl Fn(usize, &[f32]) + Sync,
+    ) {
         let (rows, stride, runs) = (x.len() / cols, cols.next_multiple_of(PANEL), run_count(cols));
         (self.rows, self.cols) = (rows, cols);
         grow(&mut self.values, rows * stride, OFFSET);
@@ -168,6 +174,7 @@ impl Int8Rows {
             scratch::with(Purpose::Row, if factors.is_some() { cols } else { 0 }, |scaled| {
                 for row in piece * chunk..((piece + 1) * chunk).min(rows) {
                     let mut from = &x[row * cols..(row + 1) * cols];
+                    also(row, from);
                     if let Some(factors) = factors {
                         multiply(from, factors, scaled);
                         from = scaled;
@@ -591,7 +598,7 @@ mod tests {
         x.chunks_mut(k).for_each(|row| row[5] = 0.9);
         let sum = |rounding| {
             let mut rows = Int8Rows::default();
-            rows.quantize(&x, k, None, rounding);
+            rows.quantize(&x, k, None, rounding, |_, _| {});
             let row = |t: usize| rows.values(t, 0)[..k].iter().map(|&v| f64::from(v) - 128.0).sum::<f64>();
             (0..40).map(|t| f64::from(rows.scales(t, 0).0[0]) * row(t)).sum::<f64>()
         };

@@ -3,7 +3,8 @@
 //! One pass in f32 shows each frozen linear its input and the gradient of its output. From the input's largest value in each channel, and
 //! the weight's, come factors that move the range of outlier channels into the weight (Xiao et al. 2022, SmoothQuant, equation 4). That helps
 //! the forward, and harms the backward, which has no such outliers but the same weight. The largest channels can be multiplied in f32
-//! instead, which harms nothing but costs time. Of a few combinations the one is taken whose larger error of the two is smallest. A linear whose error is over the limit all the same stays in f32.
+//! instead, which harms nothing but costs time. Of a few combinations the one is taken whose larger error of the two is smallest, or the first that is
+//! small enough. A linear whose error is over the limit all the same stays in f32.
 //! Nothing is timed, so that a run decides the same again.
 
 use std::collections::BTreeMap;
@@ -27,7 +28,9 @@ use crate::workspace::{Keep, Workspace};
 
 /// The largest relative error, forward or backward, of a linear that is computed in 8 bits when it is ours to choose.
 pub const ERROR_LIMIT: f64 = 0.06;
-/// What is tried: an exponent, 0 for no smoothing, and a number of outlier channels.
+/// An error below which a cheaper way is not passed over for a more exact one.
+const GOOD_ENOUGH: f64 = 0.02;
+/// What is tried, in the order of its cost: an exponent, 0 for no smoothing, and a number of outlier channels.
 const TRIED: [(f32, usize); 4] = [(0.0, 0), (0.5, 0), (0.0, 16), (0.3, 16)];
 /// Rows of a pass on which errors are measured.
 const SAMPLE: usize = 64;
@@ -180,7 +183,9 @@ impl Model {
         let mut choices = Vec::new();
         self.for_each_int8_linear(|linear| {
             let candidates = linears.remove(&linear.name).into_iter().flatten();
-            let Some(mut choice) = candidates.min_by(|a, b| a.error().total_cmp(&b.error())) else { return Ok(()) };
+            // In the order of their cost: what is good enough is taken before what is better.
+            let rank = |choice: &Choice| choice.error().max(GOOD_ENOUGH);
+            let Some(mut choice) = candidates.min_by(|a, b| rank(a).total_cmp(&rank(b))) else { return Ok(()) };
             choice.int8 = choice.error() <= limit;
             choices.push(choice);
             Ok(())
