@@ -9,10 +9,10 @@ use std::time::Duration;
 
 use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, BenchmarkId, Criterion, SamplingMode, Throughput};
-use retune_kernels::F32Panel;
 use retune_kernels::attention::{self, Heads, Saved, Segment};
 use retune_kernels::gemm::{MatRef, Out, Rhs, Term, gemm};
 use retune_kernels::int8::{Int8Matrix, Int8Rows, Rounding};
+use retune_kernels::{F32Panel, peak};
 use retune_quant::{Format, Matrix, SharedBytes};
 
 /// Tokens, input features, output features: the linears and the head of SmolLM2-135M, then linears as wide as those of Llama-3.2-1B and
@@ -47,8 +47,7 @@ fn main() {
             .warm_up_time(Duration::from_millis(300))
             .measurement_time(Duration::from_secs(1))
             .configure_from_args();
-        #[cfg(target_arch = "x86_64")]
-        x86::peak(&mut criterion);
+        peak();
         f32_products(&mut criterion);
         #[cfg(target_arch = "x86_64")]
         x86::gemm_crate(&mut criterion);
@@ -59,6 +58,16 @@ fn main() {
         attention_passes(&mut criterion);
         criterion.final_summary();
     });
+}
+
+/// Prints what shares are counted against.
+fn peak() {
+    let print = |name: &str, speed: Option<f64>| match speed {
+        Some(speed) => println!("peak of {name}, {} threads: {:.0} Gelem/s", rayon::current_num_threads(), speed / 1e9),
+        None => println!("peak of {name}: unknown on this machine"),
+    };
+    print("f32 products", peak::f32_operations());
+    print("8-bit products", peak::int8_operations());
 }
 
 fn start_group<'a>(criterion: &'a mut Criterion, name: &str) -> BenchmarkGroup<'a, WallTime> {
@@ -359,90 +368,9 @@ fn attention_passes(criterion: &mut Criterion) {
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use std::arch::x86_64::*;
-    use std::hint::black_box;
-
     use criterion::Criterion;
 
     use super::{SHAPES, measure, start_group, values, zeros};
-
-    /// Independent sums: enough to hide the latency of two instructions a cycle, few enough to stay in registers.
-    const SUMS: usize = 16;
-    /// Long enough that starting the threads does not count.
-    const STEPS: usize = 1 << 18;
-
-    /// What the machine could do at most: the instructions of the products' inner loops on registers alone, on all threads.
-    pub fn peak(criterion: &mut Criterion) {
-        let instructions = rayon::current_num_threads() * SUMS * STEPS;
-        let mut group = start_group(criterion, "peak");
-        if is_x86_feature_detected!("avx512f") {
-            measure(
-                &mut group,
-                "f32-fma-512".into(),
-                2 * 16 * instructions,
-                || (),
-                |()| {
-                    // SAFETY: the machine has the feature.
-                    rayon::broadcast(|_| black_box(unsafe { fma_512() }));
-                },
-            );
-        }
-        if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vnni") {
-            measure(
-                &mut group,
-                "int8-vnni-512".into(),
-                2 * 64 * instructions,
-                || (),
-                |()| {
-                    // SAFETY: the machine has the features.
-                    rayon::broadcast(|_| black_box(unsafe { vnni_512() }));
-                },
-            );
-        }
-        group.finish();
-    }
-
-    #[target_feature(enable = "avx512f")]
-    fn fma_512() -> f32 {
-        // Unknown to the compiler and all different, so that it neither computes ahead nor merges sums.
-        let start: [f32; SUMS] = black_box(std::array::from_fn(|i| i as f32));
-        let (a, b) = (_mm512_set1_ps(black_box(0.5)), _mm512_set1_ps(black_box(0.25)));
-        let mut sums = [_mm512_setzero_ps(); SUMS];
-        for (sum, value) in sums.iter_mut().zip(start) {
-            *sum = _mm512_set1_ps(value);
-        }
-        for _ in 0..STEPS {
-            for sum in &mut sums {
-                *sum = _mm512_fmadd_ps(a, b, *sum);
-            }
-        }
-        let mut total = _mm512_setzero_ps();
-        for &sum in &sums {
-            total = _mm512_add_ps(total, sum);
-        }
-        _mm512_reduce_add_ps(total)
-    }
-
-    #[target_feature(enable = "avx512f,avx512vnni")]
-    fn vnni_512() -> i32 {
-        // As above.
-        let start: [i32; SUMS] = black_box(std::array::from_fn(|i| i as i32));
-        let (a, b) = (_mm512_set1_epi8(black_box(3)), _mm512_set1_epi8(black_box(-5)));
-        let mut sums = [_mm512_setzero_si512(); SUMS];
-        for (sum, value) in sums.iter_mut().zip(start) {
-            *sum = _mm512_set1_epi32(value);
-        }
-        for _ in 0..STEPS {
-            for sum in &mut sums {
-                *sum = _mm512_dpbusd_epi32(*sum, a, b);
-            }
-        }
-        let mut total = _mm512_setzero_si512();
-        for &sum in &sums {
-            total = _mm512_add_epi32(total, sum);
-        }
-        _mm512_reduce_add_epi32(total)
-    }
 
     /// The forward by the `gemm` crate, which candle computes with.
     pub fn gemm_crate(criterion: &mut Criterion) {

@@ -14,6 +14,7 @@ pub mod isa;
 pub mod matvec;
 mod panel;
 pub mod parallel;
+pub mod peak;
 pub mod rms_norm;
 pub mod rope;
 pub mod scratch;

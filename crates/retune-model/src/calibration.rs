@@ -3,8 +3,8 @@
 //! One pass in f32 shows each frozen linear its input and the gradient of its output. From the input's largest value in each channel, and
 //! the weight's, come factors that move the range of outlier channels into the weight (Xiao et al. 2022, SmoothQuant, equation 4). That helps
 //! the forward, and harms the backward, which has no such outliers but the same weight. The largest channels can be multiplied in f32
-//! instead, which harms nothing but costs time. Of a few combinations the one is taken whose larger error of the two is smallest, or the first that is
-//! small enough. A linear whose error is over the limit all the same stays in f32.
+//! instead, which harms nothing but costs time. Of a few combinations the first is taken whose larger error of the two is small enough, or else the
+//! one where it is smallest. A linear whose error is over the limit all the same stays in f32.
 //! Nothing is timed, so that a run decides the same again.
 
 use std::collections::BTreeMap;
@@ -28,7 +28,7 @@ use crate::workspace::{Keep, Workspace};
 
 /// The largest relative error, forward or backward, of a linear that is computed in 8 bits when it is ours to choose.
 pub const ERROR_LIMIT: f64 = 0.06;
-/// An error below which a cheaper way is not passed over for a more exact one.
+/// An error below which a cheaper way is not passed over for a more exact one; a third of the limit where that is less.
 const GOOD_ENOUGH: f64 = 0.02;
 /// What is tried, in the order of its cost: an exponent, 0 for no smoothing, and a number of outlier channels.
 const TRIED: [(f32, usize); 4] = [(0.0, 0), (0.5, 0), (0.0, 16), (0.3, 16)];
@@ -184,7 +184,7 @@ impl Model {
         self.for_each_int8_linear(|linear| {
             let candidates = linears.remove(&linear.name).into_iter().flatten();
             // In the order of their cost: what is good enough is taken before what is better.
-            let rank = |choice: &Choice| choice.error().max(GOOD_ENOUGH);
+            let rank = |choice: &Choice| choice.error().max(GOOD_ENOUGH.min(limit / 3.0));
             let Some(mut choice) = candidates.min_by(|a, b| rank(a).total_cmp(&rank(b))) else { return Ok(()) };
             choice.int8 = choice.error() <= limit;
             choices.push(choice);

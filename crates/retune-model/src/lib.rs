@@ -23,7 +23,9 @@ pub mod pass;
 pub mod profile;
 pub mod safetensors;
 pub mod tokenizer;
+mod work;
 pub mod workspace;
 
 pub use error::Error;
 pub use linear::Dropout;
+pub use work::Work;

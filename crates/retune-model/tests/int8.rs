@@ -291,7 +291,8 @@ fn a_channel_of_outliers_is_moved_into_the_weight() {
     let (mut model, params) = adapted(CASE);
     let Vector::Frozen(norm) = &mut model.layers[0].input_norm else { panic!("the norm is trained") };
     norm[OUTLIER] = 60.0;
-    let mut choices = model.calibrate(&params, &golden_pass(CASE), true, ANY).unwrap();
+    // A limit so low that nothing cheap is exact enough.
+    let mut choices = model.calibrate(&params, &golden_pass(CASE), true, 1e-3).unwrap();
     for part in ["q_proj", "k_proj", "v_proj"] {
         let choice = find(&mut choices, &format!("model.layers.0.self_attn.{part}"));
         assert!(choice.exponent > 0.0, "{choice:?}");

@@ -323,3 +323,84 @@ mod x86 {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::int8::PANEL;
+
+    /// Every way that this machine can multiply, whatever `RETUNE_ISA` says.
+    fn available() -> Vec<Int8Isa> {
+        let mut all = vec![Int8Isa::Portable];
+        #[cfg(target_arch = "x86_64")]
+        {
+            let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+            if avx2 {
+                all.push(Int8Isa::Avx2);
+            }
+            if avx2 && is_x86_feature_detected!("avxvnni") {
+                all.push(Int8Isa::AvxVnni);
+            }
+            if crate::isa::detect() == crate::isa::Isa::Avx512 && is_x86_feature_detected!("avx512vnni") {
+                all.push(Int8Isa::Avx512Vnni);
+            }
+        }
+        all
+    }
+
+    /// Bytes over the whole range of [−127, 127], the ends more often than by chance: their products are what could saturate.
+    fn bytes(seed: u64, len: usize) -> Vec<i8> {
+        let mut state = seed;
+        let mut next = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 40) as u32
+        };
+        (0..len)
+            .map(|_| match next() {
+                v if v % 4 == 0 => 127,
+                v if v % 4 == 1 => -127,
+                v => (v / 4 % 255) as i16 as i8,
+            })
+            .map(|v| v.max(-127))
+            .collect()
+    }
+
+    #[test]
+    fn sums_of_integers_are_exact_and_equal_on_every_instruction_set() {
+        for (mr, cols, groups) in
+            [(1, 1, 1), (2, 7, 3), (3, 16, 5), (4, 17, 16), (5, 63, 144), (6, 64, 128), (6, 33, 2)]
+        {
+            let k = 4 * groups;
+            let (a, b) = (bytes(1, mr * k), bytes(2, groups * GROUP));
+            let at = |p: usize, j: usize| i64::from(b[p / 4 * GROUP + 4 * j + p % 4]);
+            let rows: Vec<u8> = a.iter().map(|v| (i16::from(*v) + 128) as u8).collect();
+            let offsets: Vec<i32> = (0..PANEL).map(|j| -128 * (0..k).map(|p| at(p, j) as i32).sum::<i32>()).collect();
+            let (row_scales, col_scales) = (vec![1.0f32; mr], vec![1.0f32; PANEL]);
+            let exact: Vec<f32> = (0..mr * cols)
+                .map(|i| (0..k).map(|p| i64::from(a[i / cols * k + p]) * at(p, i % cols)).sum::<i64>() as f32)
+                .collect();
+            for isa in available() {
+                let mut c = vec![f32::NAN; mr * cols];
+                for start in (0..cols).step_by(tile_width(isa)) {
+                    let tile = Int8Tile {
+                        groups,
+                        a: rows.as_ptr(),
+                        a_stride: k,
+                        row_scales: row_scales.as_ptr(),
+                        row_scale_stride: 1,
+                        b: b[4 * start..].as_ptr(),
+                        offsets: offsets[start..].as_ptr(),
+                        col_scales: col_scales[start..].as_ptr(),
+                        c: c[start..].as_mut_ptr(),
+                        c_stride: cols,
+                        addend: std::ptr::null(),
+                        cols: tile_width(isa).min(cols - start),
+                    };
+                    // SAFETY: the machine has the instruction set; operands are whole panels, C has `mr` rows of `cols`.
+                    unsafe { run(isa, &tile, mr) };
+                }
+                assert!(c == exact, "{isa}: {mr} rows, {cols} columns, {groups} groups");
+            }
+        }
+    }
+}

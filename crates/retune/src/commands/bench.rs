@@ -4,10 +4,11 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use retune_adapter::{AdapterFile, LoraConfig, ModuleSelection};
+use retune_kernels::peak;
 use retune_model::adapter::{AdapterPlan, linear_modules};
 use retune_model::checkpoint::Checkpoint;
 use retune_model::model::{Model, Trainable};
-use retune_model::profile;
+use retune_model::{Work, profile};
 use retune_train::data::{ColumnMap, DataFormat, Example, RowText, read_rows};
 use retune_train::run_config::{ActivationCheckpointing, SavedActivations, TrainingConfig};
 use retune_train::schedule::SchedulerType;
@@ -101,22 +102,36 @@ fn train(args: &BenchTrainArgs) -> Result<()> {
     }
     let counted = &mut seconds[WARM_UP..];
     let measured: f64 = counted.iter().sum();
-    let shares: Map<String, Value> = profile::seconds()
-        .into_iter()
-        .map(|(name, s)| (name.to_owned(), json!({ "seconds": s / counted.len() as f64, "share": s / measured })))
-        .collect();
+    let times: Vec<f64> = profile::seconds().into_iter().map(|(_, s)| s / counted.len() as f64).collect();
+    let mean = measured / counted.len() as f64;
     counted.sort_by(f64::total_cmp);
     let median = counted[counted.len() / 2];
     let tokens_per_second = (args.seq * args.batch) as f64 / median;
+    // Before the machine's own speed is measured, which takes memory too.
     let peak = memory::peak_resident();
+    let speeds = Speeds::measure(passes.tokens * model.config.hidden_size * size_of::<f32>());
+    let work = model.work(&vec![args.seq; args.batch], passes.keep);
+    let floors: Vec<Option<f64>> = work.iter().map(|(_, work)| speeds.floor(work)).collect();
+    let products: Option<f64> = work.iter().map(|(_, work)| speeds.products(work)).sum();
+    let roofline = products.map(|seconds| (args.seq * args.batch) as f64 / seconds);
+    let operations = || work.iter().map(|(name, _)| *name).zip(times.iter().zip(&floors));
     if args.json {
+        let operations: Map<String, Value> = operations()
+            .map(|(name, (s, floor))| {
+                (name.to_owned(), json!({ "seconds": s, "share": s / mean, "floor_seconds": floor }))
+            })
+            .collect();
         print_json(&json!({
             "tokens_per_second": tokens_per_second,
             "peak_rss_bytes": peak,
             "losses": losses,
             "trainable_parameters": model.layout.len(),
             "step_seconds": median,
-            "operations": shares,
+            "operations": operations,
+            "peak_f32_operations_per_second": speeds.f32,
+            "peak_int8_operations_per_second": speeds.int8,
+            "copied_bytes_per_second": speeds.copied,
+            "roofline_tokens_per_second": roofline,
             "tokens_per_pass": passes.tokens,
             "threads": rayon::current_num_threads(),
             "isa": retune_kernels::isa::isa().to_string(),
@@ -130,11 +145,48 @@ fn train(args: &BenchTrainArgs) -> Result<()> {
     }
     outln!("{} peak memory", peak.map_or_else(|| "unknown".to_owned(), memory::human));
     outln!("{} trainable parameters, loss {:.4} to {:.4}", model.layout.len(), losses[0], losses[losses.len() - 1]);
-    for (name, value) in &shares {
-        let (s, share) = (value["seconds"].as_f64().unwrap_or(0.0), value["share"].as_f64().unwrap_or(0.0));
-        outln!("  {name:20} {s:8.3} s  {:5.1}%", 100.0 * share);
+    if let Some(roofline) = roofline {
+        outln!(
+            "{roofline:.1} tokens/s if the products alone ran at this machine's peak: {:.0}% of that",
+            100.0 * tokens_per_second / roofline
+        );
+    }
+    outln!("  {:20} {:>10}  {:>6}  {:>10}", "operation", "seconds", "share", "floor");
+    for (name, (s, floor)) in operations() {
+        let floor = floor.map_or_else(|| "unknown".to_owned(), |floor| format!("{floor:.4}"));
+        outln!("  {name:20} {s:10.4}  {:5.1}%  {floor:>10}", 100.0 * s / mean);
     }
     Ok(())
+}
+
+/// What this machine can do at most.
+struct Speeds {
+    /// Operations a second; `None` where there is nothing to measure them with.
+    f32: Option<f64>,
+    int8: Option<f64>,
+    /// Bytes a second of copying tensors of a pass.
+    copied: f64,
+}
+
+impl Speeds {
+    fn measure(tensor_bytes: usize) -> Self {
+        Self { f32: peak::f32_operations(), int8: peak::int8_operations(), copied: peak::copied_bytes(tensor_bytes) }
+    }
+
+    /// Seconds that the products of some work take at the least.
+    fn products(&self, work: &Work) -> Option<f64> {
+        let at = |operations: f64, speed: Option<f64>| match speed {
+            _ if operations == 0.0 => Some(0.0),
+            Some(speed) => Some(operations / speed),
+            None => None,
+        };
+        Some(at(work.f32_operations, self.f32)? + at(work.int8_operations, self.int8)?)
+    }
+
+    /// Seconds that some work takes at the least.
+    fn floor(&self, work: &Work) -> Option<f64> {
+        Some(self.products(work)? + work.bytes / self.copied)
+    }
 }
 
 /// Real text, joined and cut into sequences with a label on every token; it starts again from the front when it is used up.

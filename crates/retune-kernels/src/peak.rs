@@ -1,0 +1,168 @@
+//! What this machine could do at most: the instructions of the products' inner loops on registers alone, and copies of memory. The floors
+//! and shares of benchmarks are counted against these.
+
+use std::hint::black_box;
+use std::time::Instant;
+
+use crate::parallel::{self, SharedMut};
+
+/// How often a speed is measured; the best counts, since whatever else runs can only slow it down.
+const ROUNDS: usize = 9;
+
+/// The most that `run` did a second; it says how much it did.
+fn rate(mut run: impl FnMut() -> usize) -> f64 {
+    let mut round = || {
+        let start = Instant::now();
+        run() as f64 / start.elapsed().as_secs_f64().max(1e-9)
+    };
+    (0..ROUNDS).map(|_| round()).fold(0.0, f64::max)
+}
+
+/// What all threads of the pool did, each running `work`.
+fn on_all_threads(work: impl Fn() -> usize + Sync) -> usize {
+    rayon::broadcast(|_| work()).into_iter().sum()
+}
+
+/// Multiplications and additions of f32 a second, on all threads of the pool, by the instruction set in use; `None` where that has no
+/// instruction of its own for them.
+pub fn f32_operations() -> Option<f64> {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use crate::isa::{Isa, isa};
+        let work: fn() -> usize = match isa() {
+            // SAFETY (both): `isa` returns a variant only when the machine has its features.
+            Isa::Avx512 => || unsafe { x86::fma_512() },
+            Isa::Avx2 => || unsafe { x86::fma_256() },
+            Isa::Portable => return None,
+        };
+        Some(rate(|| on_all_threads(work)))
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    None
+}
+
+/// The same in products of 8-bit integers.
+pub fn int8_operations() -> Option<f64> {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use crate::isa::{Int8Isa, int8_isa};
+        let work: fn() -> usize = match int8_isa() {
+            // SAFETY (all): `int8_isa` returns a variant only when the machine has its features.
+            Int8Isa::Avx512Vnni => || unsafe { x86::dots_512() },
+            Int8Isa::AvxVnni => || unsafe { x86::dots_256() },
+            Int8Isa::Avx2 => || unsafe { x86::two_step_dots_256() },
+            Int8Isa::Portable => return None,
+        };
+        Some(rate(|| on_all_threads(work)))
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    None
+}
+
+/// Bytes a second, those read and those written, of copying `bytes` bytes on all threads, over and over: what lies in a cache stays there.
+pub fn copied_bytes(bytes: usize) -> f64 {
+    const PIECE: usize = 1 << 13;
+    let from = vec![1.0f32; (bytes / size_of::<f32>()).max(1)];
+    let mut to = vec![0.0f32; from.len()];
+    let once = 2 * size_of_val(&from[..]);
+    let repeats = ((128 << 20) / once).max(1);
+    rate(|| {
+        for _ in 0..repeats {
+            let shared = SharedMut::new(&mut to);
+            parallel::for_each(from.len().div_ceil(PIECE), |piece| {
+                let start = piece * PIECE;
+                let n = PIECE.min(from.len() - start);
+                // SAFETY: pieces are disjoint.
+                unsafe { shared.slice(start, n) }.copy_from_slice(black_box(&from[start..start + n]));
+            });
+            black_box(&mut to);
+        }
+        once * repeats
+    })
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use std::arch::x86_64::*;
+    use std::hint::black_box;
+
+    /// Independent sums: enough to hide the latency of two instructions a cycle, few enough for 16 registers.
+    const SUMS: usize = 12;
+    /// Long enough that starting the threads does not count.
+    const STEPS: usize = 1 << 18;
+
+    /// A loop over independent sums in registers; what it returns is how many operations it did, `$operations` an instruction.
+    macro_rules! register_loop {
+        ($name:ident, $features:literal, $operations:literal, $start:expr, $operand:expr, $step:expr) => {
+            #[target_feature(enable = $features)]
+            pub fn $name() -> usize {
+                // Unknown to the compiler and all different, so that it neither computes ahead nor merges sums.
+                let mut sums: [_; SUMS] = std::array::from_fn(|i| $start(black_box(i as i32)));
+                let (a, b) = ($operand(black_box(3)), $operand(black_box(5)));
+                for _ in 0..STEPS {
+                    for sum in &mut sums {
+                        *sum = $step(*sum, a, b);
+                    }
+                }
+                black_box(sums);
+                $operations * SUMS * STEPS
+            }
+        };
+    }
+
+    register_loop!(
+        fma_512,
+        "avx512f",
+        32,
+        |i| _mm512_set1_ps(i as f32),
+        |i| _mm512_set1_ps(i as f32 / 16.0),
+        |sum, a, b| _mm512_fmadd_ps(a, b, sum)
+    );
+    register_loop!(
+        fma_256,
+        "avx2,fma",
+        16,
+        |i| _mm256_set1_ps(i as f32),
+        |i| _mm256_set1_ps(i as f32 / 16.0),
+        |sum, a, b| _mm256_fmadd_ps(a, b, sum)
+    );
+    register_loop!(
+        dots_512,
+        "avx512f,avx512bw,avx512vnni",
+        128,
+        |i| _mm512_set1_epi32(i),
+        |i| _mm512_set1_epi8(i as i8),
+        |sum, a, b| _mm512_dpbusd_epi32(sum, a, b)
+    );
+    register_loop!(
+        dots_256,
+        "avx2,avxvnni",
+        64,
+        |i| _mm256_set1_epi32(i),
+        |i| _mm256_set1_epi8(i as i8),
+        |sum, a, b| _mm256_dpbusd_avx_epi32(sum, a, b)
+    );
+    // As the kernel does it, sign and all.
+    register_loop!(
+        two_step_dots_256,
+        "avx2",
+        64,
+        |i| _mm256_set1_epi32(i),
+        |i| _mm256_set1_epi8(i as i8),
+        |sum, a, b| {
+            let pairs = _mm256_maddubs_epi16(a, _mm256_sign_epi8(b, sum));
+            _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
+        }
+    );
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn speeds_are_positive_where_there_are_any() {
+        assert!([f32_operations(), int8_operations()].into_iter().flatten().all(|speed| speed > 0.0));
+        assert!(copied_bytes(1 << 16) > 0.0);
+    }
+}
