@@ -1,15 +1,16 @@
 //! Causal attention of sequences laid end to end, with grouped heads and an optional sliding window.
 //!
-//! Queries are taken a block at a time against all the keys they see, so scores never exist beyond one block of rows; the backward
-//! recomputes them from the saved log-sum-exp (Dao et al. 2022, FlashAttention, section 3).
+//! Queries are taken a block at a time against all the keys they see, so scores never exist beyond one block; the backward recomputes
+//! them from the saved log-sum-exp (Dao et al. 2022, FlashAttention, section 3). Scores lie transposed, a row for each key and a column for
+//! each query of the block: then keys, values and scores are multiplied where they lie, and what belongs to a query fills the lanes of vectors.
 
 use std::ops::Range;
 
-use crate::gemm::{self, MatRef, Out, Packed, Rhs, Term, gemm_serial};
+use crate::gemm::{MatRef, Out, gemm_in_place, transpose_rows};
 use crate::multiversion;
 use crate::parallel::{self, SharedMut};
 use crate::scratch::{self, Purpose};
-use crate::vector::{LANES, dot, exp, sum_lanes};
+use crate::vector::{LANES, dot, exp};
 
 /// Queries whose scores are held at once.
 const BLOCK: usize = 64;
@@ -43,14 +44,13 @@ impl Segment {
 
 /// The block of queries a piece of work is about, and the keys it sees.
 struct Block {
+    /// Its first query, counted from the segment's first.
     first: usize,
     len: usize,
-    /// First key seen by any query of the block, aligned down to a panel.
-    low: usize,
-    /// One past the last key seen.
-    high: usize,
-    /// Key position of the first query of the block.
-    position: usize,
+    /// First key seen by any query of the block, and one past the last.
+    keys: Range<usize>,
+    /// The key that the first query sees last, counted from the block's first key.
+    diagonal: usize,
 }
 
 impl Block {
@@ -59,63 +59,75 @@ impl Block {
         let len = BLOCK.min(segment.queries.len() - first);
         let position = segment.keys.len() - segment.queries.len() + first;
         let low = heads.window.map_or(0, |w| (position + 1).saturating_sub(w));
-        let panel = gemm::panel_width();
-        Self { first, len, low: low / panel * panel, high: position + len, position }
+        Self { first, len, keys: low..position + len, diagonal: position - low }
     }
 
-    fn width(&self) -> usize {
-        self.high - self.low
+    /// Sets the scores of what a query does not see to −∞.
+    fn mask(&self, heads: &Heads, scores: &mut [f32]) {
+        let window = heads.window.unwrap_or(usize::MAX);
+        for (key, row) in scores.chunks_exact_mut(BLOCK).enumerate() {
+            // Queries before the first do not reach this far; those from the end on no longer look back to it.
+            let first = key.saturating_sub(self.diagonal);
+            let end = key.saturating_add(window).saturating_sub(self.diagonal).min(self.len);
+            row[..first].fill(f32::NEG_INFINITY);
+            row[end..self.len].fill(f32::NEG_INFINITY);
+        }
     }
+}
 
-    /// Columns of the score block that row `i` sees.
-    fn seen(&self, heads: &Heads, i: usize) -> Range<usize> {
-        let end = self.position + i + 1;
-        let low = heads.window.map_or(0, |w| end.saturating_sub(w));
-        low.max(self.low) - self.low..end - self.low
+/// A block's scores `S: [keys, BLOCK]`, transposed: `K·Qᵀ` where `keys` are K's rows and `queries` the block's, unscaled.
+fn transposed_product(keys: MatRef, queries: MatRef, block: &Block, d: usize, to: &mut [f32]) {
+    scratch::with(Purpose::Heads, d * BLOCK, |memory| {
+        let (queries, columns) = transpose_rows(queries, block.len, d, memory);
+        gemm_in_place(block.keys.len(), columns, d, keys, queries, Out::set(to, BLOCK));
+    });
+}
+
+multiversion! {
+    /// Turns the first `columns` scores of rows `[keys, BLOCK]` (and what fills their last vector) into exp(scale · (score − largest)), column by
+    /// column; writes scale · largest and the sum of each.
+    fn softmax_columns(scores: &mut [f32], columns: usize, scale: f32, largest: &mut [f32; BLOCK], sums: &mut [f32; BLOCK]) {
+        for vector in 0..columns.div_ceil(LANES) {
+            let mut most = [f32::NEG_INFINITY; LANES];
+            for row in scores.as_chunks::<BLOCK>().0 {
+                let row = &row.as_chunks::<LANES>().0[vector];
+                for i in 0..LANES {
+                    most[i] = if row[i] <= most[i] { most[i] } else { row[i] };
+                }
+            }
+            let mut sum = [0.0f32; LANES];
+            for row in scores.as_chunks_mut::<BLOCK>().0 {
+                let row = &mut row.as_chunks_mut::<LANES>().0[vector];
+                for i in 0..LANES {
+                    row[i] = exp(scale * (row[i] - most[i]));
+                    sum[i] += row[i];
+                }
+            }
+            largest.as_chunks_mut::<LANES>().0[vector] = most.map(|v| scale * v);
+            sums.as_chunks_mut::<LANES>().0[vector] = sum;
+        }
     }
 }
 
 multiversion! {
-    /// Turns scores into exp(scale · (score − largest)), zero outside `seen`; returns scale · largest and the sum.
-    fn softmax_row(row: &mut [f32], seen_start: usize, seen_end: usize, scale: f32) -> (f32, f32) {
-        row[..seen_start].fill(0.0);
-        row[seen_end..].fill(0.0);
-        let row = &mut row[seen_start..seen_end];
-        let mut lanes = [f32::NEG_INFINITY; LANES];
-        let mut blocks = row.chunks_exact(LANES);
-        for block in blocks.by_ref() {
-            for i in 0..LANES {
-                // Not `f32::max`, which would drop a NaN.
-                lanes[i] = if block[i] <= lanes[i] { lanes[i] } else { block[i] };
-            }
+    fn scaled_copy(from: &[f32], factor: f32, to: &mut [f32]) {
+        for (to, v) in to.iter_mut().zip(from) {
+            *to = factor * v;
         }
-        let mut largest = f32::NEG_INFINITY;
-        for &v in lanes.iter().chain(blocks.remainder()) {
-            largest = if v <= largest { largest } else { v };
-        }
-        let mut sums = [0.0f32; LANES];
-        let mut rest = 0.0;
-        let mut blocks = row.chunks_exact_mut(LANES);
-        for block in blocks.by_ref() {
-            for i in 0..LANES {
-                block[i] = exp(scale * (block[i] - largest));
-                sums[i] += block[i];
-            }
-        }
-        for v in blocks.into_remainder() {
-            *v = exp(scale * (*v - largest));
-            rest += *v;
-        }
-        (scale * largest, sum_lanes(sums) + rest)
     }
 }
 
-multiversion! {
-    fn scale_row(row: &mut [f32], factor: f32) {
-        for v in row.iter_mut() {
-            *v *= factor;
+/// Calls `f` with every segment, query head and block of queries, on all threads; those with most keys first, so that threads end together.
+fn for_each_block(heads: &Heads, segments: &[Segment], f: impl Fn(&Segment, usize, Block) + Sync) {
+    let most = segments.iter().map(Segment::blocks).max().unwrap_or(0);
+    let across = segments.len() * heads.queries;
+    parallel::for_each(across * most, |piece| {
+        let (block, piece) = (most - 1 - piece / across, piece % across);
+        let (segment, head) = (&segments[piece / heads.queries], piece % heads.queries);
+        if block < segment.blocks() {
+            f(segment, head, Block::new(heads, segment, block));
         }
-    }
+    });
 }
 
 /// Writes `out: [Tq, queries · head_dim]` and the log-sum-exp of each query's scaled scores, `lse: [Tq, queries]`.
@@ -125,57 +137,46 @@ pub fn forward(heads: &Heads, segments: &[Segment], q: &[f32], k: &[f32], v: &[f
     let (d, q_stride, k_stride) = (heads.head_dim, heads.queries * heads.head_dim, heads.keys * heads.head_dim);
     let group = heads.queries / heads.keys;
     let (out, lse) = (SharedMut::new(out), SharedMut::new(lse));
-    parallel::for_each(segments.len() * heads.queries, |piece| {
-        let (segment, head) = (&segments[piece / heads.queries], piece % heads.queries);
-        let n = segment.keys.len();
-        let key_start = segment.keys.start * k_stride + head / group * d;
-        let (keys_len, values_len) = (Packed::len(d, n), Packed::len(n, d));
-        scratch::with(Purpose::Heads, keys_len + values_len, |memory| {
-            let (for_keys, for_values) = memory.split_at_mut(keys_len);
-            let keys = Packed::new(d, n, MatRef::rows(&k[key_start..], k_stride).t(), for_keys);
-            let values = Packed::new(n, d, MatRef::rows(&v[key_start..], k_stride), for_values);
-            for block in (0..segment.blocks()).map(|b| Block::new(heads, segment, b)) {
-                let token = segment.queries.start + block.first;
-                let start = token * q_stride + head * d;
-                let width = block.width();
-                scratch::with(Purpose::Scores, block.len * width, |scores| {
-                    let queries = MatRef::rows(&q[start..], q_stride);
-                    keys.product(block.len, 0..d, block.low..block.high, queries, Out::set(scores, width));
-                    let mut inverse = [0.0; BLOCK];
-                    for (i, row) in scores.chunks_exact_mut(width).enumerate() {
-                        let seen = block.seen(heads, i);
-                        let (largest, sum) = softmax_row(row, seen.start, seen.end, heads.scale);
-                        inverse[i] = 1.0 / sum;
-                        // SAFETY: one piece, one head of the segment's tokens.
-                        unsafe { lse.slice((token + i) * heads.queries + head, 1)[0] = largest + sum.ln() };
-                    }
-                    scratch::with(Purpose::Row, block.len * d, |result| {
-                        let probabilities = MatRef::rows(scores, width);
-                        values.product(block.len, block.low..block.high, 0..d, probabilities, Out::set(result, d));
-                        for (i, row) in result.chunks_exact_mut(d).enumerate() {
-                            scale_row(row, inverse[i]);
-                            // SAFETY: as above.
-                            let to = unsafe { out.slice(start + i * q_stride, d) };
-                            to.copy_from_slice(row);
-                        }
-                    });
-                });
-            }
+    for_each_block(heads, segments, |segment, head, block| {
+        let token = segment.queries.start + block.first;
+        let start = token * q_stride + head * d;
+        let key_start = (segment.keys.start + block.keys.start) * k_stride + head / group * d;
+        let width = block.keys.len();
+        scratch::with(Purpose::Scores, width * BLOCK, |scores| {
+            let (keys, queries) = (MatRef::rows(&k[key_start..], k_stride), MatRef::rows(&q[start..], q_stride));
+            transposed_product(keys, queries, &block, d, scores);
+            block.mask(heads, scores);
+            let (mut largest, mut sums) = ([0.0; BLOCK], [0.0; BLOCK]);
+            softmax_columns(scores, block.len, heads.scale, &mut largest, &mut sums);
+            scratch::with(Purpose::Row, block.len * d, |result| {
+                let values = MatRef::rows(&v[key_start..], k_stride);
+                gemm_in_place(block.len, d, width, MatRef::rows(scores, BLOCK).t(), values, Out::set(result, d));
+                for (i, row) in result.chunks_exact(d).enumerate() {
+                    // SAFETY: one piece, one head of the block's tokens.
+                    let (to, lse) = unsafe {
+                        (out.slice(start + i * q_stride, d), lse.slice((token + i) * heads.queries + head, 1))
+                    };
+                    scaled_copy(row, 1.0 / sums[i], to);
+                    lse[0] = largest[i] + sums[i].ln();
+                }
+            });
         });
     });
 }
 
 multiversion! {
-    /// P = exp(scale · S − lse) and dS = scale · P ⊙ (dP − D), in place, zero outside what is seen.
-    fn gradient_row(scores: &mut [f32], gradients: &mut [f32], seen_start: usize, seen_end: usize, scale: f32, lse: f32, delta: f32) {
-        for row in [&mut *scores, &mut *gradients] {
-            row[..seen_start].fill(0.0);
-            row[seen_end..].fill(0.0);
-        }
-        for (s, g) in scores[seen_start..seen_end].iter_mut().zip(&mut gradients[seen_start..seen_end]) {
-            let p = exp(scale * *s - lse);
-            *s = p;
-            *g = scale * p * (*g - delta);
+    /// P = exp(scale · S − lse) and dS = scale · P ⊙ (dP − D), in place, for the first `columns` of rows `[keys, BLOCK]`.
+    fn gradient_columns(scores: &mut [f32], gradients: &mut [f32], columns: usize, scale: f32, lse: &[f32; BLOCK], delta: &[f32; BLOCK]) {
+        for vector in 0..columns.div_ceil(LANES) {
+            let (lse, delta) = (lse.as_chunks::<LANES>().0[vector], delta.as_chunks::<LANES>().0[vector]);
+            for (s, g) in scores.as_chunks_mut::<BLOCK>().0.iter_mut().zip(gradients.as_chunks_mut::<BLOCK>().0) {
+                let (s, g) = (&mut s.as_chunks_mut::<LANES>().0[vector], &mut g.as_chunks_mut::<LANES>().0[vector]);
+                for i in 0..LANES {
+                    let p = exp(scale * s[i] - lse[i]);
+                    s[i] = p;
+                    g[i] = scale * p * (g[i] - delta[i]);
+                }
+            }
         }
     }
 }
@@ -189,6 +190,10 @@ pub struct Saved<'a> {
     pub lse: &'a [f32],
 }
 
+/// In how many parts the blocks of a query head are worked on, each with gradients of keys and values of its own: a fixed number, so that
+/// sums do not depend on the number of threads.
+const PARTS: usize = 2;
+
 /// Writes the gradients `dq: [Tq, queries · head_dim]`, `dk` and `dv: [Tkv, keys · head_dim]` from the gradient `dout` of the output.
 /// Keys that belong to no segment keep what their gradients held.
 pub fn backward(
@@ -200,32 +205,40 @@ pub fn backward(
     dk: &mut [f32],
     dv: &mut [f32],
 ) {
-    let (d, q_stride, k_stride) = (heads.head_dim, heads.queries * heads.head_dim, heads.keys * heads.head_dim);
+    let (d, k_stride) = (heads.head_dim, heads.keys * heads.head_dim);
     let group = heads.queries / heads.keys;
     let tokens = segments.iter().map(|s| s.keys.end).max().unwrap_or(0);
-    let per_kind = tokens * q_stride;
-    // Query heads that share a key head add to the same gradient: each sums into a place of its own first.
+    let per_kind = tokens * heads.queries * d * PARTS;
+    // Parts and query heads that share a key head add to the same gradient: each sums into a place of its own first.
     scratch::with(Purpose::HeadGradients, 2 * per_kind, |own| {
         let (own_dk, own_dv) = own.split_at_mut(per_kind);
         let (own_dk, own_dv, dq) = (SharedMut::new(own_dk), SharedMut::new(own_dv), SharedMut::new(dq));
-        parallel::for_each(segments.len() * heads.queries, |piece| {
-            let (segment, head) = (&segments[piece / heads.queries], piece % heads.queries);
-            head_backward(heads, segment, head, saved, dout, dq, [own_dk, own_dv]);
+        let pieces = heads.queries * PARTS;
+        parallel::for_each(segments.len() * pieces, |piece| {
+            let (segment, head, part) = (&segments[piece / pieces], piece % pieces / PARTS, piece % PARTS);
+            let (start, len) = (own_start(heads, segment, head, part), segment.keys.len() * d);
+            // SAFETY: one piece, one part of a head of the segment.
+            let own = unsafe { [own_dk.slice(start, len), own_dv.slice(start, len)] };
+            part_backward(heads, segment, head, part, saved, dout, dq, own);
         });
         let (dk, dv) = (SharedMut::new(dk), SharedMut::new(dv));
         for segment in segments {
             let n = segment.keys.len();
-            parallel::for_each(n, |i| {
-                let token = segment.keys.start + i;
-                for (to, from) in [(dk, own_dk), (dv, own_dv)] {
-                    // SAFETY: one piece, one token.
-                    let to = unsafe { to.slice(token * k_stride, k_stride) };
-                    for (key, to) in to.chunks_exact_mut(d).enumerate() {
-                        for head in key * group..(key + 1) * group {
-                            let start = own_start(heads, segment, head) + i * d;
-                            // SAFETY: one piece, one token; the pieces above are done.
-                            let from = unsafe { from.slice(start, d) };
-                            if head == key * group { to.copy_from_slice(from) } else { add_row(to, from) }
+            let rows = parallel::chunk_rows(n, 8);
+            parallel::for_each(n.div_ceil(rows), |chunk| {
+                for i in chunk * rows..((chunk + 1) * rows).min(n) {
+                    let token = segment.keys.start + i;
+                    for (to, from) in [(dk, own_dk), (dv, own_dv)] {
+                        // SAFETY: one piece, its tokens.
+                        let to = unsafe { to.slice(token * k_stride, k_stride) };
+                        for (key, to) in to.chunks_exact_mut(d).enumerate() {
+                            for shared in 0..group * PARTS {
+                                let (head, part) = (key * group + shared / PARTS, shared % PARTS);
+                                let start = own_start(heads, segment, head, part) + i * d;
+                                // SAFETY: one piece, its tokens; the pieces above are done.
+                                let from = unsafe { from.slice(start, d) };
+                                if shared == 0 { to.copy_from_slice(from) } else { add_row(to, from) }
+                            }
                         }
                     }
                 }
@@ -234,9 +247,15 @@ pub fn backward(
     });
 }
 
-/// Where a query head's own gradient of a segment's keys lies: `[keys, head_dim]` together.
-fn own_start(heads: &Heads, segment: &Segment, head: usize) -> usize {
-    (segment.keys.start * heads.queries + head * segment.keys.len()) * heads.head_dim
+/// Where the gradient of a segment's keys by one part of a query head lies: `[keys, head_dim]` together.
+fn own_start(heads: &Heads, segment: &Segment, head: usize, part: usize) -> usize {
+    let keys = segment.keys.len();
+    (segment.keys.start * heads.queries * PARTS + (head * PARTS + part) * keys) * heads.head_dim
+}
+
+/// Whether a block belongs to a part: 0 1 1 0 0 1 1 0 …, since later blocks see more keys.
+fn belongs(block: usize, part: usize) -> bool {
+    block.div_ceil(2) % PARTS == part
 }
 
 multiversion! {
@@ -247,69 +266,59 @@ multiversion! {
     }
 }
 
-fn head_backward(
+#[allow(clippy::too_many_arguments)]
+fn part_backward(
     heads: &Heads,
     segment: &Segment,
     head: usize,
+    part: usize,
     saved: &Saved,
     dout: &[f32],
     dq: SharedMut,
-    own: [SharedMut; 2],
+    [own_dk, own_dv]: [&mut [f32]; 2],
 ) {
     let (d, q_stride, k_stride) = (heads.head_dim, heads.queries * heads.head_dim, heads.keys * heads.head_dim);
-    let n = segment.keys.len();
-    let key_start = segment.keys.start * k_stride + head / (heads.queries / heads.keys) * d;
-    let (across, along) = (Packed::len(d, n), Packed::len(n, d));
-    // SAFETY: one piece, one head of the segment.
-    let [own_dk, own_dv] = own.map(|own| unsafe { own.slice(own_start(heads, segment, head), n * d) });
+    let group = heads.queries / heads.keys;
     own_dk.fill(0.0);
     own_dv.fill(0.0);
-    scratch::with(Purpose::Heads, 2 * across + along, |memory| {
-        let (for_keys_t, rest) = memory.split_at_mut(across);
-        let (for_values_t, for_keys) = rest.split_at_mut(across);
-        let key_rows = MatRef::rows(&saved.k[key_start..], k_stride);
-        let keys_t = Packed::new(d, n, key_rows.t(), for_keys_t);
-        let values_t = Packed::new(d, n, MatRef::rows(&saved.v[key_start..], k_stride).t(), for_values_t);
-        let keys = Packed::new(n, d, key_rows, for_keys);
-        for block in (0..segment.blocks()).map(|b| Block::new(heads, segment, b)) {
-            let token = segment.queries.start + block.first;
-            let start = token * q_stride + head * d;
-            let width = block.width();
-            let size = block.len * width;
-            scratch::with(Purpose::Scores, size, |scores| {
-                scratch::with(Purpose::ScoreGradients, size, |gradients| {
-                    let queries = MatRef::rows(&saved.q[start..], q_stride);
-                    let out_gradients = MatRef::rows(&dout[start..], q_stride);
-                    let columns = block.low..block.high;
-                    keys_t.product(block.len, 0..d, columns.clone(), queries, Out::set(scores, width));
-                    values_t.product(block.len, 0..d, columns.clone(), out_gradients, Out::set(gradients, width));
-                    let rows = scores.chunks_exact_mut(width).zip(gradients.chunks_exact_mut(width));
-                    for (i, (scores, gradients)) in rows.enumerate() {
-                        let at = start + i * q_stride;
-                        let delta = dot(&dout[at..at + d], &saved.out[at..at + d]);
-                        let lse = saved.lse[(token + i) * heads.queries + head];
-                        let seen = block.seen(heads, i);
-                        gradient_row(scores, gradients, seen.start, seen.end, heads.scale, lse, delta);
-                    }
-                    scratch::with(Purpose::Row, block.len * d, |dq_rows| {
-                        let ds = MatRef::rows(gradients, width);
-                        keys.product(block.len, columns, 0..d, ds, Out::set(dq_rows, d));
-                        for (i, row) in dq_rows.chunks_exact(d).enumerate() {
-                            // SAFETY: one piece, one head of the segment's tokens.
-                            unsafe { dq.slice(start + i * q_stride, d).copy_from_slice(row) };
-                        }
-                    });
-                    let seen = block.low * d..block.high * d;
-                    for (own, left, right) in
-                        [(&mut *own_dk, &*gradients, queries), (&mut *own_dv, &*scores, out_gradients)]
-                    {
-                        let term = Term::new(block.len, MatRef::rows(left, width).t(), Rhs::View(right));
-                        gemm_serial(width, d, &[term], Out::add(&mut own[seen.clone()], d));
+    for block in (0..segment.blocks()).filter(|&b| belongs(b, part)).map(|b| Block::new(heads, segment, b)) {
+        let token = segment.queries.start + block.first;
+        let start = token * q_stride + head * d;
+        let key_start = (segment.keys.start + block.keys.start) * k_stride + head / group * d;
+        let width = block.keys.len();
+        let (queries, out_gradients) =
+            (MatRef::rows(&saved.q[start..], q_stride), MatRef::rows(&dout[start..], q_stride));
+        let keys = MatRef::rows(&saved.k[key_start..], k_stride);
+        let values = MatRef::rows(&saved.v[key_start..], k_stride);
+        let (mut lse, mut delta) = ([0.0; BLOCK], [0.0; BLOCK]);
+        for i in 0..block.len {
+            let at = start + i * q_stride;
+            delta[i] = dot(&dout[at..at + d], &saved.out[at..at + d]);
+            lse[i] = saved.lse[(token + i) * heads.queries + head];
+        }
+        scratch::with(Purpose::Scores, width * BLOCK, |scores| {
+            scratch::with(Purpose::ScoreGradients, width * BLOCK, |gradients| {
+                transposed_product(keys, queries, &block, d, scores);
+                transposed_product(values, out_gradients, &block, d, gradients);
+                block.mask(heads, scores);
+                gradient_columns(scores, gradients, block.len, heads.scale, &lse, &delta);
+                scratch::with(Purpose::Row, block.len * d, |rows| {
+                    gemm_in_place(block.len, d, width, MatRef::rows(gradients, BLOCK).t(), keys, Out::set(rows, d));
+                    for (i, row) in rows.chunks_exact(d).enumerate() {
+                        // SAFETY: one piece, one head of the block's tokens.
+                        unsafe { dq.slice(start + i * q_stride, d).copy_from_slice(row) };
                     }
                 });
+                let seen = block.keys.start * d..block.keys.end * d;
+                for (own, left, right) in
+                    [(&mut *own_dk, &*gradients, queries), (&mut *own_dv, &*scores, out_gradients)]
+                {
+                    let to = Out::add(&mut own[seen.clone()], d);
+                    gemm_in_place(width, d, block.len, MatRef::rows(left, BLOCK), right, to);
+                }
             });
-        }
-    });
+        });
+    }
 }
 
 #[cfg(test)]

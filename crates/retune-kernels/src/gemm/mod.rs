@@ -24,6 +24,8 @@ use kernel::{MR, Tile};
 const KC: usize = 1024;
 /// Rows of C up to which a right operand with contiguous columns is read in place: packing would cost as much as the product.
 const FEW_ROWS: usize = 4 * MR;
+/// The same where the right operand is read as it lies, wherever that is: what is used of it stays in the first-level cache.
+const IN_PLACE_KC: usize = 96;
 /// Least number of columns that one piece of work packs and multiplies.
 const GROUP_COLS: usize = 64;
 
@@ -510,68 +512,76 @@ fn packed_width(cols: usize) -> usize {
     cols.next_multiple_of(kernel::lanes(isa()))
 }
 
-/// A right operand `B[k, n]` packed once for several products on one thread.
-pub struct Packed<'a> {
-    k: usize,
-    n: usize,
-    data: &'a [f32],
-}
-
-impl<'a> Packed<'a> {
-    /// Elements of memory that [`Packed::new`] needs.
-    pub fn len(k: usize, n: usize) -> usize {
-        let width = kernel::panel_width(isa());
-        k * (n / width * width + packed_width(n % width))
-    }
-
-    /// Packs `b` into `memory`, of [`Packed::len`] elements, on the calling thread.
-    pub fn new(k: usize, n: usize, b: MatRef, memory: &'a mut [f32]) -> Self {
-        assert!(b.covers(k, n), "B is smaller than [{k}, {n}]");
-        let len = Self::len(k, n);
-        pack_b(Rhs::View(b), 1.0, 0..k, 0..n, &mut memory[..len]);
-        Self { k, n, data: memory }
-    }
-
-    /// `C[m, cols] (+)= A[m, rows] · B[rows, cols]` for a range of B's rows and a range of its columns that starts at a panel, on the
-    /// calling thread. A's rows are contiguous, and C is overwritten or added to.
-    pub fn product(&self, m: usize, rows: Range<usize>, cols: Range<usize>, a: MatRef, out: Out) {
-        let width = kernel::panel_width(isa());
-        let k = rows.len();
-        assert!(m > 0 && k > 0 && !cols.is_empty(), "an empty product");
-        assert!(rows.end <= self.k && cols.end <= self.n && cols.start.is_multiple_of(width), "outside B");
-        assert!(a.covers(m, k) && a.col_stride == 1, "A is not rows of [{m}, {k}]");
-        assert!((m - 1) * out.stride + cols.len() <= out.data.len(), "C is smaller than [{m}, {}]", cols.len());
-        let data = SharedMut::new(out.data);
-        let first = cols.start / width;
-        for panel in first..cols.end.div_ceil(width) {
-            let b_stride = packed_width(width.min(self.n - panel * width));
-            let b = &self.data[panel * self.k * width + rows.start * b_stride..];
-            let wide = width.min(cols.end - panel * width);
-            for row in (0..m).step_by(MR) {
-                let c = data.pointer(row * out.stride + (panel - first) * width);
-                let addend = if matches!(out.to, To::Nothing) { std::ptr::null() } else { c.cast_const() };
-                let t = Tile {
-                    k,
-                    a: a.data[row * a.row_stride..].as_ptr(),
-                    a_row_stride: a.row_stride,
-                    a_k_stride: 1,
-                    b: b.as_ptr(),
-                    b_stride,
-                    c,
-                    c_stride: out.stride,
-                    addend,
-                    cols: wide,
-                };
-                // SAFETY: the shapes were checked above.
-                unsafe { kernel::run(isa(), &t, MR.min(m - row)) };
+/// `C[m, n] (+)= A[m, k] · B[k, n]` on the calling thread, for small operands that are read where they lie, whatever the strides of A. B's
+/// rows are contiguous; only columns that do not fill a vector are packed.
+///
+/// # Panics
+/// As [`gemm`].
+pub fn gemm_in_place(m: usize, n: usize, k: usize, a: MatRef, b: MatRef, out: Out) {
+    assert!(m > 0 && n > 0 && k > 0, "an empty product");
+    assert!(a.covers(m, k) && b.covers(k, n) && b.col_stride == 1, "operands of another product than [{m}, {k}, {n}]");
+    let covered = (m - 1) * out.stride + n;
+    assert!(covered <= out.data.len(), "C is smaller than [{m}, {n}]");
+    let c = out.data.as_mut_ptr();
+    let addend = match out.to {
+        To::Nothing => std::ptr::null(),
+        To::Itself => c.cast_const(),
+        To::Other(addend) => {
+            assert!(covered <= addend.len(), "the addend is smaller than [{m}, {n}]");
+            addend.as_ptr()
+        }
+    };
+    let width = kernel::panel_width(isa());
+    for start in (0..n).step_by(width) {
+        let cols = width.min(n - start);
+        let stride = packed_width(cols);
+        for k0 in (0..k).step_by(IN_PLACE_KC) {
+            let k = IN_PLACE_KC.min(k - k0);
+            let panel = MatRef { data: &b.data[k0 * b.row_stride + start..], ..b };
+            let tiles = |b: &[f32], b_stride: usize| {
+                for row in (0..m).step_by(MR) {
+                    let at = row * out.stride + start;
+                    let c = c.wrapping_add(at);
+                    let addend = match k0 {
+                        0 if addend.is_null() => addend,
+                        0 => addend.wrapping_add(at),
+                        _ => c.cast_const(),
+                    };
+                    let t = Tile {
+                        k,
+                        a: a.data[row * a.row_stride + k0 * a.col_stride..].as_ptr(),
+                        a_row_stride: a.row_stride,
+                        a_k_stride: a.col_stride,
+                        b: b.as_ptr(),
+                        b_stride,
+                        c,
+                        c_stride: out.stride,
+                        addend,
+                        cols,
+                    };
+                    // SAFETY: the shapes were checked above, and B's columns are whole vectors.
+                    unsafe { kernel::run(isa(), &t, MR.min(m - row)) };
+                }
+            };
+            if stride == cols {
+                tiles(panel.data, b.row_stride);
+            } else {
+                scratch::with(Purpose::PackedB, k * stride, |packed| {
+                    pack_panel(panel, cols, stride, packed);
+                    tiles(packed, stride);
+                });
             }
         }
     }
 }
 
-/// Columns to which [`Packed::product`] aligns the start of a range.
-pub fn panel_width() -> usize {
-    kernel::panel_width(isa())
+/// Writes the transpose of `n` rows of `k` values to `memory`, columns filled up with zeros to whole vectors; returns it and their number.
+pub fn transpose_rows<'a>(rows: MatRef, n: usize, k: usize, memory: &'a mut [f32]) -> (MatRef<'a>, usize) {
+    assert!(rows.covers(n, k), "fewer rows than [{n}, {k}]");
+    let columns = packed_width(n);
+    let to = &mut memory[..k * columns];
+    pack_panel(rows.t(), n, columns, to);
+    (MatRef::rows(to, columns), columns)
 }
 
 /// Packs a left operand whose rows are not contiguous: tiles of [`MR`] rows, `k` steps each.
