@@ -194,6 +194,9 @@ pub struct Saved<'a> {
 /// sums do not depend on the number of threads.
 const PARTS: usize = 2;
 
+/// Elements of memory that [`backward`] takes for each element of the queries: gradients of keys and of values, head by head and part by part.
+pub const BACKWARD_SCRATCH: usize = 2 * PARTS;
+
 /// Writes the gradients `dq: [Tq, queries · head_dim]`, `dk` and `dv: [Tkv, keys · head_dim]` from the gradient `dout` of the output.
 /// Keys that belong to no segment keep what their gradients held.
 pub fn backward(
@@ -208,7 +211,7 @@ pub fn backward(
     let (d, k_stride) = (heads.head_dim, heads.keys * heads.head_dim);
     let group = heads.queries / heads.keys;
     let tokens = segments.iter().map(|s| s.keys.end).max().unwrap_or(0);
-    let per_kind = tokens * heads.queries * d * PARTS;
+    let per_kind = tokens * heads.queries * d * BACKWARD_SCRATCH / 2;
     // Parts and query heads that share a key head add to the same gradient: each sums into a place of its own first.
     scratch::with(Purpose::HeadGradients, 2 * per_kind, |own| {
         let (own_dk, own_dv) = own.split_at_mut(per_kind);

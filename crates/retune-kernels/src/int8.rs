@@ -41,6 +41,12 @@ fn run_len(len: usize) -> usize {
     len.div_ceil(len.div_ceil(RUN).max(1)).next_multiple_of(PANEL).max(PANEL)
 }
 
+/// Elements from one row of activations to the next: an odd number of cache lines, so that the rows of a tile do not fall into the same
+/// few sets of the cache.
+fn row_stride(cols: usize) -> usize {
+    (cols.div_ceil(PANEL) | 1) * PANEL
+}
+
 fn run_count(len: usize) -> usize {
     len.div_ceil(run_len(len))
 }
@@ -73,7 +79,10 @@ multiversion! {
             let hash = (hash ^ (hash >> 15)).wrapping_mul(0x85EB_CA77);
             // In [1, 2).
             let uniform = f32::from_bits(0x3f80_0000 | (hash >> 9));
-            *to = (v * inverse + (uniform - 1.5) + ROUND).to_bits().wrapping_add(u32::from(OFFSET)) as u8;
+            // The largest value lies on the edge of the range: it must not be pushed over it.
+            let dithered = v * inverse + (uniform - 1.5);
+            let inside = if dithered > LARGEST { LARGEST } else { dithered };
+            *to = (inside + ROUND).to_bits().wrapping_add(u32::from(OFFSET)) as u8;
         }
     }
 }
@@ -164,7 +173,7 @@ impl Int8Rows {
         rounding: Rounding,
         also: impl Fn(usize, &[f32]) + Sync,
     ) {
-        let (rows, stride, runs) = (x.len() / cols, cols.next_multiple_of(PANEL), run_count(cols));
+        let (rows, stride, runs) = (x.len() / cols, row_stride(cols), run_count(cols));
         (self.rows, self.cols) = (rows, cols);
         grow(&mut self.values, rows * stride, OFFSET);
         grow(&mut self.scales, rows * runs, 0.0);
@@ -201,7 +210,7 @@ impl Int8Rows {
 
     /// Elements from one row to the next.
     pub(crate) fn stride(&self) -> usize {
-        self.cols.next_multiple_of(PANEL)
+        row_stride(self.cols)
     }
 
     /// The outlier channels `[T, count]`.
@@ -334,15 +343,21 @@ impl Int8Matrix {
         self.cols
     }
 
-    /// Bytes that a weight of this shape takes.
-    pub fn planned_bytes(rows: usize, cols: usize) -> usize {
+    /// Bytes that a weight of this shape takes, with this many columns in f32.
+    pub fn planned_bytes(rows: usize, cols: usize, outliers: usize) -> usize {
         let (padded_rows, padded_cols) = (rows.next_multiple_of(PANEL), cols.next_multiple_of(PANEL));
-        padded_rows * padded_cols + 4 * (padded_rows * (1 + run_count(cols)) + padded_cols * (1 + run_count(rows)))
+        let scales = padded_rows * (1 + run_count(cols)) + padded_cols * (2 + run_count(rows));
+        padded_rows * padded_cols + 4 * (scales + rows * outliers)
     }
 
     /// How many columns are multiplied in f32 in the forward, and their values `[rows, count]`.
     pub(crate) fn outliers(&self) -> (usize, &[f32]) {
         (self.outliers.len(), &self.outlier_weights)
+    }
+
+    /// How many columns are multiplied in f32 in the forward.
+    pub fn outlier_count(&self) -> usize {
+        self.outliers.len()
     }
 
     /// The weight that the quantized values stand for, `[rows, cols]`.
@@ -605,6 +620,17 @@ mod tests {
         let exact: f64 = x.iter().map(|&v| f64::from(v)).sum();
         assert!((sum(Rounding::Stochastic) - exact).abs() < 0.02 * exact, "{} for {exact}", sum(Rounding::Stochastic));
         assert!(sum(Rounding::Nearest) < 0.7 * exact, "the test needs values that round to 0");
+    }
+
+    #[test]
+    fn the_largest_value_is_never_rounded_over_the_edge_of_the_range() {
+        // Each is the largest of its run, and its hash decides which way it is pushed: some are pushed up by all but half a unit.
+        let mut to = [0];
+        for i in 0..2_000_000u32 {
+            let x = [f32::from_bits(0x3c00_0000 + 0x95 * i % 0x80_0000)];
+            quantize(&x, Rounding::Stochastic, &mut to);
+            assert!(to[0] >= OFFSET + 126, "{x:?}: {}", to[0]);
+        }
     }
 
     #[test]

@@ -2,12 +2,13 @@
 //! and shares of benchmarks are counted against these.
 
 use std::hint::black_box;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 use crate::parallel::{self, SharedMut};
 
 /// How often a speed is measured; the best counts, since whatever else runs can only slow it down.
-const ROUNDS: usize = 9;
+const ROUNDS: usize = 30;
 
 /// The most that `run` did a second; it says how much it did.
 fn rate(mut run: impl FnMut() -> usize) -> f64 {
@@ -20,7 +21,11 @@ fn rate(mut run: impl FnMut() -> usize) -> f64 {
 
 /// What all threads of the pool did, each running `work`.
 fn on_all_threads(work: impl Fn() -> usize + Sync) -> usize {
-    rayon::broadcast(|_| work()).into_iter().sum()
+    let done = AtomicUsize::new(0);
+    parallel::for_each(rayon::current_num_threads(), |_| {
+        done.fetch_add(work(), Ordering::Relaxed);
+    });
+    done.into_inner()
 }
 
 /// Multiplications and additions of f32 a second, on all threads of the pool, by the instruction set in use; `None` where that has no

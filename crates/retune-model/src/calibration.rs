@@ -31,7 +31,8 @@ pub const ERROR_LIMIT: f64 = 0.06;
 /// An error below which a cheaper way is not passed over for a more exact one; a third of the limit where that is less.
 const GOOD_ENOUGH: f64 = 0.02;
 /// What is tried, in the order of its cost: an exponent, 0 for no smoothing, and a number of outlier channels.
-const TRIED: [(f32, usize); 4] = [(0.0, 0), (0.5, 0), (0.0, 16), (0.3, 16)];
+const TRIED: [(f32, usize); 4] = [(0.0, 0), (0.5, 0), (0.0, MOST_OUTLIERS), (0.3, MOST_OUTLIERS)];
+const MOST_OUTLIERS: usize = 16;
 /// Rows of a pass on which errors are measured.
 const SAMPLE: usize = 64;
 /// Factors beyond this say nothing but that a channel is dead.
@@ -235,7 +236,7 @@ impl Model {
         let head = (!self.head.is_trainable()).then_some(&self.head);
         let linears = self.layers.iter().flat_map(|layer| layer.linears()).chain(head);
         let frozen = linears.filter(|linear| linear.weight.range().is_none());
-        frozen.map(|linear| Int8Matrix::planned_bytes(linear.out_features, linear.in_features)).sum()
+        frozen.map(|l| Int8Matrix::planned_bytes(l.out_features, l.in_features, MOST_OUTLIERS)).sum()
     }
 }
 

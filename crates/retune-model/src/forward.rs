@@ -105,10 +105,12 @@ impl Layer {
             rope::forward(k, positions, rope);
         }
         if rounds {
-            // The backward computes the probabilities again from the kept queries and keys: they must be those that the log-sum-exp is of.
+            // The backward computes the probabilities again from the kept queries and keys, and their gradient from the kept values: they must
+            // be those that the log-sum-exp and the output are of.
             let _span = span(Operation::SavedActivations);
             bf16::round_in_place(q);
             bf16::round_in_place(k);
+            bf16::round_in_place(v);
         }
         {
             let _span = span(Operation::Attention);

@@ -12,8 +12,10 @@ pub struct Work {
     pub f32_operations: f64,
     /// The same in 8 bits.
     pub int8_operations: f64,
-    /// Bytes read and written by what is bound by memory, everything once.
+    /// Bytes read and written, everything once, of tensors of a pass: a cache may hold them.
     pub bytes: f64,
+    /// The same of what no cache holds.
+    pub streamed_bytes: f64,
 }
 
 /// Work by kind of operation.
@@ -44,9 +46,14 @@ impl Tally {
     fn forward(&mut self, linear: &Linear, tokens: f64) {
         self.product(Operation::Linear, linear, tokens);
         self.quantize(linear, tokens, linear.in_features);
-        let low_rank = 2.0 * tokens * linear.rank() as f64;
-        self.of(Operation::LowRank).f32_operations += low_rank * linear.in_features as f64;
-        self.of(Operation::Linear).f32_operations += low_rank * linear.out_features as f64;
+        self.project(linear, tokens);
+        // Of the adapter and of the channels that are not in 8 bits.
+        let rank = linear.rank() + linear.int8.as_ref().map_or(0, |weight| weight.outlier_count());
+        self.of(Operation::Linear).f32_operations += 2.0 * tokens * (rank * linear.out_features) as f64;
+    }
+
+    fn project(&mut self, linear: &Linear, tokens: f64) {
+        self.of(Operation::LowRank).f32_operations += 2.0 * tokens * (linear.rank() * linear.in_features) as f64;
     }
 
     /// `input`: whether the gradient of the linear's input is needed.
@@ -85,8 +92,15 @@ impl Model {
             let below = lowest.is_some_and(|lowest| l > lowest) || self.embedding.range().is_some();
             // Once more in the backward where only the layer's input is kept.
             let forwards = if backward && keep == Keep::Inputs { 2 } else { 1 };
-            for _ in 0..forwards {
-                layer.linears().into_iter().for_each(|linear| tally.forward(linear, tokens));
+            for again in 0..forwards {
+                let [others @ .., down] = layer.linears();
+                others.into_iter().for_each(|linear| tally.forward(linear, tokens));
+                // The layer's output is not needed twice.
+                if again == 0 {
+                    tally.forward(down, tokens)
+                } else {
+                    tally.project(down, tokens)
+                }
                 tally.of(Operation::Norm).bytes += 2.0 * 8.0 * tokens * d;
                 tally.of(Operation::Rope).bytes += 8.0 * tokens * (q + k);
                 tally.of(Operation::Attention).f32_operations += 4.0 * seen * q;
@@ -107,7 +121,8 @@ impl Model {
             if keep == Keep::RoundedActivations {
                 let ranks: usize = layer.linears().iter().map(|linear| linear.rank()).sum();
                 let values = 2.0 * d + 2.0 * q + 2.0 * k + 2.0 * f + ranks as f64;
-                tally.of(Operation::SavedActivations).bytes += 12.0 * tokens * values + 8.0 * tokens * (q + k);
+                tally.of(Operation::SavedActivations).bytes += 8.0 * tokens * values + 8.0 * tokens * (q + 2.0 * k);
+                tally.of(Operation::SavedActivations).streamed_bytes += 4.0 * tokens * values;
             }
         }
         let gradients = if self.head.weight.range().is_some() { 3 } else { 2 };
@@ -116,9 +131,9 @@ impl Model {
         }
         // Logits become probabilities in place, then integers.
         let per_logit = if self.head.int8.is_some() { 8.0 + 5.0 } else { 8.0 };
-        tally.of(Operation::Head).bytes += per_logit * labels * v;
-        // Gradient zeroed, its norm, scaled; then parameter, gradient and two moments read, three written.
-        tally.of(Operation::Optimizer).bytes += (4.0 + 4.0 + 8.0 + 28.0) * self.layout.len() as f64;
+        tally.of(Operation::Head).streamed_bytes += per_logit * labels * v;
+        // Parameter, gradient and two moments read, all but the gradient written.
+        tally.of(Operation::Optimizer).streamed_bytes += 28.0 * self.layout.len() as f64;
         OPERATIONS.iter().map(|&(operation, name)| (name, *tally.of(operation))).collect()
     }
 }

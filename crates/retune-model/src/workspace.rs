@@ -1,10 +1,11 @@
 //! The memory of a pass: what the forward keeps for the backward, and the buffers both work in. It is allocated for the largest pass and
 //! reused, so a steady step allocates nothing.
 
-use retune_kernels::attention::Segment;
+use retune_kernels::attention::{self, Segment};
 use retune_kernels::{bf16, rope};
+use serde::{Deserialize, Serialize};
 
-use crate::linear::LinearScratch;
+use crate::linear::{Linear, LinearScratch};
 use crate::model::Model;
 
 /// Most bytes of logits that exist at once: the head works through the label tokens in blocks of rows. In f32 each block decodes and packs
@@ -13,7 +14,8 @@ const LOGITS_BYTES: usize = 104 << 20;
 const INT8_LOGITS_BYTES: usize = 52 << 20;
 
 /// What is kept of each layer's activations.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Keep {
     /// All that the backward reads.
     Activations,
@@ -209,9 +211,13 @@ impl Workspace {
 
     /// Rows of logits that exist at once in a pass of `labels` labels: blocks of equal size.
     pub fn head_rows(model: &Model, int8: bool, labels: usize) -> usize {
-        let bytes = if int8 { INT8_LOGITS_BYTES } else { LOGITS_BYTES };
-        let most = (bytes / (4 * model.config.vocab_size)).max(16);
+        let most = Self::most_head_rows(model, int8);
         labels.div_ceil(labels.div_ceil(most).max(1)).max(1)
+    }
+
+    fn most_head_rows(model: &Model, int8: bool) -> usize {
+        let bytes = if int8 { INT8_LOGITS_BYTES } else { LOGITS_BYTES };
+        (bytes / (4 * model.config.vocab_size)).max(16)
     }
 
     /// Where the input of layer `l` is kept in a pass that will (`backward`) or will not be followed by its backward.
@@ -311,12 +317,21 @@ impl Workspace {
             Keep::Nothing => 2 * (one + 2 * d),
         };
         let temporary = 3 * d + f + 2 * q + 2 * k;
-        let attention = 2 * q;
-        let rows = Self::head_rows(model, int8, labels);
+        let attention = attention::BACKWARD_SCRATCH * q;
+        let int8 = int8 && !model.head.is_trainable();
+        let rows = Self::most_head_rows(model, int8).min(labels);
         let head = rows * (4 * d + c.vocab_size);
         // In 8 bits the head's gradient is quantized beside the logits.
         let quantized = if int8 { rows * c.vocab_size / 4 } else { 0 };
+        // The gradient of a trained weight is a product with the transpose of what is packed first.
+        let packed_head = if model.head.weight.range().is_some() { rows * c.vocab_size } else { 0 };
+        let trains = |linear: &Linear| linear.weight.range().is_some();
+        let trains_layers = model.layers.iter().any(|layer| layer.linears().into_iter().any(trains));
+        let packed = packed_head.max(if trains_layers { tokens * f.max(q).max(d) } else { 0 });
+        let drops = |linear: &Linear| linear.lora.as_ref().is_some_and(|lora| lora.dropout > 0.0);
+        let dropout = model.layers.iter().any(|layer| layer.linears().into_iter().any(drops));
+        let dropped = if dropout { 2 * tokens * f.max(q).max(d) } else { 0 };
         let packing = 3 << 20;
-        2 * tokens * saved + 4 * (tokens * (temporary + attention) + head + quantized + packing)
+        2 * tokens * saved + 4 * (tokens * (temporary + attention) + head + quantized + packed + dropped + packing)
     }
 }

@@ -198,7 +198,7 @@ fn gradients_are_close_to_those_in_f32() {
             assert_eq!(backward_error.is_some(), !first || case == "lora_save_embeddings", "{case}: {name}");
         }
 
-        for keep in [Keep::Activations, Keep::Inputs] {
+        for keep in [Keep::Activations, Keep::RoundedActivations, Keep::Inputs] {
             let (losses, grads) = run(&model, keep);
             let logits = logits(&model, &params, &pass);
             check_closeness(case, sum(&losses), sum(&exact_losses), &logits, &exact_logits);
@@ -218,7 +218,7 @@ fn a_pass_of_several_rows_equals_its_rows() {
         let (mut model, params) = adapted(case);
         let (packed, alone) = random_rows(model.config.vocab_size);
         model.calibrate(&params, &packed, true, ANY).unwrap();
-        for keep in [Keep::Activations, Keep::Inputs] {
+        for keep in [Keep::Activations, Keep::RoundedActivations, Keep::Inputs] {
             let (losses, grads) = gradient(&model, &params, keep, std::slice::from_ref(&packed));
             let (expected_losses, expected) = gradient(&model, &params, keep, &alone);
             // Each row has scales of its own, and is computed in the same order. Were it not, the least difference would here and there
@@ -330,7 +330,13 @@ fn choices_that_were_written_and_read_compute_the_same() {
     let (mut model, params) = adapted(CASE);
     let pass = golden_pass(CASE);
     let mut choices = model.calibrate(&params, &pass, true, ANY).unwrap();
-    // Whatever the measurement chose: one linear in f32, and one with factors.
+    // Whatever the measurement chose: one linear in f32, one with factors, and two with channels in f32, which changes what they compute.
+    let before = run_loss(&model, &params, &pass);
+    for name in ["model.layers.0.mlp.down_proj", LINEAR] {
+        find(&mut choices, name).outliers = vec![1, 5, 30];
+    }
+    model.compute_as(&choices).unwrap();
+    assert_ne!(run_loss(&model, &params, &pass).to_bits(), before.to_bits());
     find(&mut choices, "model.layers.1.mlp.up_proj").int8 = false;
     let smoothed = find(&mut choices, LINEAR);
     smoothed.exponent = 0.3;
@@ -349,6 +355,10 @@ fn choices_that_were_written_and_read_compute_the_same() {
     // As a run in f32 writes it.
     calibration::write(&path, &[]).unwrap();
     assert!(calibration::read(&path).unwrap().is_empty());
+}
+
+fn run_loss(model: &Model, params: &[f32], pass: &Pass) -> f64 {
+    model.loss(params, pass, &mut Workspace::new(model, Keep::Nothing))
 }
 
 /// What the metadata says of a linear with factors.

@@ -61,7 +61,7 @@ fn check(name: &str, model: &Model, params: &[f32]) {
         pass.push(row as u64, ids, trained);
         alone.push(pass);
     }
-    for keep in [Keep::Activations, Keep::Inputs] {
+    for keep in [Keep::Activations, Keep::RoundedActivations, Keep::Inputs] {
         let (loss, grads) = run(model, params, keep, std::slice::from_ref(&packed));
         let (expected_loss, expected) = run(model, params, keep, &alone);
         assert!((loss - expected_loss).abs() < TOLERANCE * expected_loss, "{name}: {loss} and {expected_loss}");

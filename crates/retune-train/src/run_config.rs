@@ -509,6 +509,14 @@ impl RawTrainingConfig {
             "at least 0",
             "1 is usual, 0 switches clipping off",
         )?;
+        require(
+            self.activation_checkpointing == ActivationCheckpointing::None
+                || self.saved_activations != SavedActivations::Bf16,
+            "training.saved_activations",
+            "bf16",
+            "auto or f32 with training.activation_checkpointing: layer",
+            "layers are run again from inputs kept in f32, so that nothing else is saved",
+        )?;
         let (beta1, beta2) = (self.adam_beta1, self.adam_beta2);
         require(
             part.contains(&beta1) && (beta1 as f32) < 1.0,

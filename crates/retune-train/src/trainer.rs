@@ -8,6 +8,7 @@ use retune_model::Dropout;
 use retune_model::model::Model;
 use retune_model::pass::Pass;
 use retune_model::workspace::{Keep, Workspace};
+use serde::{Deserialize, Serialize};
 
 use crate::data::{Example, batches, order, steps_per_epoch};
 use crate::error::Error;
@@ -25,7 +26,7 @@ const MOST_ACTIVATIONS: usize = 2 << 30;
 
 /// In what pieces a run computes, and what it keeps of each. It follows from the configuration, the model and the longest row by fixed rules,
 /// so that a resumed run computes alike.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Passes {
     /// Tokens of a pass at most.
     pub tokens: usize,
@@ -112,6 +113,8 @@ pub struct Trainer<'a> {
     grads: Vec<f32>,
     optimizer: AdamW,
     workspace: Workspace,
+    /// Tokens that the workspace is made for: scoring must not make it larger.
+    workspace_tokens: usize,
     schedule: Schedule,
     pass: Pass,
     /// Rows of the current step.
@@ -152,6 +155,7 @@ impl<'a> Trainer<'a> {
         };
         let total = total_steps(config, train.len());
         let warmup_steps = schedule::warmup_steps(total, config.warmup_steps, config.warmup_ratio);
+        let workspace_tokens = passes.tokens.min(largest_step(config, train));
         let schedule = Schedule { kind: config.lr_scheduler_type, warmup_steps, total_steps: total };
         Self {
             model,
@@ -163,7 +167,8 @@ impl<'a> Trainer<'a> {
             grads: vec![0.0; params.len()],
             optimizer: AdamW::new(options, params.len()),
             params,
-            workspace: Workspace::for_passes(model, passes.keep, passes.tokens.min(largest_step(config, train))),
+            workspace: Workspace::for_passes(model, passes.keep, workspace_tokens),
+            workspace_tokens,
             schedule,
             pass: Pass::default(),
             rows: Vec::new(),
@@ -319,7 +324,7 @@ impl<'a> Trainer<'a> {
     }
 
     fn score(&mut self) -> Result<(f64, usize), Error> {
-        let limit = self.passes.tokens;
+        let limit = self.workspace_tokens;
         let (sum, labels) = held_out_loss(self.model, &self.params, self.eval, limit, &mut self.workspace, |_| {})?;
         Ok((sum / labels.max(1) as f64, labels))
     }

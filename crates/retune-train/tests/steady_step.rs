@@ -10,9 +10,10 @@ use retune_kernels::scratch::{self, Purpose};
 use retune_model::adapter::AdapterPlan;
 use retune_model::checkpoint::Checkpoint;
 use retune_model::model::{Model, Trainable};
+use retune_model::pass::Pass;
 use retune_train::data::{Example, steps_per_epoch};
 use retune_train::run_config::RunConfig;
-use retune_train::trainer::{Passes, Trainer};
+use retune_train::trainer::{Passes, Trainer, fill_pass};
 use serde_json::json;
 
 const ROWS_PER_STEP: usize = 3;
@@ -76,7 +77,7 @@ fn allocations(trainer: &mut Trainer) -> usize {
 }
 
 /// How often each step of a third epoch allocates.
-fn third_epoch(checkpointing: &str, examples: &[Example]) -> Vec<usize> {
+fn third_epoch(checkpointing: &str, saved: &str, int8: bool, examples: &[Example]) -> Vec<usize> {
     let run = json!({
         "model": "base",
         "output_dir": "out",
@@ -87,19 +88,26 @@ fn third_epoch(checkpointing: &str, examples: &[Example]) -> Vec<usize> {
             "batch_size": ROWS_PER_STEP,
             "tokens_per_pass": TOKENS_PER_PASS,
             "activation_checkpointing": checkpointing,
+            "saved_activations": saved,
         },
     });
     let config = RunConfig::parse(&run.to_string(), "the run", &[]).unwrap();
     let goldens = Path::new(env!("CARGO_MANIFEST_DIR")).join("../retune-model/tests/goldens");
     let checkpoint = Checkpoint::open(&goldens.join("gguf_llama/model.gguf")).unwrap();
     let plan = AdapterPlan::new(config.adapter.as_ref().unwrap(), &checkpoint).unwrap();
-    let model = Model::load(&checkpoint, Trainable::Adapter(&plan)).unwrap();
+    let mut model = Model::load(&checkpoint, Trainable::Adapter(&plan)).unwrap();
     let params = model.initial_params(&checkpoint, &InitLoraWeights::Kaiming, 0).unwrap();
+    if int8 {
+        let mut pass = Pass::default();
+        fill_pass(&mut pass, examples, &[0, 1], 0, TOKENS_PER_PASS);
+        let choices = model.calibrate(&params, &pass, true, f64::INFINITY).unwrap();
+        assert!(choices.iter().all(|choice| choice.int8));
+    }
     // Not shuffled, so that every epoch has the same passes.
     let mut trainer = Trainer::new(
         &model,
         &config.training,
-        Passes::resolve(&config.training, &model, false, 60),
+        Passes::resolve(&config.training, &model, int8, 60),
         false,
         examples,
         &[],
@@ -121,12 +129,18 @@ fn a_step_like_those_before_it_allocates_nothing() {
     for pool in &pools {
         // Which thread takes the largest piece of an operation is chance, and may be another one in a later step.
         pool.broadcast(|_| PURPOSES.into_iter().for_each(|purpose| scratch::with(purpose, SCRATCH, |_| ())));
-        for checkpointing in ["none", "layer"] {
-            let counts = pool.install(|| third_epoch(checkpointing, &examples));
-            let threads = pool.current_num_threads();
+        for (checkpointing, saved, int8) in [
+            ("none", "f32", false),
+            ("none", "bf16", false),
+            ("layer", "auto", false),
+            ("none", "auto", true),
+            ("layer", "auto", true),
+        ] {
+            let counts = pool.install(|| third_epoch(checkpointing, saved, int8, &examples));
+            let what = format!("{} threads, {checkpointing}, {saved}, int8 {int8}", pool.current_num_threads());
             // The order of the rows is made anew for each epoch, by its first step.
-            assert!(counts[0] <= 1, "{threads} threads, activation_checkpointing {checkpointing}: {counts:?}");
-            assert_eq!(counts[1..], [0, 0, 0], "{threads} threads, activation_checkpointing {checkpointing}");
+            assert!(counts[0] <= 1, "{what}: {counts:?}");
+            assert_eq!(counts[1..], [0, 0, 0], "{what}");
         }
     }
 }

@@ -28,6 +28,12 @@ const FEW_ROWS: usize = 4 * MR;
 const IN_PLACE_KC: usize = 96;
 /// Least number of columns that one piece of work packs and multiplies.
 const GROUP_COLS: usize = 64;
+/// The same where quantized rows of more than [`CACHED`] bytes would be read from memory again for each of those.
+const WIDE_GROUP_COLS: usize = 256;
+/// Bytes that stay in a second-level cache.
+const CACHED: usize = 512 << 10;
+/// Tiles of a run of quantized rows that do.
+const INT8_TILES: usize = 96;
 
 /// A strided view of f32 values: element (i, j) is `data[i * row_stride + j * col_stride]`.
 #[derive(Clone, Copy)]
@@ -214,6 +220,8 @@ fn product<'a>(m: usize, n: usize, terms: &[Term], out: Out<'a>, parallel: bool)
     if m == 0 || n == 0 {
         return data;
     }
+    // Rows that overlap would be written by several threads at once.
+    assert!(m == 1 || stride >= n, "rows of C overlap");
     let covered = (m - 1) * stride + n;
     assert!(covered <= data.len(), "C is smaller than [{m}, {n}]");
     if let To::Other(addend) = to {
@@ -259,11 +267,14 @@ impl Job<'_> {
             Term::F32 { b: Rhs::Plain(w), .. } if w.as_f32().is_none() => w.block_cols(),
             _ => 1,
         };
+        let threads = if parallel { rayon::current_num_threads() } else { 1 };
+        let int8_bytes = |term: &Term| if let Term::Int8 { a, .. } = term { self.m * a.cols() } else { 0 };
+        let most = self.terms.iter().map(int8_bytes).fold(0, usize::max);
+        let least = if most > CACHED && self.n >= 4 * WIDE_GROUP_COLS * threads { WIDE_GROUP_COLS } else { GROUP_COLS };
         // A multiple of the panels of weights in 8 bits as well.
-        let columns = self.terms.iter().map(block).fold(GROUP_COLS, usize::max).next_multiple_of(width.max(PANEL));
+        let columns = self.terms.iter().map(block).fold(least, usize::max).next_multiple_of(width.max(PANEL));
         let groups = self.n.div_ceil(columns);
         let tiles = self.m.div_ceil(MR);
-        let threads = if parallel { rayon::current_num_threads() } else { 1 };
         let whole = groups / threads * threads;
         let parts = threads.min(tiles);
         for_each(parallel, whole + (groups - whole) * parts, |piece| {
@@ -401,7 +412,8 @@ impl Job<'_> {
         unsafe { kernel::run(isa(), &t, mr) };
     }
 
-    /// A weight in 8 bits lies ready for the product with its transpose; for the other one a panel of its columns is turned at a time.
+    /// A weight in 8 bits lies ready for the product with its transpose; for the other one panels of its columns are turned first. Some rows
+    /// of A pass by all panels of the group before the next ones do, so that a run of them is read from the second-level cache.
     fn int8_term(
         &self,
         a: &Int8Rows,
@@ -411,43 +423,28 @@ impl Job<'_> {
         tiles: Range<usize>,
         first: bool,
     ) {
-        for start in columns.clone().step_by(PANEL) {
-            let cols = start..(start + PANEL).min(columns.end);
-            for (index, run) in runs(a.cols()).enumerate() {
-                let first = first && index == 0;
-                match side {
-                    Side::Transposed => {
-                        let epilogue = w.rows_epilogue(start, index);
-                        self.int8_tiles(
-                            a,
-                            index,
-                            run.clone(),
-                            w.rows_panel(start, run.start),
-                            epilogue,
-                            cols.clone(),
-                            tiles.clone(),
-                            first,
-                        );
-                    }
-                    Side::Plain => {
-                        let bytes = run.len().next_multiple_of(PANEL) / 4 * GROUP;
-                        scratch::with_bytes(Purpose::PackedB, bytes, |packed| {
-                            w.cols_panel(run.clone(), start, packed);
-                            let epilogue = w.cols_epilogue(start, index);
-                            self.int8_tiles(
-                                a,
-                                index,
-                                run.clone(),
-                                packed,
-                                epilogue,
-                                cols.clone(),
-                                tiles.clone(),
-                                first,
-                            );
-                        });
+        for (index, run) in runs(a.cols()).enumerate() {
+            let panel_bytes = run.len().next_multiple_of(PANEL) / 4 * GROUP;
+            let panels = || columns.clone().step_by(PANEL).enumerate();
+            let packed_bytes = if side == Side::Plain { panels().len() * panel_bytes } else { 0 };
+            scratch::with_bytes(Purpose::PackedB, packed_bytes, |packed| {
+                if side == Side::Plain {
+                    for ((_, start), to) in panels().zip(packed.chunks_exact_mut(panel_bytes)) {
+                        w.cols_panel(run.clone(), start, to);
                     }
                 }
-            }
+                for part in tiles.clone().step_by(INT8_TILES) {
+                    let part = part..(part + INT8_TILES).min(tiles.end);
+                    for (panel, start) in panels() {
+                        let (b, epilogue) = match side {
+                            Side::Transposed => (w.rows_panel(start, run.start), w.rows_epilogue(start, index)),
+                            Side::Plain => (&packed[panel * panel_bytes..], w.cols_epilogue(start, index)),
+                        };
+                        let cols = start..(start + PANEL).min(columns.end);
+                        self.int8_tiles(a, index, run.clone(), b, epilogue, cols, part.clone(), first && index == 0);
+                    }
+                }
+            });
         }
     }
 
@@ -520,6 +517,7 @@ fn packed_width(cols: usize) -> usize {
 pub fn gemm_in_place(m: usize, n: usize, k: usize, a: MatRef, b: MatRef, out: Out) {
     assert!(m > 0 && n > 0 && k > 0, "an empty product");
     assert!(a.covers(m, k) && b.covers(k, n) && b.col_stride == 1, "operands of another product than [{m}, {k}, {n}]");
+    assert!(m == 1 || out.stride >= n, "rows of C overlap");
     let covered = (m - 1) * out.stride + n;
     assert!(covered <= out.data.len(), "C is smaller than [{m}, {n}]");
     let c = out.data.as_mut_ptr();

@@ -19,6 +19,8 @@ use super::print_json;
 use crate::args::{BenchCommand, BenchMethod, BenchTrainArgs};
 use crate::{compute, fetch, memory};
 
+/// Bytes that no cache holds.
+const STREAMED: usize = 256 << 20;
 /// Steps that are not counted.
 const WARM_UP: usize = 3;
 
@@ -131,6 +133,7 @@ fn train(args: &BenchTrainArgs) -> Result<()> {
             "peak_f32_operations_per_second": speeds.f32,
             "peak_int8_operations_per_second": speeds.int8,
             "copied_bytes_per_second": speeds.copied,
+            "streamed_bytes_per_second": speeds.streamed,
             "roofline_tokens_per_second": roofline,
             "tokens_per_pass": passes.tokens,
             "threads": rayon::current_num_threads(),
@@ -164,13 +167,19 @@ struct Speeds {
     /// Operations a second; `None` where there is nothing to measure them with.
     f32: Option<f64>,
     int8: Option<f64>,
-    /// Bytes a second of copying tensors of a pass.
+    /// Bytes a second of copying a tensor of a pass, and of copying what no cache holds.
     copied: f64,
+    streamed: f64,
 }
 
 impl Speeds {
     fn measure(tensor_bytes: usize) -> Self {
-        Self { f32: peak::f32_operations(), int8: peak::int8_operations(), copied: peak::copied_bytes(tensor_bytes) }
+        Self {
+            f32: peak::f32_operations(),
+            int8: peak::int8_operations(),
+            copied: peak::copied_bytes(tensor_bytes),
+            streamed: peak::copied_bytes(STREAMED),
+        }
     }
 
     /// Seconds that the products of some work take at the least.
@@ -185,7 +194,7 @@ impl Speeds {
 
     /// Seconds that some work takes at the least.
     fn floor(&self, work: &Work) -> Option<f64> {
-        Some(self.products(work)? + work.bytes / self.copied)
+        Some(self.products(work)? + work.bytes / self.copied + work.streamed_bytes / self.streamed)
     }
 }
 

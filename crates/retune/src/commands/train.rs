@@ -53,6 +53,11 @@ impl RunFolder {
         self.root.join("calibration.safetensors")
     }
 
+    /// In what pieces the run computes.
+    fn passes(&self) -> PathBuf {
+        self.root.join("passes.json")
+    }
+
     fn metrics(&self) -> PathBuf {
         self.root.join("metrics.jsonl")
     }
@@ -133,7 +138,7 @@ impl RunFolder {
         for folder in folders.iter().filter(|folder| folder.exists()) {
             fs::remove_dir_all(folder).with_context(|| format!("cannot remove {}", folder.display()))?;
         }
-        for file in [self.metrics(), self.calibration(), self.config()] {
+        for file in [self.metrics(), self.calibration(), self.passes(), self.config()] {
             if file.exists() {
                 fs::remove_file(&file).with_context(|| format!("cannot remove {}", file.display()))?;
             }
@@ -281,7 +286,7 @@ impl Run<'_> {
         let training = &config.training;
         // What is kept in 8 bits is not read from the files any more.
         self.checkpoint.release();
-        let passes = self.passes(&model, choices.iter().any(|choice| choice.int8));
+        let passes = self.choose_passes(&model, choices.iter().any(|choice| choice.int8))?;
         let mut trainer =
             Trainer::new(&model, training, passes, config.data.shuffle, &data.train.examples, eval, params);
         if self.args.resume {
@@ -350,10 +355,35 @@ impl Run<'_> {
         Ok((model, params))
     }
 
+    /// Whether what was decided when the run began is to be read from this file again.
+    fn decided(&self, path: &Path) -> Result<bool> {
+        if self.args.resume && !path.exists() && !state::list(&self.folder.checkpoints())?.is_empty() {
+            bail!(
+                "{} is missing: it says how the run computes, and without it --resume could not go on with the same bytes. Restore it, or \
+                 start anew with --overwrite",
+                path.display()
+            );
+        }
+        Ok(self.args.resume && path.exists())
+    }
+
+    /// Decides in what pieces the run computes, or does as was decided when it began.
+    fn choose_passes(&self, model: &Model, int8: bool) -> Result<Passes> {
+        let path = self.folder.passes();
+        if self.decided(&path)? {
+            let text = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+            return serde_json::from_slice(&text)
+                .with_context(|| format!("{} is damaged; start anew with --overwrite", path.display()));
+        }
+        let passes = self.passes(model, int8);
+        atomic::write(&path, format!("{:#}\n", serde_json::to_value(passes)?).as_bytes())?;
+        Ok(passes)
+    }
+
     /// Decides how each linear is computed, or does as was decided when the run began.
     fn choose_compute(&self, model: &mut Model, params: &[f32]) -> Result<Vec<Choice>> {
         let path = self.folder.calibration();
-        let choices = if self.args.resume && path.exists() {
+        let choices = if self.decided(&path)? {
             let choices = calibration::read(&path)?;
             model.compute_as(&choices)?;
             choices
