@@ -19,11 +19,10 @@ impl Staged {
     /// Writes what `fill` gives, under a temporary name beside `path`.
     ///
     /// # Errors
-    /// [`Error::Io`], such as a full disk; nothing is left behind then.
+    /// [`Error::NotAPlainFile`]; [`Error::Io`], such as a full disk. Nothing is left behind then.
     pub fn new(path: &Path, fill: impl FnOnce(&mut File) -> io::Result<()>) -> Result<Self, Error> {
         if fs::metadata(path).is_ok_and(|metadata| !metadata.is_file()) {
-            let error = io::Error::other("it exists and is no plain file; give another name");
-            return Err(io_error("write", path)(error));
+            return Err(Error::NotAPlainFile { path: path.to_owned() });
         }
         // A link is followed: the file it points to is replaced, not the link.
         let path = match fs::symlink_metadata(path) {
@@ -106,5 +105,12 @@ mod tests {
         write(&path, b"new").unwrap();
         assert_eq!(fs::read(&path).unwrap(), b"new");
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn what_is_no_plain_file_is_not_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(matches!(write(dir.path(), b"new"), Err(Error::NotAPlainFile { .. })));
+        assert!(dir.path().is_dir());
     }
 }

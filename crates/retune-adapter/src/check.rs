@@ -186,10 +186,19 @@ mod tests {
     }
 
     #[test]
-    fn entries_that_match_nothing_here_are_no_error_in_a_file() {
+    fn entries_without_effect_are_no_error_in_a_file() {
         let mut file = adapter(json!({"target_modules": ["q_proj"], "r": 4}), &tiny_llama());
-        file.config = serde_json::from_value(json!({"target_modules": ["q_proj", "query_key_value"], "r": 4})).unwrap();
-        assert_eq!(check_against(&file, &tiny_llama()).unwrap().len(), 3);
+        for value in [
+            json!({"r": 4, "target_modules": ["q_proj", "query_key_value"]}),
+            json!({"r": 4, "target_modules": ["q_proj"], "bias": "all"}),
+            json!({"r": 4, "target_modules": ["q_proj"], "layers_to_transform": []}),
+            json!({"r": 4, "target_modules": ["q_proj"], "layers_to_transform": [0, 1, 2, 3], "layers_pattern": ["layers", "h"]}),
+            json!({"r": 4, "target_modules": ["q_proj"], "rank_pattern": {"q_proj": 4, "0.self_attn.q_proj": 8}}),
+        ] {
+            file.config = serde_json::from_value(value.clone()).unwrap();
+            let targets = check_against(&file, &tiny_llama());
+            assert_eq!(targets.map(|targets| targets.len()).map_err(|error| error.to_string()), Ok(3), "{value}");
+        }
     }
 
     #[test]

@@ -97,7 +97,7 @@ impl LoraConfig {
         self.check_layers()?;
         // An empty entry would match every module: the rule is "ends with".
         if self.modules_to_save.iter().any(String::is_empty) {
-            return config_error("modules_to_save", "an entry is empty".to_owned());
+            return config_error("modules_to_save", "an entry is empty; remove it".to_owned());
         }
         Selector::new(self)?;
         Ok(())
@@ -157,12 +157,14 @@ fn check_alpha(field: &'static str, alpha: f64) -> Result<(), Error> {
 
 fn check_selection(field: &'static str, selection: &ModuleSelection) -> Result<(), Error> {
     match selection {
-        ModuleSelection::List(names) if names.is_empty() => config_error(field, "the list is empty".to_owned()),
+        ModuleSelection::List(names) if names.is_empty() => {
+            config_error(field, "the list is empty; name modules".to_owned())
+        }
         ModuleSelection::List(names) if names.iter().any(String::is_empty) => {
-            config_error(field, "an entry is empty".to_owned())
+            config_error(field, "an entry is empty; remove it".to_owned())
         }
         ModuleSelection::Pattern(text) if text.is_empty() => {
-            config_error(field, "the regular expression is empty".to_owned())
+            config_error(field, "the regular expression is empty; write one, or a list of names".to_owned())
         }
         _ => Ok(()),
     }

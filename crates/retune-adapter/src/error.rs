@@ -3,6 +3,8 @@
 use std::path::PathBuf;
 
 /// Everything that can be wrong with a LoRA configuration or an adapter on disk.
+///
+/// What is wrong in a configuration begins with the key, so that whoever knows its section or file can put that before it.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A value of the configuration is out of its range, or two values contradict each other.
@@ -10,7 +12,9 @@ pub enum Error {
     Config { field: &'static str, problem: String },
 
     /// A pattern of the configuration does not compile, or is too costly to run.
-    #[error("{field}: `{pattern}` cannot be used as a regular expression (Python's dialect): {reason}")]
+    #[error(
+        "{field}: `{pattern}` cannot be used as a regular expression (Python's dialect): {reason}; correct or simplify it"
+    )]
     Pattern { field: &'static str, pattern: String, reason: String },
 
     /// The configuration selects no module at all.
@@ -22,6 +26,17 @@ pub enum Error {
     /// One entry of the configuration matches no module.
     #[error("{field}: `{entry}` matches no module of this model. {advice} Modules of this model: {available}")]
     UnknownModule { field: &'static str, entry: String, advice: String, available: String },
+
+    /// A pattern never counts: those before it match first.
+    #[error(
+        "{field}: `{entry}` has no effect: the first pattern that matches a module counts, and those before it leave none \
+         (`{earlier}` takes `{module}`). Put `{entry}` before `{earlier}`, or remove it"
+    )]
+    ShadowedPattern { field: &'static str, entry: String, earlier: String, module: String },
+
+    /// No module has a bias that the configuration would train.
+    #[error("bias: {bias} has no effect: {reason}. {advice}")]
+    NoBias { bias: &'static str, reason: String, advice: &'static str },
 
     /// A module would be trained whole and adapted at the same time.
     #[error(
@@ -35,11 +50,15 @@ pub enum Error {
     MissingFile { path: PathBuf, advice: &'static str },
 
     /// The operating system refused to read or write.
-    #[error("cannot {action} {path}: {error}")]
+    #[error("cannot {action} {path}: {error}; check the path, its permissions and the room on the disk")]
     Io { action: &'static str, path: PathBuf, error: std::io::Error },
 
+    /// A rename would replace what is no plain file.
+    #[error("cannot write {path}: it exists and is no plain file; give another name")]
+    NotAPlainFile { path: PathBuf },
+
     /// `adapter_config.json` is not JSON.
-    #[error("{path} is not valid JSON: {error}")]
+    #[error("{path} is not valid JSON: {error}. Copy or save the adapter again")]
     Json { path: PathBuf, error: serde_json::Error },
 
     /// A key of `adapter_config.json` has a value that cannot be used.
@@ -47,7 +66,9 @@ pub enum Error {
     AdapterConfig { path: PathBuf, key: String, problem: String },
 
     /// The adapter is of another method.
-    #[error("{path}: peft_type is {found}; only LORA can be loaded yet")]
+    #[error(
+        "{path}: peft_type is {found}; only LORA can be loaded yet. Use a LoRA adapter, or merge this one with PEFT"
+    )]
     PeftType { path: PathBuf, found: String },
 
     /// The tensor file is damaged or is not safetensors.
@@ -67,7 +88,7 @@ pub enum Error {
     Shape { name: String, found: Vec<usize>, expected: Vec<usize>, advice: String },
 
     /// A tensor holds another number of values than its shape says.
-    #[error("tensor `{name}` has shape {shape:?} but holds {found} values")]
+    #[error("tensor `{name}` has shape {shape:?} but holds {found} values. Save the adapter again")]
     Length { name: String, shape: Vec<usize>, found: usize },
 
     /// A tensor holds a NaN or an infinity.

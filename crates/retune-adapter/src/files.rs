@@ -478,6 +478,7 @@ pub(crate) mod tests {
         says("adapter_config.json does not exist");
         fs::write(dir.path().join(CONFIG_FILE), "{\"peft_type\": ").unwrap();
         says("is not valid JSON");
+        says("Copy or save the adapter again");
         fs::write(dir.path().join(CONFIG_FILE), "[".repeat(100_000)).unwrap();
         says("is not valid JSON");
         fs::write(dir.path().join(CONFIG_FILE), r#"{"peft_type": "LORA", "target_modules": ["q_proj"]}"#).unwrap();

@@ -50,7 +50,7 @@ const HARMLESS_INITIALISATIONS: [&str; 3] = ["gaussian", "eva", "orthogonal"];
 /// [`Error::PeftType`], or [`Error::AdapterConfig`] naming the key: one that would change the mathematics, or one with a wrong value.
 pub(crate) fn parse(path: &Path, value: Value) -> Result<(LoraConfig, Option<String>), Error> {
     let Value::Object(mut map) = value else {
-        return Err(bad(path, "adapter_config.json", "is not a JSON object"));
+        return Err(bad(path, "adapter_config.json", "is not a JSON object; copy or save the adapter again"));
     };
     check_method(path, &map)?;
     let base_model = match map.remove("base_model_name_or_path") {
@@ -69,7 +69,10 @@ pub(crate) fn parse(path: &Path, value: Value) -> Result<(LoraConfig, Option<Str
             continue;
         }
         if !known {
-            let problem = format!("is {value}, which changes what the adapter computes and is not available yet");
+            let problem = format!(
+                "is {value}, which changes what the adapter computes and is not available yet; \
+                 merge the adapter into its base with PEFT and use the merged model"
+            );
             return Err(bad(path, &key, &problem));
         }
         fields.insert(key, value);
@@ -135,10 +138,14 @@ fn deserialize(path: &Path, fields: Map<String, Value>) -> Result<LoraConfig, Er
     for (key, value) in fields {
         let alone = Value::Object(Map::from_iter([(key.clone(), value)]));
         if let Err(error) = serde_json::from_value::<LoraConfig>(alone) {
-            return Err(bad(path, &key, &error.to_string()));
+            return Err(bad(path, &key, &unreadable(&error)));
         }
     }
-    Err(bad(path, "adapter_config.json", &error.to_string()))
+    Err(bad(path, "adapter_config.json", &unreadable(&error)))
+}
+
+fn unreadable(error: &serde_json::Error) -> String {
+    format!("{error}; correct it, or save the adapter again")
 }
 
 fn bad(path: &Path, key: &str, problem: &str) -> Error {

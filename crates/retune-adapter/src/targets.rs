@@ -6,8 +6,9 @@
 
 use std::collections::BTreeSet;
 
-use crate::config::{LoraConfig, ModuleSelection};
+use crate::config::{Bias, LoraConfig, ModuleSelection};
 use crate::error::Error;
+use crate::names::trained_biases;
 use crate::pattern::Pattern;
 
 /// A linear module of a model: what can be adapted.
@@ -220,11 +221,11 @@ fn is_name_or_end(name: &str, entry: &str) -> bool {
 
 /// The modules that a configuration adapts, in the modules' order.
 ///
-/// Stricter than PEFT: every entry of a list, every excluded name, every layer number and every rank or alpha pattern must have an effect.
+/// Stricter than PEFT: every entry of a list, every excluded name, every layer number, every pattern and `bias` must have an effect.
 ///
 /// # Errors
 /// What [`LoraConfig::check`] finds; [`Error::NoTarget`] and [`Error::UnknownModule`] with the nearest names;
-/// [`Error::SavedAndAdapted`]; [`Error::Config`] for a layer or pattern without effect.
+/// [`Error::SavedAndAdapted`]; [`Error::ShadowedPattern`]; [`Error::NoBias`]; [`Error::Config`] for layers without effect.
 pub fn resolve(config: &LoraConfig, modules: &[LinearModule<'_>]) -> Result<Vec<LoraTarget>, Error> {
     config.check()?;
     let selector = Selector::new(config)?;
@@ -238,7 +239,7 @@ pub fn resolve(config: &LoraConfig, modules: &[LinearModule<'_>]) -> Result<Vec<
             return Err(unknown_module("exclude_modules", source, modules));
         }
     }
-    check_layers(&selector, modules)?;
+    check_layers(config, &selector, modules)?;
     let targets = select(config, modules)?;
     for target in &targets {
         if let Some(entry) = saved_by(config, &target.module) {
@@ -247,6 +248,7 @@ pub fn resolve(config: &LoraConfig, modules: &[LinearModule<'_>]) -> Result<Vec<
     }
     check_patterns_used("rank_pattern", &selector.ranks, &targets)?;
     check_patterns_used("alpha_pattern", &selector.alphas, &targets)?;
+    check_bias(config, modules, &targets)?;
     Ok(targets)
 }
 
@@ -331,10 +333,23 @@ fn check_entries(field: &'static str, selection: &ModuleSelection, modules: &[Li
     }
 }
 
-fn check_layers(selector: &Selector, modules: &[LinearModule<'_>]) -> Result<(), Error> {
+fn check_layers(config: &LoraConfig, selector: &Selector, modules: &[LinearModule<'_>]) -> Result<(), Error> {
+    if config.layers_to_transform.as_ref().is_some_and(|numbers| numbers.as_slice().is_empty()) {
+        let problem = "the list is empty, and every layer would be adapted; give the layers, or remove it".to_owned();
+        return Err(Error::Config { field: "layers_to_transform", problem });
+    }
+    let given = config.layers_pattern.as_ref().map(|given| given.as_slice());
+    if given.is_some_and(|given| given.is_empty() || given.iter().any(String::is_empty)) {
+        let problem = "it or an entry of it is empty; name the list of layers (\"layers\"), or remove it".to_owned();
+        return Err(Error::Config { field: "layers_pattern", problem });
+    }
     let Some(layers) = &selector.layers else {
         return Ok(());
     };
+    if given.is_some() {
+        let names: Vec<&str> = modules.iter().map(|module| module.name).collect();
+        check_each_counts("layers_pattern", &layers.patterns, &names, |_| numbered_lists(&names))?;
+    }
     let mut present = BTreeSet::new();
     for module in modules {
         present.extend(layers.number_of(module.name)?);
@@ -344,31 +359,79 @@ fn check_layers(selector: &Selector, modules: &[LinearModule<'_>]) -> Result<(),
     };
     let known = match (present.first(), present.last()) {
         (Some(first), Some(last)) => format!("the layers of this model are {first} to {last}"),
-        _ => "no module name has a layer number in the place that layers_pattern says".to_owned(),
+        _ => "no module of this model has a layer's number: remove layers_to_transform".to_owned(),
     };
     Err(Error::Config { field: "layers_to_transform", problem: format!("layer {missing} does not exist; {known}") })
 }
 
 fn check_patterns_used<T>(field: &'static str, patterns: &[(Pattern, T)], targets: &[LoraTarget]) -> Result<(), Error> {
-    for (pattern, _) in patterns {
-        let mut used = false;
-        for target in targets {
-            used = used || pattern.is_match(&target.module)?;
+    let names: Vec<&str> = targets.iter().map(|target| target.module.as_str()).collect();
+    check_each_counts(field, patterns.iter().map(|(pattern, _)| pattern), &names, |entry| {
+        format!(
+            "A pattern must match an adapted module from a dot (or the start) to the end. {}",
+            did_you_mean(entry, names.iter().copied())
+        )
+    })
+}
+
+/// Refuses a pattern that is not for any name the first that matches. `advice` is for one that matches none at all.
+fn check_each_counts<'p>(
+    field: &'static str,
+    patterns: impl IntoIterator<Item = &'p Pattern>,
+    names: &[&str],
+    advice: impl Fn(&str) -> String,
+) -> Result<(), Error> {
+    // The pattern that takes each name.
+    let mut takers: Vec<Option<&Pattern>> = vec![None; names.len()];
+    for pattern in patterns {
+        let mut counts = false;
+        let mut shadow = None;
+        for (name, taker) in names.iter().zip(&mut takers) {
+            if !pattern.is_match(name)? {
+                continue;
+            }
+            match *taker {
+                Some(earlier) => shadow = shadow.or(Some((earlier, *name))),
+                None => {
+                    *taker = Some(pattern);
+                    counts = true;
+                }
+            }
         }
-        if !used {
-            let names = targets.iter().map(|target| target.module.as_str());
-            return Err(Error::UnknownModule {
+        if counts {
+            continue;
+        }
+        let entry = pattern.source().to_owned();
+        return Err(match shadow {
+            Some((earlier, module)) => {
+                Error::ShadowedPattern { field, entry, earlier: earlier.source().to_owned(), module: module.to_owned() }
+            }
+            None => Error::UnknownModule {
                 field,
-                entry: pattern.source().to_owned(),
-                advice: format!(
-                    "A pattern must match an adapted module from a dot (or the start) to the end. {}",
-                    did_you_mean(pattern.source(), names.clone())
-                ),
-                available: list_ends(names),
-            });
-        }
+                advice: advice(&entry),
+                entry,
+                available: list_ends(names.iter().copied()),
+            },
+        });
     }
     Ok(())
+}
+
+fn check_bias(config: &LoraConfig, modules: &[LinearModule<'_>], targets: &[LoraTarget]) -> Result<(), Error> {
+    const REMOVE: &str = "Set it to none, or remove it";
+    if config.bias == Bias::None || !trained_biases(config, modules, targets).is_empty() {
+        return Ok(());
+    }
+    let biased = list_ends(modules.iter().filter(|module| module.has_bias).map(|module| module.name));
+    let (reason, advice) = if biased.is_empty() {
+        ("no linear module of this model has a bias".to_owned(), REMOVE)
+    } else if config.bias == Bias::LoraOnly {
+        let reason = format!("none of the adapted modules has a bias; those that have one are {biased}");
+        (reason, "Adapt one of these, set bias to none, or remove it")
+    } else {
+        (format!("modules_to_save trains every module with a bias ({biased}) whole"), REMOVE)
+    };
+    Err(Error::NoBias { bias: config.bias.as_str(), reason, advice })
 }
 
 fn unknown_module(field: &'static str, entry: &str, modules: &[LinearModule<'_>]) -> Error {
@@ -444,6 +507,20 @@ fn did_you_mean<'a>(asked: &str, names: impl Iterator<Item = &'a str>) -> String
         return String::new();
     }
     format!("Did you mean {}?", nearest.join(" or "))
+}
+
+/// What can stand in `layers_pattern`: "layers" for "model.layers.0.mlp.up_proj".
+fn numbered_lists(names: &[&str]) -> String {
+    let mut lists = BTreeSet::new();
+    for name in names {
+        let pairs = name.split('.').zip(name.split('.').skip(1));
+        lists.extend(pairs.filter(|(_, next)| next.parse::<usize>().is_ok()).map(|(list, _)| format!("`{list}`")));
+    }
+    if lists.is_empty() {
+        return "No name has a layer's number: remove layers_pattern and layers_to_transform.".to_owned();
+    }
+    let lists: Vec<String> = lists.into_iter().collect();
+    format!("Numbers follow {} in the names.", lists.join(" and "))
 }
 
 /// The last `components` components of a name.
@@ -623,15 +700,100 @@ mod tests {
             ),
             (
                 json!({"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": "h"}),
-                "layers_pattern says",
+                "layers_pattern: `h` matches no module of this model. Numbers follow `layers` in the names",
+            ),
+            (
+                json!({"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": ["layers", "bogus"]}),
+                "layers_pattern: `bogus` matches no module",
+            ),
+            (
+                json!({"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": ["layers", "l.*s"]}),
+                "Put `l.*s` before `layers`, or remove it",
+            ),
+            (
+                json!({"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": ["layers", ""]}),
+                "layers_pattern: it or an entry of it is empty",
+            ),
+            (
+                json!({"target_modules": ["q_proj"], "layers_pattern": ""}),
+                "layers_pattern: it or an entry of it is empty",
+            ),
+            (
+                json!({"target_modules": ["q_proj"], "layers_to_transform": []}),
+                "layers_to_transform: the list is empty, and every layer would be adapted",
             ),
             (json!({"rank_pattern": {"qproj": 4}}), "rank_pattern: `qproj` matches no module"),
             (json!({"alpha_pattern": {"lm_head": 4}}), "alpha_pattern: `lm_head` matches no module"),
+            (
+                json!({"rank_pattern": {"q_proj": 4, "layers.0.self_attn.q_proj": 8}}),
+                "rank_pattern: `layers.0.self_attn.q_proj` has no effect: the first pattern that matches a module counts, and those \
+                 before it leave none (`q_proj` takes `model.layers.0.self_attn.q_proj`)",
+            ),
+            (
+                json!({"alpha_pattern": {"q_proj": 1, "v_proj": 2, "(q|v)_proj": 3}}),
+                "alpha_pattern: `(q|v)_proj` has no effect",
+            ),
             (json!({"modules_to_save": ["proj"]}), "`proj` also matches `model.layers.0.self_attn.q_proj`"),
             (json!({"r": 0}), "r: a rank of 0"),
         ] {
             let message = refused(value.clone());
             assert!(message.contains(expected), "{value}: {message}");
+        }
+    }
+
+    #[test]
+    fn what_counts_for_one_module_alone_is_accepted() {
+        for pattern in [json!({"layers.0.self_attn.q_proj": 8, "q_proj": 4}), json!({"q_proj": 4, "(q|v)_proj": 8})] {
+            let value = json!({"rank_pattern": pattern, "alpha_pattern": pattern});
+            assert_eq!(resolve(&config(value), &tiny_llama()).unwrap().len(), 21);
+        }
+        let mut modules = tiny_llama();
+        modules.push(LinearModule { name: "model.h.0.attn.q_proj", ..MODULES[0] });
+        let value = json!({"target_modules": ["q_proj"], "layers_to_transform": 0, "layers_pattern": ["layers", "h"]});
+        assert_eq!(resolve(&config(value), &modules).unwrap().len(), 2);
+    }
+
+    #[test]
+    fn a_bias_that_trains_none_is_refused() {
+        let on_k: Vec<LinearModule<'_>> = tiny_llama()
+            .into_iter()
+            .map(|module| LinearModule { has_bias: module.name.ends_with("k_proj"), ..module })
+            .collect();
+        let nowhere = "has no effect: no linear module of this model has a bias. Set it to none, or remove it";
+        let elsewhere =
+            "none of the adapted modules has a bias; those that have one are k_proj (3). Adapt one of these";
+        let saved = "bias: all has no effect: modules_to_save trains every module with a bias (k_proj (3)) whole";
+        for (value, modules, expected) in [
+            (json!({"bias": "all"}), &tiny_llama(), nowhere),
+            (json!({"bias": "lora_only"}), &tiny_llama(), nowhere),
+            (json!({"bias": "lora_only", "target_modules": ["q_proj"]}), &on_k, elsewhere),
+            (json!({"bias": "all", "target_modules": ["q_proj"], "modules_to_save": ["k_proj"]}), &on_k, saved),
+        ] {
+            let message = resolve(&config(value.clone()), modules).unwrap_err().to_string();
+            assert!(message.contains(expected), "{value}: {message}");
+        }
+        for value in [
+            json!({"bias": "all", "target_modules": ["q_proj"]}),
+            json!({"bias": "lora_only", "target_modules": ["q_proj", "k_proj"]}),
+        ] {
+            assert!(resolve(&config(value), &on_k).is_ok());
+        }
+    }
+
+    #[test]
+    fn errors_begin_with_the_key_at_fault() {
+        for (key, value) in [
+            ("r", json!({"r": 0})),
+            ("target_modules", json!({"target_modules": "(("})),
+            ("target_modules", json!({"target_modules": "Q"})),
+            ("exclude_modules", json!({"exclude_modules": ["Q"]})),
+            ("modules_to_save", json!({"modules_to_save": ["proj"]})),
+            ("layers_to_transform", json!({"target_modules": ["q_proj"], "layers_to_transform": 7})),
+            ("rank_pattern", json!({"rank_pattern": {"q_proj": 4, ".*q_proj": 8}})),
+            ("bias", json!({"bias": "all"})),
+        ] {
+            let message = refused(value);
+            assert!(message.starts_with(&format!("{key}: ")), "{message}");
         }
     }
 

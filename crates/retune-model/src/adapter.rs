@@ -29,14 +29,26 @@ impl AdapterPlan {
     /// Resolves a configuration against the modules of a base, strictly: for training.
     ///
     /// # Errors
-    /// A configuration that contradicts itself, or names modules the base does not have.
+    /// A configuration that contradicts itself, or has an entry without effect.
     pub fn new(config: &LoraConfig, checkpoint: &Checkpoint) -> Result<Self, Error> {
         let modules = checkpoint.linear_modules();
         let targets = targets::resolve(config, &linear_modules(&modules))?;
-        if config.lora_dropout > 0.0 && targets.iter().any(|target| target.module == "lm_head") {
+        Self::with_targets(config, checkpoint, targets)?.for_training()
+    }
+
+    /// Resolves an adapter that exists already for training it further: as [`Self::for_file`], but for what training cannot do.
+    ///
+    /// # Errors
+    /// An adapter that does not fit the base, or cannot be trained.
+    pub fn to_continue(file: &AdapterFile, checkpoint: &Checkpoint) -> Result<Self, Error> {
+        Self::for_file(file, checkpoint)?.for_training()
+    }
+
+    fn for_training(self) -> Result<Self, Error> {
+        if self.lora_dropout > 0.0 && self.targets.iter().any(|target| target.module == "lm_head") {
             return Err(Error::HeadDropout);
         }
-        Self::with_targets(config, checkpoint, targets)
+        Ok(self)
     }
 
     /// Resolves an adapter that exists already, as peft does: entries of its configuration that match nothing are passed over.

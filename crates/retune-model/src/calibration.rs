@@ -28,7 +28,7 @@ use crate::workspace::{Keep, Workspace};
 
 /// The largest relative error, forward or backward, of a linear that is computed in 8 bits when it is ours to choose.
 pub const ERROR_LIMIT: f64 = 0.06;
-/// An error below which a cheaper way is not passed over for a more exact one; a third of the limit where that is less.
+/// An error that is as good as none beside those of other linears; a third of the limit where that is less.
 const GOOD_ENOUGH: f64 = 0.02;
 /// What is tried, in the order of its cost: an exponent, 0 for no smoothing, and a number of outlier channels.
 const TRIED: [(f32, usize); 4] = [(0.0, 0), (0.5, 0), (0.0, MOST_OUTLIERS), (0.3, MOST_OUTLIERS)];
@@ -64,8 +64,9 @@ pub struct Choice {
 type Candidates = Vec<Choice>;
 
 /// Errors measured during a pass.
-#[derive(Default)]
 pub(crate) struct Calibration {
+    /// An error below which a cheaper way is not passed over for a more exact one.
+    good_enough: f64,
     linears: BTreeMap<String, Candidates>,
 }
 
@@ -83,7 +84,8 @@ impl Calibration {
         gemm(m, n, &[Term::new(k, MatRef::rows(&rows, k), Rhs::Transposed(matrix))], Out::set(&mut expected, n));
         let (inputs, weights) = (column_maxima(&F32Panel::new(x, k)), column_maxima(matrix));
         let mut quantized = Int8Rows::default();
-        let candidate = |(exponent, count): (f32, usize)| {
+        let mut candidates = Candidates::new();
+        for (exponent, count) in TRIED {
             let outliers = largest(&inputs, count);
             let factors = (exponent > 0.0).then(|| smoothing(&inputs, &weights, exponent));
             let weight = Int8Matrix::new(matrix, factors.as_deref(), &outliers);
@@ -91,9 +93,21 @@ impl Calibration {
             gemm(m, n, &[Term::int8(&quantized, &weight)], Out::set(&mut y, n));
             let forward_error = relative_error(&y, &expected, n);
             let name = linear.name.clone();
-            Choice { name, int8: true, exponent, outliers, forward_error, backward_error: None, factors }
-        };
-        self.linears.insert(linear.name.clone(), TRIED.into_iter().map(candidate).collect());
+            candidates.push(Choice {
+                name,
+                int8: true,
+                exponent,
+                outliers,
+                forward_error,
+                backward_error: None,
+                factors,
+            });
+            // What follows costs more, and helps the forward alone.
+            if forward_error <= self.good_enough {
+                break;
+            }
+        }
+        self.linears.insert(linear.name.clone(), candidates);
     }
 
     /// Measures a linear on the gradient `g: [T, out]` of its output.
@@ -173,19 +187,20 @@ impl Model {
     /// 8 bits those whose errors are within `limit`. All of the model must be in f32 before.
     pub fn calibrate(&mut self, params: &[f32], pass: &Pass, backward: bool, limit: f64) -> Result<Vec<Choice>, Error> {
         let mut workspace = Workspace::new(self, Keep::Inputs);
-        workspace.temporary.linear.calibration = Some(Box::default());
+        let good_enough = GOOD_ENOUGH.min(limit / 3.0);
+        workspace.temporary.linear.calibration = Some(Box::new(Calibration { good_enough, linears: BTreeMap::new() }));
         if backward {
             self.loss_and_gradient(params, &mut vec![0.0; params.len()], pass, None, &mut workspace);
         } else {
             self.loss(params, pass, &mut workspace);
         }
-        let mut linears = workspace.temporary.linear.calibration.take().unwrap_or_default().linears;
+        let mut linears = workspace.temporary.linear.calibration.take().map(|c| c.linears).unwrap_or_default();
         drop(workspace);
         let mut choices = Vec::new();
         self.for_each_int8_linear(|linear| {
             let candidates = linears.remove(&linear.name).into_iter().flatten();
             // In the order of their cost: what is good enough is taken before what is better.
-            let rank = |choice: &Choice| choice.error().max(GOOD_ENOUGH.min(limit / 3.0));
+            let rank = |choice: &Choice| choice.error().max(good_enough);
             let Some(mut choice) = candidates.min_by(|a, b| rank(a).total_cmp(&rank(b))) else { return Ok(()) };
             choice.int8 = choice.error() <= limit;
             choices.push(choice);
@@ -248,16 +263,16 @@ pub fn write(path: &Path, choices: &[Choice]) -> Result<(), Error> {
     let bytes = |factors: &[f32]| -> Vec<u8> { factors.iter().flat_map(|f| f.to_le_bytes()).collect() };
     let factors: Vec<(&str, Vec<u8>)> =
         choices.iter().filter_map(|c| Some((c.name.as_str(), bytes(c.factors.as_deref()?)))).collect();
-    let damaged = |error: String| Error::Calibration { cause: error };
+    let failed = |error: String| Error::Write { path: path.to_owned(), error: std::io::Error::other(error) };
     let mut views = Vec::new();
     for (name, bytes) in &factors {
-        let view = TensorView::new(Dtype::F32, vec![bytes.len() / 4], bytes).map_err(|e| damaged(e.to_string()))?;
+        let view = TensorView::new(Dtype::F32, vec![bytes.len() / 4], bytes).map_err(|e| failed(e.to_string()))?;
         views.push((*name, view));
     }
-    let text = serde_json::to_string(choices).map_err(|e| damaged(e.to_string()))?;
+    let text = serde_json::to_string(choices).map_err(|e| failed(e.to_string()))?;
     let metadata = std::collections::HashMap::from([(METADATA.to_owned(), text)]);
-    let content = safetensors::serialize(views, Some(metadata)).map_err(|e| damaged(e.to_string()))?;
-    atomic::write(path, &content).map_err(|error| damaged(error.to_string()))
+    let content = safetensors::serialize(views, Some(metadata)).map_err(|e| failed(e.to_string()))?;
+    atomic::write(path, &content).map_err(Error::Adapter)
 }
 
 /// Reads what [`write`] wrote.

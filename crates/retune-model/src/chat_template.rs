@@ -13,6 +13,9 @@ use sha2::{Digest, Sha256};
 use crate::error::Error;
 
 const NAME: &str = "chat_template";
+/// Instructions that the engine may run for one text. A conversation of a thousand turns takes some ten thousands; as many as this
+/// take about a second, so that nested loops over long ranges come to an end.
+const MOST_STEPS: u64 = 20_000_000;
 
 /// One turn of a conversation.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -39,6 +42,7 @@ impl ChatTemplate {
         let mut environment = Environment::new();
         environment.set_trim_blocks(true);
         environment.set_lstrip_blocks(true);
+        environment.set_fuel(Some(MOST_STEPS));
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.add_function("raise_exception", raise_exception);
         environment.add_filter("tojson", tojson);
@@ -55,7 +59,7 @@ impl ChatTemplate {
 
     /// The conversation as the text the model was trained on. `add_generation_prompt` opens the assistant's next turn.
     ///
-    /// Errors: what the template itself raises (roles that do not alternate, say) and what it cannot evaluate.
+    /// Errors: what the template itself raises (roles that do not alternate, say), what it cannot evaluate, and loops without end.
     pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String, Error> {
         let render = || {
             self.environment.get_template(NAME)?.render(context! {
@@ -83,6 +87,9 @@ impl ChatTemplate {
 
 fn cause(error: &minijinja::Error) -> String {
     match error.detail() {
+        _ if error.kind() == ErrorKind::OutOfFuel => {
+            format!("the template ran too long and was stopped after {MOST_STEPS} steps")
+        }
         Some(detail) => format!("{}: {detail}", error.kind()),
         None => error.kind().to_string(),
     }
@@ -316,6 +323,20 @@ mod tests {
         assert!(matches!(error, Error::ChatTemplateRender { line: 2, .. }), "{error:?}");
         assert!(error.to_string().contains("roles must alternate"));
         assert!(render("{{ messages[0]['role'] }}", &[]).is_err());
+    }
+
+    #[test]
+    fn a_template_that_hardly_ends_is_stopped_and_a_long_chat_is_not() {
+        let nested = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}\
+            {% endfor %}{% endfor %}{% endfor %}";
+        let error = render(nested, &[]).unwrap_err();
+        assert!(matches!(error, Error::ChatTemplateRender { .. }), "{error:?}");
+        assert!(error.to_string().contains("ran too long"), "{error}");
+        let turns: Vec<Message> = (0..1000).map(|n| message(["user", "assistant"][n % 2], "some words")).collect();
+        assert!(render(SMOLLM2, &turns).unwrap().ends_with("assistant\nsome words<|im_end|>\n"));
+        // Every turn may look at all the others.
+        let square = "{% for m in messages %}{% for n in messages %}{% if m == n %}{% endif %}{% endfor %}{% endfor %}";
+        assert_eq!(render(square, &turns).unwrap(), "");
     }
 
     #[test]

@@ -215,9 +215,9 @@ pub enum Error {
     #[error("{} is not empty; a model is written to a directory of its own: give another name, or remove this one first", .dir.display())]
     OutputNotEmpty { dir: PathBuf },
 
-    /// The record of how linears are computed does not fit.
+    /// The record of how linears are computed cannot be read, or does not fit.
     #[error(
-        "the record of which layers are computed in int8 cannot be used: {cause}; remove it to have the layers measured again"
+        "the record of which layers are computed in int8 cannot be used: {cause}; restore it, or start anew with --overwrite"
     )]
     Calibration { cause: String },
 

@@ -357,6 +357,14 @@ fn choices_that_were_written_and_read_compute_the_same() {
     assert!(calibration::read(&path).unwrap().is_empty());
 }
 
+#[test]
+fn choices_that_cannot_be_written_say_so() {
+    let dir = tempfile::tempdir().unwrap();
+    let text = calibration::write(&dir.path().join("absent/calibration.safetensors"), &[]).unwrap_err().to_string();
+    assert!(text.starts_with("cannot write ") && text.contains("calibration.safetensors"), "{text}");
+    assert!(!text.contains("restore it"), "there is nothing to restore: {text}");
+}
+
 fn run_loss(model: &Model, params: &[f32], pass: &Pass) -> f64 {
     model.loss(params, pass, &mut Workspace::new(model, Keep::Nothing))
 }
@@ -380,7 +388,7 @@ fn a_damaged_file_of_choices_is_refused() {
     let refuses = |bytes: &[u8], words: &[&str]| {
         fs::write(&path, bytes).unwrap();
         let text = calibration::read(&path).unwrap_err().to_string();
-        for word in ["calibration.safetensors is damaged", "remove it"].iter().chain(words) {
+        for word in ["calibration.safetensors is damaged", "restore it"].iter().chain(words) {
             assert!(text.contains(word), "`{word}` is not in: {text}");
         }
     };
@@ -419,7 +427,7 @@ fn choices_of_another_model_are_refused() {
         fs::write(&path, file(&text, linear, Dtype::F32, &vec![1.0; factors])).unwrap();
         let choices = calibration::read(&path).unwrap();
         let text = model.compute_as(&choices).unwrap_err().to_string();
-        assert!(text.contains(words) && text.contains("remove it"), "`{words}` is not in: {text}");
+        assert!(text.contains(words) && text.contains("restore it"), "`{words}` is not in: {text}");
     };
     for factors in [0, CHANNELS - 1, CHANNELS + 1] {
         refuses(LINEAR, factors, &format!("{LINEAR} has another number of channels"));

@@ -1,6 +1,9 @@
 //! Token ids and chat templates against transformers: on the small GGUF fixture always, and on SmolLM2-135M-Instruct where the
-//! environment variable `RETUNE_TEST_MODELS` names a directory that holds `SmolLM2-135M-Instruct.Q4_1.gguf` and, optionally,
-//! `smollm2-hf/`. The goldens are written by `goldens/make_smollm2.py` and `goldens/make_gguf.py`.
+//! environment variable `RETUNE_TEST_MODELS` names a directory that holds `SmolLM2-135M-Instruct.Q4_1.gguf`, or is a Hugging Face
+//! directory of the model, or holds one as `smollm2-hf/`. The goldens are written by `goldens/make_smollm2.py` and
+//! `goldens/make_gguf.py`.
+
+mod common;
 
 use std::path::{Path, PathBuf};
 
@@ -32,16 +35,28 @@ fn goldens<T: DeserializeOwned>(name: &str) -> Vec<T> {
 
 /// SmolLM2's tokenizer from each form in which it is there; none, with a note, without the variable.
 fn smollm2() -> Vec<(PathBuf, Tokenizer)> {
-    let Some(models) = std::env::var_os("RETUNE_TEST_MODELS").map(PathBuf::from) else {
-        println!("skipped: RETUNE_TEST_MODELS is not set");
-        return Vec::new();
-    };
-    let gguf = models.join("SmolLM2-135M-Instruct.Q4_1.gguf");
-    let mut found = vec![(gguf.clone(), Checkpoint::open(&gguf).unwrap().tokenizer().unwrap())];
-    let directory = models.join("smollm2-hf");
-    if directory.is_dir() {
-        found.push((directory.clone(), Tokenizer::from_dir(&directory).unwrap()));
+    common::models().map(|folder| tokenizers_in(&folder)).unwrap_or_default()
+}
+
+fn tokenizers_in(folder: &Path) -> Vec<(PathBuf, Tokenizer)> {
+    let mut found = Vec::new();
+    if let Some(gguf) = common::gguf_in(folder) {
+        let tokenizer = Checkpoint::open(&gguf).unwrap().tokenizer().unwrap();
+        found.push((gguf, tokenizer));
     }
+    for directory in [folder.to_owned(), folder.join("smollm2-hf")] {
+        if directory.join("tokenizer.json").is_file() {
+            let tokenizer = Tokenizer::from_dir(&directory).unwrap();
+            found.push((directory, tokenizer));
+        }
+    }
+    assert!(
+        !found.is_empty(),
+        "RETUNE_TEST_MODELS is {}, which holds neither {} nor a tokenizer.json: set it to the folder of a fetched \
+         HuggingFaceTB/SmolLM2-135M-Instruct",
+        folder.display(),
+        common::GGUF
+    );
     found
 }
 
@@ -60,6 +75,21 @@ fn the_small_gguf_fixture_encodes_as_transformers_does() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/gguf_llama/model.gguf");
     let tokenizer = Checkpoint::open(&path).unwrap().tokenizer().unwrap();
     assert_tokens("gguf_llama", &tokenizer, &goldens("gguf_llama/tokens.jsonl"));
+}
+
+#[test]
+fn a_hugging_face_directory_will_do_where_there_is_no_gguf_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/gguf_llama/model.gguf");
+    Checkpoint::open(&path).unwrap().tokenizer().unwrap().save(dir.path()).unwrap();
+    let found = tokenizers_in(dir.path());
+    assert_eq!(found.iter().map(|(path, _)| path.as_path()).collect::<Vec<_>>(), [dir.path()]);
+}
+
+#[test]
+#[should_panic(expected = "which holds neither SmolLM2-135M-Instruct.Q4_1.gguf nor a tokenizer.json")]
+fn a_folder_without_the_model_is_no_silent_success() {
+    tokenizers_in(tempfile::tempdir().unwrap().path());
 }
 
 #[test]

@@ -13,7 +13,7 @@ pub enum Error {
     #[error("cannot read {}: {error}; give the path of a readable file", .path.display())]
     Read { path: PathBuf, error: std::io::Error },
 
-    /// A data file that is not text.
+    /// A file that is not text.
     #[error("{}, line {line}: byte {offset} of the file is not UTF-8; save the file as UTF-8", .path.display())]
     NotUtf8 { path: PathBuf, line: usize, offset: usize },
 
@@ -132,24 +132,26 @@ pub enum Error {
     #[error("adapter.{0}")]
     AdapterConfig(retune_adapter::Error),
 
-    /// A loss that is no number.
+    /// A loss that is no number. `row` counts from 0, the text from 1.
     #[error(
-        "step {step}: the loss is not finite in row {row} of the training data, first at {layer}; lower training.learning_rate, \
-         set training.max_grad_norm, or look at that row with `retune data`. The last checkpoint is intact"
+        "step {step}: the loss is not finite in row {number} of the training data, first at {layer}; start anew with a lower \
+         training.learning_rate (--overwrite), or look at the row with `retune data RUN_FILE --rows {number}`",
+        number = .row + 1
     )]
     NonFiniteLoss { step: u64, row: u64, layer: String },
 
-    /// A held-out loss that is no number.
+    /// A held-out loss that is no number. `row` counts from 0, the text from 1.
     #[error(
-        "the loss of held-out row {row} is not finite: the model has diverged or its weights are damaged; lower \
-         training.learning_rate, or go back to an earlier checkpoint"
+        "the loss of held-out row {number} is not finite: the model has diverged or its weights are damaged; start anew with a \
+         lower training.learning_rate (--overwrite), or use another copy of the model",
+        number = .row + 1
     )]
     NonFiniteEvaluation { row: u64 },
 
     /// A gradient that is no number.
     #[error(
-        "step {step}: the gradient of {tensor} is not finite though the loss is; lower training.learning_rate. \
-         The last checkpoint is intact"
+        "step {step}: the gradient of {tensor} is not finite though the loss is; start anew with a lower \
+         training.learning_rate (--overwrite)"
     )]
     NonFiniteGradient { step: u64, tensor: String },
 

@@ -13,7 +13,7 @@ use schemars::{JsonSchema, schema_for};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::data::{ColumnMap, DataFormat, EncodeOptions, Overlong};
+use crate::data::{ColumnMap, DataFormat, EncodeOptions, Overlong, read_text};
 use crate::error::Error;
 use crate::schedule::SchedulerType;
 
@@ -29,7 +29,7 @@ const MOST_TOKENS: usize = 1 << 24;
 #[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct RawRunConfig {
-    /// The base model: a Hugging Face model directory or a GGUF file.
+    /// The base model: a Hugging Face model directory, a GGUF file, or a Hub id (owner/name or owner/name/file.gguf).
     pub model: String,
     /// The directory that the run writes to: the adapter or the model, checkpoints, metrics.
     pub output_dir: PathBuf,
@@ -286,11 +286,9 @@ impl RunConfig {
     /// Reads and checks a YAML (or JSON) file, with overrides of the form `training.epochs=2`.
     ///
     /// # Errors
-    /// A file that cannot be read or is not YAML; an unknown key, a wrong type, a value out of range: each with the key's path.
+    /// A file that cannot be read, is not UTF-8 or not YAML; an unknown key, a wrong type, a value out of range: each with the key's path.
     pub fn load(path: &Path, overrides: &[String]) -> Result<RunConfig, Error> {
-        let read = |error| Error::Read { path: path.to_owned(), error };
-        let text = std::fs::read_to_string(path).map_err(read)?;
-        RunConfig::parse(&text, &path.display().to_string(), overrides)
+        RunConfig::parse(&read_text(path)?, &path.display().to_string(), overrides)
     }
 
     /// As [`RunConfig::load`], from text; `origin` is what errors call it.
@@ -322,8 +320,8 @@ impl RawRunConfig {
             !model.trim().is_empty(),
             "model",
             "empty",
-            "a path",
-            "Name a Hugging Face model directory or a GGUF file",
+            "a path or a Hub id",
+            "Name a Hugging Face model directory, a GGUF file, or a Hub id (owner/name)",
         )?;
         check_path("output_dir", &output_dir, "Name the directory to write to")?;
         let adapter = check_adapter(method, adapter, adapter_init.as_deref())?;
@@ -696,6 +694,7 @@ threads: 2
         assert!(error(&["training="]).contains("training is nothing (null); expected a section with keys"));
         let missing = RunConfig::parse("", "run.yaml", &[]).unwrap_err().to_string();
         assert!(missing.contains("the key model is missing: The base model"), "{missing}");
+        assert!(missing.contains("Hub id"), "{missing}");
         let missing = RunConfig::parse("model: m\noutput_dir: o\ndata: {}", "run.yaml", &[]).unwrap_err().to_string();
         assert!(missing.contains("the key data.train is missing: The file of training rows"), "{missing}");
         assert!(
@@ -707,7 +706,7 @@ threads: 2
     #[test]
     fn values_out_of_range_are_refused() {
         for (setting, expected) in [
-            ("model=''", "model is empty"),
+            ("model=''", "model is empty; expected a path or a Hub id"),
             ("output_dir=''", "output_dir is empty"),
             ("data.train=''", "data.train is empty"),
             ("adapter.r=0", "adapter.r: a rank of 0"),
@@ -741,9 +740,23 @@ threads: 2
         }
         let product = error(&["training.batch_size=1000000000", "training.gradient_accumulation_steps=1000000000"]);
         assert!(product.contains("is too large"), "{product}");
+        let saved = |kind: &str| {
+            parse(&[&format!("training.saved_activations={kind}"), "training.activation_checkpointing=layer"])
+        };
+        assert!(saved("auto").is_ok() && saved("f32").is_ok());
+        let saved = saved("bf16").unwrap_err().to_string();
+        assert!(saved.contains("training.saved_activations is bf16; expected auto or f32 with"), "{saved}");
         let column = error(&["data.format=text", "data.columns.prompt=question"]);
         assert!(column.contains("data.columns.prompt is given"), "{column}");
         assert_eq!(parse(&["training.max_grad_norm=0"]).unwrap().training.max_grad_norm, 0.0);
+    }
+
+    #[test]
+    fn a_file_that_is_not_utf8_is_refused_with_what_to_do() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), b"model: m\noutput_dir: caf\xe9\n").unwrap();
+        let error = RunConfig::load(file.path(), &[]).unwrap_err().to_string();
+        assert!(error.contains("line 2") && error.contains("save the file as UTF-8"), "{error}");
     }
 
     #[test]

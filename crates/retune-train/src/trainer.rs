@@ -318,9 +318,10 @@ impl<'a> Trainer<'a> {
     ///
     /// # Errors
     /// A loss that is not finite.
-    pub fn score_untrained(&mut self) -> Result<(), Error> {
-        self.progress.initial_loss = Some(self.score()?.0);
-        Ok(())
+    pub fn score_untrained(&mut self) -> Result<Evaluation, Error> {
+        let (loss, label_tokens) = self.score()?;
+        self.progress.initial_loss = Some(loss);
+        Ok(Evaluation { step: 0, loss, label_tokens, best: false })
     }
 
     fn score(&mut self) -> Result<(f64, usize), Error> {

@@ -17,6 +17,8 @@ use retune_train::trainer::{Passes, Trainer, fill_pass, held_out_loss};
 use serde_json::json;
 
 const HIDDEN_SIZE: usize = 32;
+/// What every text advises: a checkpoint is taken up with the rate that led there alone.
+const ANEW: &str = "start anew with a lower training.learning_rate (--overwrite)";
 /// A token of the last row alone.
 const RARE: u32 = 90;
 
@@ -99,7 +101,9 @@ fn check(model: &Model, params: &[f32], tensor: &str, element: usize, value: f32
             panic!("{tensor}: {text}");
         };
         assert_eq!((found_row, found_layer.as_str()), (row, layer), "{tensor}: {text}");
-        for word in ["step 2", &format!("row {row} "), layer, "training.learning_rate"] {
+        // As `retune data` counts rows.
+        let number = row + 1;
+        for word in ["step 2", &format!("row {number} "), layer, ANEW, &format!("--rows {number}`")] {
             assert!(text.contains(word), "{tensor}: `{word}` is not in: {text}");
         }
         assert!(bits(&trainer.params) == before, "{tensor}: the step changed parameters");
@@ -141,6 +145,8 @@ fn a_held_out_loss_that_is_not_finite_is_traced_to_its_row() {
     let mut workspace = Workspace::new(&model, Keep::Nothing);
     let error = held_out_loss(&model, &params, &examples(), 64, &mut workspace, |_| {}).unwrap_err();
     assert!(matches!(error, Error::NonFiniteEvaluation { row: 45 }), "{error}");
+    let text = error.to_string();
+    assert!(text.contains("row 46 ") && text.contains(ANEW), "{text}");
 }
 
 /// Asserts that the first step ends with an error that names the gradient of `tensor`.
@@ -159,7 +165,7 @@ fn check_gradient(model: &Model, params: &[f32], tensor: &str) {
     let text = error.to_string();
     let Error::NonFiniteGradient { step: 1, tensor: found } = error else { panic!("{text}") };
     assert_eq!(found, tensor);
-    assert!(text.contains("step 1") && text.contains(tensor), "{text}");
+    assert!(text.contains("step 1") && text.contains(tensor) && text.contains(ANEW), "{text}");
     assert!(bits(&trainer.params) == bits(params), "the step changed parameters");
     assert_eq!(trainer.progress.step, 0);
 }

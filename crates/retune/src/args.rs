@@ -107,7 +107,7 @@ pub struct GenerateArgs {
     #[arg(long)]
     pub raw: bool,
 
-    /// A system message before the prompt
+    /// A system message before the prompt; only for a model with a chat template
     #[arg(long, conflicts_with = "raw")]
     pub system: Option<String>,
 
@@ -115,21 +115,21 @@ pub struct GenerateArgs {
     #[arg(long, default_value_t = 256, value_name = "N")]
     pub max_new_tokens: usize,
 
-    /// 0 always takes the likeliest token; higher values vary more
+    /// 0 always takes the likeliest token; higher values vary more, by --top-p, --top-k and --seed
     #[arg(long, default_value_t = 0.0, value_name = "T")]
     pub temperature: f32,
 
-    /// Sample among the likeliest tokens that together have this probability
-    #[arg(long, default_value_t = 1.0, value_name = "P")]
-    pub top_p: f32,
+    /// Sample among the likeliest tokens that together have this probability; among all when absent
+    #[arg(long, value_name = "P")]
+    pub top_p: Option<f32>,
 
-    /// Sample among this many of the likeliest tokens; 0 means all
-    #[arg(long, default_value_t = 0, value_name = "K")]
-    pub top_k: usize,
+    /// Sample among this many of the likeliest tokens; among all when absent or 0
+    #[arg(long, value_name = "K")]
+    pub top_k: Option<usize>,
 
-    /// Seed of the sampling
-    #[arg(long, default_value_t = 0)]
-    pub seed: u64,
+    /// Seed of the sampling; 0 when absent
+    #[arg(long)]
+    pub seed: Option<u64>,
 
     /// Print one JSON object instead of streaming
     #[arg(long)]
@@ -146,7 +146,7 @@ pub struct MergeArgs {
     #[arg(long, short, value_name = "DIR")]
     pub adapter: PathBuf,
 
-    /// Where the merged model goes; must not exist yet
+    /// Where the merged model goes: a folder that does not exist yet or is empty
     #[arg(long, short, value_name = "DIR")]
     pub out: PathBuf,
 
@@ -175,7 +175,15 @@ pub struct EvalArgs {
     #[arg(long, short, value_name = "FILE")]
     pub data: PathBuf,
 
-    /// Longest row, in tokens; longer ones are cut on the right
+    /// What the rows hold (data.format of a run file)
+    #[arg(long, value_enum, default_value_t = RowFormat::Auto)]
+    pub format: RowFormat,
+
+    /// The file's name for a column, where it is not the usual one, as often as needed: --columns prompt=question (data.columns of a run file)
+    #[arg(long, value_name = "COLUMN=NAME")]
+    pub columns: Vec<String>,
+
+    /// Longest row, in tokens; longer ones are cut on the right (data.max_length of a run file)
     #[arg(long, default_value_t = 1024, value_name = "N")]
     pub max_length: usize,
 
@@ -194,6 +202,22 @@ pub struct EvalArgs {
     /// Print one JSON object instead of text
     #[arg(long)]
     pub json: bool,
+}
+
+/// With the names that run files have for them.
+#[derive(Clone, Copy, ValueEnum)]
+#[value(rename_all = "snake_case")]
+pub enum RowFormat {
+    /// Told by the columns of the first row
+    Auto,
+    /// Conversations: a column messages, a list of {role, content}
+    Messages,
+    /// Columns prompt and completion, joined as they are
+    PromptCompletion,
+    /// Columns instruction, output and perhaps input, put through the chat template
+    Alpaca,
+    /// A column text
+    Text,
 }
 
 #[derive(Args)]
@@ -215,7 +239,7 @@ pub struct DataArgs {
     #[arg(long, default_value_t = 2, value_name = "N")]
     pub rows: usize,
 
-    /// Print the report as one JSON object
+    /// Print rows and report as one JSON object
     #[arg(long)]
     pub json: bool,
 }
@@ -239,8 +263,8 @@ pub struct TokenizeArgs {
     #[arg(long)]
     pub chat: bool,
 
-    /// Leave out BOS and whatever else the tokenizer adds around a text
-    #[arg(long)]
+    /// Leave out BOS and whatever else the tokenizer adds around a text; not with --chat, where the template alone decides
+    #[arg(long, conflicts_with = "chat")]
     pub no_special_tokens: bool,
 
     /// Print one JSON object instead of text

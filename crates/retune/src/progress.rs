@@ -5,6 +5,7 @@ use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use anyhow::Context;
 use indicatif::{ProgressBar, ProgressStyle};
 use retune_adapter::atomic;
 use retune_train::Error;
@@ -49,7 +50,8 @@ impl Progress {
     /// A metrics file that cannot be read or written.
     pub fn new(path: &Path, step: u64, total_steps: u64) -> anyhow::Result<Self> {
         if path.exists() {
-            let kept: String = fs::read_to_string(path)?
+            let kept: String = fs::read_to_string(path)
+                .with_context(|| format!("cannot read {}; move it away to go on without it", path.display()))?
                 .lines()
                 .filter(|line| {
                     let value: Option<Value> = serde_json::from_str(line).ok();
@@ -59,7 +61,8 @@ impl Progress {
                 .collect();
             atomic::write(path, kept.as_bytes())?;
         }
-        let metrics = OpenOptions::new().create(true).append(true).open(path)?;
+        let metrics = OpenOptions::new().create(true).append(true).open(path);
+        let metrics = metrics.with_context(|| format!("cannot write {}", path.display()))?;
         let bar = std::io::stderr().is_terminal().then(|| {
             let bar = ProgressBar::new(total_steps);
             let style = ProgressStyle::with_template("{wide_bar} {pos}/{len}  {msg}  {eta} left");

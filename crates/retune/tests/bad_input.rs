@@ -317,9 +317,15 @@ fn a_length_that_cuts_every_answer_away_is_refused() {
 #[test]
 fn a_run_file_with_a_mistake_is_refused_with_the_key() {
     let folder = Folder::with_run();
-    let cases: [(&str, &[&str]); 14] = [
-        ("adapter.target_modules=[q_prj]", &["`q_prj` matches no module", "Did you mean `q_proj`", "gate_proj"]),
-        ("adapter.target_modules='.*nix'", &["\".*nix\" selects no linear module", "regular expression", "q_proj"]),
+    let cases: [(&str, &[&str]); 16] = [
+        (
+            "adapter.target_modules=[q_prj]",
+            &["adapter.target_modules: `q_prj` matches no module", "Did you mean `q_proj`", "gate_proj"],
+        ),
+        (
+            "adapter.target_modules='.*nix'",
+            &["adapter.target_modules: \".*nix\" selects no linear module", "regular expression", "q_proj"],
+        ),
         ("adapter.target_modules='(('", &["adapter.target_modules", "`((`", "regular expression"]),
         ("training.lerning_rate=1", &["unknown key training.lerning_rate", "did you mean training.learning_rate"]),
         ("adapter.rr=1", &["unknown key adapter.rr", "did you mean adapter.r?"]),
@@ -330,6 +336,8 @@ fn a_run_file_with_a_mistake_is_refused_with_the_key() {
         ("training.tokens_per_pass=10", &["training.tokens_per_pass is 10", "data.max_length, which is 192"]),
         ("adapter.lora_dropout=1.5", &["adapter.lora_dropout", "1.5"]),
         ("adapter.r=4000000000", &["adapter.r", "4000000000"]),
+        ("adapter.bias=all", &["adapter.bias", "all"]),
+        ("adapter={target_modules: [q_proj], layers_to_transform: []}", &["adapter.layers_to_transform"]),
         ("method=full", &["adapter is given with method full", "Remove it"]),
         ("training", &["\"training\" has no `=`", "KEY=VALUE"]),
     ];

@@ -66,6 +66,10 @@ fn tokenize_gives_the_ids_that_transformers_gives() {
     assert_eq!(pieces[0], "<|im_start|>");
     assert_eq!(pieces.iter().filter(|piece| **piece == "<|im_start|>").count(), 2, "the answer's turn is open");
     assert_eq!(pieces.iter().filter(|piece| **piece == "<|im_end|>").count(), 1);
+
+    let both = folder.retune(&["tokenize", "--model", &model, "--chat", "--no-special-tokens", "the sand"]);
+    assert_eq!(both.code, Some(2), "{}", both.stderr);
+    assert!(both.stderr.contains("cannot be used with"), "{}", both.stderr);
 }
 
 #[test]
@@ -112,6 +116,74 @@ fn logits_with_labels_writes_a_gradient_for_every_tensor_of_the_adapter() {
 }
 
 #[test]
+fn logits_refuses_labels_that_leave_nothing_to_predict() {
+    let folder = Folder::with_run();
+    let model = golden(NO_TOKENIZER);
+    for labels in ["--labels=-100,-100,-100", "--labels=5,-100,-100"] {
+        let args = ["logits", "--model", &model, "--tokens", "5,6,7", labels, "--out", "l.safetensors"];
+        folder.refuses(&args, &["token 0 is never predicted", "give a later token its own id"]);
+    }
+}
+
+#[test]
+fn eval_says_what_became_of_every_row() {
+    let folder = Folder::with_run();
+    let model = golden(MODEL);
+    let short = json!({ "prompt": "hi", "completion": " on" });
+    let long = json!({ "prompt": "the sand of time ".repeat(9), "completion": "on" });
+    folder.write("two.jsonl", format!("{short}\n{long}\n"));
+    let args = ["eval", "--model", &model, "--max-length", "8", "--data"];
+    let output = folder.succeeds(&joined(&[&args, &["two.jsonl", "--json"]]));
+    let found = output.json();
+    assert_eq!((&found["rows"], &found["dropped"], &found["truncated"]), (&json!(1), &json!(1), &json!(0)));
+    let dropped = "1 rows left out: the answer lies beyond --max-length (lines 2)";
+    assert!(output.stderr.contains(dropped), "{}", output.stderr);
+    let text = folder.succeeds(&joined(&[&args, &["two.jsonl"]])).stdout;
+    assert!(text.contains("1 of 2"), "{text}");
+
+    let cut = json!({ "prompt": "hi", "completion": "the sand of time sing things on" });
+    folder.write("cut.jsonl", cut.to_string());
+    let output = folder.succeeds(&joined(&[&args, &["cut.jsonl", "--json"]]));
+    let found = output.json();
+    assert_eq!((&found["rows"], &found["dropped"], &found["truncated"]), (&json!(1), &json!(0), &json!(1)));
+    assert_eq!(found["tokens"], 8);
+    let cut = format!("1 rows cut at --max-length, {} tokens lost (lines 1)", found["tokens_cut"]);
+    assert!(output.stderr.contains(&cut), "{}", output.stderr);
+}
+
+#[test]
+fn eval_takes_format_and_columns_as_run_files_do() {
+    let folder = Folder::with_run();
+    let model = golden(MODEL);
+    let rows = String::from_utf8(folder.read("eval.jsonl")).unwrap();
+    folder.write("renamed.jsonl", rows.replace("\"prompt\"", "\"question\"").replace("\"completion\"", "\"answer\""));
+    let args = ["eval", "--model", &model, "--data", "renamed.jsonl", "--json"];
+    let with = |more: &[&str]| folder.succeeds(&joined(&[&args, more])).json();
+    let named = with(&["--columns", "prompt=question", "--columns", "completion=answer"]);
+    assert_eq!(named["loss"].as_f64(), Some(loss(&folder, &["--model", &model])));
+    let text = with(&["--format", "text", "--columns", "text=answer"]);
+    assert!(text["tokens"].as_u64() < named["tokens"].as_u64(), "{text} and {named}");
+
+    // What is wrong is told in this command's words.
+    let unnamed = folder.retune(&args);
+    assert!(unnamed.stderr.contains("names in --columns") && !unnamed.stderr.contains("data."), "{}", unnamed.stderr);
+    let refuses = |more: &[&str], words: &[&str]| folder.refuses(&joined(&[&args, more]), words);
+    refuses(&["--columns", "promt=question"], &["unknown key --columns promt", "did you mean --columns prompt?"]);
+    refuses(&["--columns", "prompt"], &["--columns \"prompt\" has no `=`", "COLUMN=NAME"]);
+    refuses(&["--columns", "text=question", "--columns", "text=answer"], &["--columns", "text twice"]);
+    let unread = ["--format", "text", "--columns", "prompt=question"];
+    refuses(&unread, &["--columns prompt is given", "choose another --format"]);
+    refuses(&["--max-length", "1"], &["--max-length is 1", "expected 2 to"]);
+    refuses(&["--limit", "0"], &["--limit is 0", "at least 1"]);
+    let short = ["eval", "--model", &model, "--data", "eval.jsonl", "--max-length", "10"];
+    folder.refuses(&short, &["none of the 4 rows", "within --max-length = 10"]);
+    let help = folder.succeeds(&["eval", "--help"]).stdout;
+    for word in ["--format", "data.format", "prompt_completion", "--columns", "data.columns", "data.max_length"] {
+        assert!(help.contains(word), "{word} is not in: {help}");
+    }
+}
+
+#[test]
 fn generate_answers_the_same_every_time_and_stops_at_the_limit() {
     let folder = Folder::with_run();
     let model = golden(MODEL);
@@ -131,6 +203,30 @@ fn generate_answers_the_same_every_time_and_stops_at_the_limit() {
     assert!((2..8).any(|seed| sample(&seed.to_string()) != sample("1")), "the seed is of no effect");
     let streamed = folder.succeeds(&["generate", "--model", &model, "--max-new-tokens", "7", "hi"]);
     assert_eq!(streamed.stdout.trim_end_matches('\n'), first["text"].as_str().unwrap().trim_end_matches('\n'));
+}
+
+#[test]
+fn generate_refuses_what_would_be_without_effect() {
+    let folder = Folder::with_run();
+    let model = golden(MODEL);
+    let args = ["generate", "--model", &model, "--max-new-tokens", "2", "hi"];
+    for given in [["--top-p", "0.5"], ["--top-k", "3"], ["--seed", "0"]] {
+        folder.refuses(&joined(&[&args, &given]), &[given[0], "needs --temperature above 0"]);
+        folder.succeeds(&joined(&[&args, &given, &["--temperature", "1"]]));
+    }
+    folder.refuses(&["generate", "--model", &model, ""], &["the prompt is empty", "a message to answer"]);
+    folder.refuses(&["generate", "--model", &model, "--raw", ""], &["the prompt is empty", "a text to continue"]);
+
+    // The same model without its chat template: under this name nobody looks for it.
+    let mut bytes = fs::read(&model).unwrap();
+    let key = b"tokenizer.chat_template";
+    let at = bytes.windows(key.len()).position(|window| window == key).unwrap();
+    bytes[at + key.len() - 1] = b'X';
+    folder.write("plain.gguf", bytes);
+    let args = ["generate", "--model", "plain.gguf", "--max-new-tokens", "2", "hi"];
+    folder.succeeds(&args);
+    let words = ["--system needs a chat template, which plain.gguf does not have", "into the prompt"];
+    folder.refuses(&joined(&[&args, &["--system", "Be brief."]]), &words);
 }
 
 #[test]
@@ -185,6 +281,13 @@ fn a_merged_model_scores_as_base_and_adapter_do() {
     let half = loss(&folder, &["--model", "half"]);
     assert!((half - adapted).abs() < 2e-2, "{half} and {adapted}");
     folder.refuses(&joined(&[&merge, &["--out", "merged"]]), &["merged is not empty", "another name"]);
+
+    // As the help says.
+    fs::create_dir(folder.path("empty")).unwrap();
+    folder.succeeds(&joined(&[&merge, &["--out", "empty"]]));
+    let help = folder.succeeds(&["merge", "--help"]).stdout;
+    let help = help.split_whitespace().collect::<Vec<_>>().join(" ");
+    assert!(help.contains("a folder that does not exist yet or is empty"), "{help}");
 }
 
 #[test]
@@ -202,6 +305,74 @@ fn inspect_tells_what_a_model_is_made_of() {
     assert_eq!(found["target_modules"]["all-linear"]["modules"], 14);
     let text = folder.succeeds(&["inspect", &golden(ADAPTER)]).stdout;
     assert!(text.contains("llama_tied") && text.contains("q_proj"), "{text}");
+}
+
+#[test]
+fn inspect_gives_programs_numbers_and_people_words() {
+    let folder = Folder::with_run();
+    let inspect = |model: &str| folder.succeeds(&["inspect", model, "--json"]).json();
+    let model = golden(MODEL);
+    let bytes = fs::metadata(&model).unwrap().len();
+    let found = inspect(&model);
+    assert_eq!((&found["format"], &found["file_size"]), (&json!("gguf"), &json!(bytes)));
+    let storage = found["storage"].as_object().unwrap();
+    let stored: u64 = storage.values().map(|bytes| bytes.as_u64().unwrap()).sum();
+    assert!(storage.len() > 1 && stored > 0 && stored < bytes, "{storage:?}");
+    assert_eq!(found["rope"], json!({ "theta": 10000.0, "scaling": null }));
+    let text = folder.succeeds(&["inspect", &model]).stdout;
+    assert!(text.contains("77 kB") && text.contains("64 × 96") && !text.contains(&bytes.to_string()), "{text}");
+
+    let linear = inspect(&golden("rope_linear"));
+    assert_eq!(linear["format"], "hugging_face");
+    assert_eq!(linear["rope"]["scaling"], json!({ "rope_type": "linear", "factor": 4.0 }));
+    let llama3 = json!({
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 128,
+    });
+    assert_eq!(inspect(&golden("rope_llama3"))["rope"]["scaling"], llama3);
+    let found = inspect(&golden("gguf_llama_rope_freqs/model.gguf"));
+    let scaling = &found["rope"]["scaling"];
+    assert_eq!((&scaling["rope_type"], scaling["factors"].as_array().unwrap().len()), (&json!("factors"), 8));
+}
+
+#[test]
+fn inspect_tells_what_an_adapter_is_made_of() {
+    let folder = Folder::with_run();
+    let inspect = |name: &str| folder.succeeds(&["inspect", &golden(name), "--json"]).json();
+    let weights = |name: &str| golden(&format!("{name}/adapter_model.safetensors"));
+    let (query, key) = ("model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj");
+    for (name, module, norm, tensor) in [
+        (ADAPTER, query, "norm_A", "lora_A.weight"),
+        (ADAPTER, query, "norm_B", "lora_B.weight"),
+        ("lora_bias_all/adapter", query, "norm_bias", "base_layer.bias"),
+        ("lora_bias_all/adapter", key, "norm_bias", "bias"),
+        ("lora_save_head/adapter", "lm_head", "norm_weight", "weight"),
+        ("lora_save_embeddings/adapter", "model.embed_tokens", "norm_weight", "weight"),
+    ] {
+        let found = inspect(name)["modules"][module][norm].as_f64().unwrap();
+        let values = f32s(&fs::read(weights(name)).unwrap(), &format!("base_model.model.{module}.{tensor}"));
+        let expected = values.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>().sqrt();
+        assert!(expected > 0.0 && (found - expected).abs() < 1e-9, "{name} {module}: {found} and {expected}");
+    }
+
+    let adapter = inspect(ADAPTER);
+    assert_eq!(adapter["size"], fs::metadata(weights(ADAPTER)).unwrap().len());
+    assert_eq!((&adapter["modules"][query]["r"], &adapter["rank_pattern"]), (&json!(4), &Value::Null));
+    let text = folder.succeeds(&["inspect", &golden(ADAPTER)]).stdout;
+    assert!(text.contains("18 kB"), "{text}");
+    let patterns = inspect("lora_patterns/adapter");
+    assert_eq!(patterns["rank_pattern"], json!({ "up_proj": 2, "layers.1.self_attn.v_proj": 6 }));
+    assert_eq!(patterns["modules"]["model.layers.1.self_attn.v_proj"]["r"], 6);
+    assert_eq!(inspect("lora_layers/adapter")["layers_to_transform"], json!([1]));
+}
+
+#[test]
+fn inspect_of_a_runs_folder_names_the_adapter_in_it() {
+    let folder = Folder::with_run();
+    folder.copy(ADAPTER, "out/adapter");
+    folder.write("out/run.json", "{}");
+    folder.refuses(&["inspect", "out"], &["out is the folder of a run", "inspect out/adapter"]);
+    folder.succeeds(&["inspect", "out/adapter"]);
 }
 
 #[test]
@@ -223,9 +394,20 @@ fn data_reports_what_a_run_will_see() {
     let text = folder.succeeds(&["data", "run.yaml", "--rows", "1"]).stdout;
     let (prompt, rest) = text.split_once('«').unwrap();
     let (trained, _) = rest.split_once('»').unwrap();
-    assert!(prompt.starts_with("row 0: ") && prompt.ends_with("tone the"), "{prompt}");
+    assert!(prompt.starts_with("row 1: ") && prompt.ends_with("tone the"), "{prompt}");
     assert!(trained.ends_with(" 0<|im_end|>"), "the answer ends in the token generation stops at: {trained}");
     assert!(!folder.path("out").exists(), "looking at data writes nothing");
+
+    // The same row for a program.
+    let report = folder.succeeds(&["data", "run.yaml", "--rows", "1", "--json"]).json();
+    assert_eq!(report["rows"].as_array().unwrap().len(), 1);
+    let row = &report["rows"][0];
+    let (header, prompt) = prompt.split_once('\n').unwrap();
+    assert_eq!(row["text"], format!("{prompt}{trained}"));
+    let of_tokens = row["trained"].as_array().unwrap();
+    let count = of_tokens.iter().filter(|trained| trained.as_bool() == Some(true)).count();
+    assert_eq!(header, format!("row 1: {} tokens, {count} trained", of_tokens.len()));
+    assert_eq!(row["ids"].as_array().unwrap().len(), of_tokens.len());
 }
 
 #[test]

@@ -104,13 +104,31 @@ fn a_resumed_run_computes_as_its_file_says() {
 }
 
 #[test]
-fn a_resumed_run_without_its_file_measures_again_and_finds_the_same() {
+fn a_run_with_checkpoints_does_not_go_on_without_what_says_how_it_computes() {
     let (folder, adapter) = unfinished();
-    let calibration = folder.read(CALIBRATION);
-    fs::remove_file(folder.path(CALIBRATION)).unwrap();
+    for file in [CALIBRATION, "out/passes.json"] {
+        let content = folder.read(file);
+        fs::remove_file(folder.path(file)).unwrap();
+        folder.refuses(&joined(&[&TRAIN, &INT8, &["--resume"]]), &[file, "is missing", "--overwrite"]);
+        folder.write(file, content);
+    }
     resumed(&folder);
-    assert!(folder.read(CALIBRATION) == calibration);
     assert!(folder.tree("out/adapter") == adapter);
+}
+
+#[test]
+fn a_resumed_run_computes_in_the_pieces_it_began_with() {
+    let (folder, _) = unfinished();
+    let mut passes: Value = serde_json::from_slice(&folder.read("out/passes.json")).unwrap();
+    assert_eq!(passes["keep"], "rounded_activations");
+    // Gradients from activations in f32 are others.
+    passes["keep"] = json!("activations");
+    let (other, adapter) = unfinished();
+    folder.write("out/passes.json", passes.to_string());
+    resumed(&folder);
+    resumed(&other);
+    assert!(other.tree("out/adapter") == adapter);
+    assert!(folder.tree("out/adapter") != adapter, "passes.json was not read");
 }
 
 #[test]
@@ -129,7 +147,7 @@ fn a_damaged_calibration_is_refused_with_what_to_do() {
     let args = joined(&[&TRAIN, &INT8, &["--resume"]]);
     let refuses = |bytes: &[u8], words: &[&str]| {
         folder.write(CALIBRATION, bytes);
-        folder.refuses(&args, &joined(&[words, &["remove it to have the layers measured again"]]));
+        folder.refuses(&args, &joined(&[words, &["restore it, or start anew with --overwrite"]]));
     };
     for length in [0, 7, 100, whole.len() / 2, whole.len() - 1] {
         refuses(&whole[..length], &[CALIBRATION, "damaged"]);
@@ -142,7 +160,7 @@ fn a_damaged_calibration_is_refused_with_what_to_do() {
         choice["exponent"] = json!(0.0);
     });
     refuses(&of_another, &["1 of its linears are not in the model"]);
-    fs::remove_file(folder.path(CALIBRATION)).unwrap();
+    folder.write(CALIBRATION, whole);
     resumed(&folder);
     assert!(folder.tree("out/adapter") == adapter);
 }

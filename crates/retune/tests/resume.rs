@@ -49,7 +49,7 @@ fn check_metrics(folder: &Folder) {
         lines.iter().filter(|line| !line[key].is_null()).map(|line| line["step"].as_u64().unwrap()).collect()
     };
     assert_eq!(steps_with("loss"), (1..=STEPS).collect::<Vec<_>>());
-    assert_eq!(steps_with("eval_loss"), [10, 20, 30]);
+    assert_eq!(steps_with("eval_loss"), [0, 10, 20, 30]);
 }
 
 fn spawn(mut command: Command) -> Child {

@@ -3,7 +3,9 @@
 //! The crate takes parts of the file at its word and indexes by it later, so what it does not check is checked here, and its
 //! calls run guarded: a damaged file is an error, never a panic.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::cell::Cell;
+use std::panic::{AssertUnwindSafe, catch_unwind, set_hook, take_hook};
+use std::sync::Once;
 
 use serde_json::Value;
 use tokenizers::{AddedToken, PostProcessorWrapper};
@@ -30,9 +32,27 @@ pub(super) struct ExtraToken {
     pub(super) id: Option<u32>,
 }
 
+thread_local! {
+    /// Whether this thread is within a guarded call.
+    static GUARDED: Cell<bool> = const { Cell::new(false) };
+}
+
 /// Runs a call of the `tokenizers` crate; its errors and panics come back as text.
 pub(super) fn guarded<T>(call: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, String> {
-    match catch_unwind(AssertUnwindSafe(call)) {
+    static HOOK: Once = Once::new();
+    // A panic that becomes an error is not to be printed as well. All others go where they went before.
+    HOOK.call_once(|| {
+        let previous = take_hook();
+        set_hook(Box::new(move |info| {
+            if !GUARDED.get() {
+                previous(info);
+            }
+        }));
+    });
+    let before = GUARDED.replace(true);
+    let outcome = catch_unwind(AssertUnwindSafe(call));
+    GUARDED.set(before);
+    match outcome {
         Ok(Ok(value)) => Ok(value),
         Ok(Err(error)) => Err(error.to_string()),
         Err(_) => Err("the tokenizer contradicts itself".to_owned()),
@@ -295,5 +315,28 @@ mod tests {
     #[test]
     fn a_panic_of_the_library_is_an_error() {
         assert!(guarded::<()>(|| panic!("index out of bounds")).is_err());
+    }
+
+    #[test]
+    fn a_guarded_panic_is_not_printed_and_others_are() {
+        const CHILD: &str = "RETUNE_TEST_PANICS";
+        if std::env::var_os(CHILD).is_some() {
+            assert!(guarded::<()>(|| panic!("panic-inside")).is_err());
+            assert!(catch_unwind::<_, ()>(|| panic!("panic-outside")).is_err());
+            return;
+        }
+        // In a process of its own, whose standard error is this test's alone.
+        let output = std::process::Command::new(std::env::current_exe().unwrap())
+            .args([
+                "tokenizer::backend::tests::a_guarded_panic_is_not_printed_and_others_are",
+                "--exact",
+                "--nocapture",
+            ])
+            .env(CHILD, "1")
+            .output()
+            .unwrap();
+        let printed = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{printed}");
+        assert!(printed.contains("panic-outside") && !printed.contains("panic-inside"), "{printed}");
     }
 }

@@ -4,6 +4,7 @@ use std::collections::HashSet;
 use std::path::PathBuf;
 
 use rayon::prelude::*;
+use retune_model::tokenizer::Tokenizer;
 use serde::Serialize;
 
 use super::read::{DataFile, Row, RowFormat};
@@ -47,6 +48,8 @@ pub struct DataReport {
     pub truncated: RowCount,
     /// Tokens cut off them.
     pub tokens_cut: usize,
+    /// Those of them that break off within an answer: without the token that ends it, the model is not taught to stop there.
+    pub answers_cut: RowCount,
     /// Rows left out because they are too long.
     pub dropped_too_long: RowCount,
     /// Rows left out because nothing to train on is within the length allowed.
@@ -57,8 +60,12 @@ pub struct DataReport {
     pub duplicates: RowCount,
     /// Rows whose answer, or one of them, is blank: the model learns to say nothing.
     pub empty_answers: RowCount,
+    /// Rows with the text of BOS or of a token that ends generation within an answer: it is learnt as that token.
+    pub special_in_answers: RowCount,
     /// Rows that are also among the held-out rows.
     pub overlap_with_held_out: RowCount,
+    /// Rows whose prompt is also among the held-out rows, with another answer.
+    pub prompts_held_out: RowCount,
 }
 
 /// How many rows, and the lines of the first few.
@@ -91,7 +98,12 @@ impl Dataset {
     /// # Errors
     /// The first row, in the file's order, that cannot be encoded; a file of which nothing is left to train on.
     pub fn build(file: &DataFile, encoder: &Encoder<'_>, held_out: Option<&DataFile>) -> Result<Dataset, Error> {
+        // The first by itself, so that a chat template that runs too long on every row is refused after one of them.
+        if let Some(row) = file.rows.first() {
+            encoder.encode(row).map_err(|error| in_row(file, row, error))?;
+        }
         let encoded: Vec<Result<Encoded, Error>> = file.rows.par_iter().map(|row| encoder.encode(row)).collect();
+        let is_end = |id: &u32| encoder.tokenizer().eos_token_ids().contains(id);
         let mut report = DataReport::new(file);
         let mut examples = Vec::with_capacity(encoded.len());
         for (row, encoded) in file.rows.iter().zip(encoded) {
@@ -102,6 +114,9 @@ impl Dataset {
                     report.tokens_cut += cut;
                     if cut > 0 {
                         report.truncated.add(row);
+                        if example.trained.last() == Some(&true) && !example.ids.last().is_some_and(is_end) {
+                            report.answers_cut.add(row);
+                        }
                     }
                     examples.push(example);
                 }
@@ -116,7 +131,7 @@ impl Dataset {
         report.examples = examples.len();
         report.longest = examples.iter().map(|example| example.ids.len()).max().unwrap_or(0);
         report.lengths = histogram(&examples, report.longest);
-        report.compare(file, held_out);
+        report.compare(file, held_out, &special_texts(encoder.tokenizer()));
         Ok(Dataset { examples, report })
     }
 }
@@ -134,18 +149,23 @@ impl DataReport {
             lengths: Vec::new(),
             truncated: RowCount::default(),
             tokens_cut: 0,
+            answers_cut: RowCount::default(),
             dropped_too_long: RowCount::default(),
             dropped_cut_away: RowCount::default(),
             dropped_empty: RowCount::default(),
             duplicates: RowCount::default(),
             empty_answers: RowCount::default(),
+            special_in_answers: RowCount::default(),
             overlap_with_held_out: RowCount::default(),
+            prompts_held_out: RowCount::default(),
         }
     }
 
-    /// Counts what rows have in common, with each other and with the held-out rows.
-    fn compare(&mut self, file: &DataFile, held_out: Option<&DataFile>) {
+    /// Counts what rows have in common, with each other and with the held-out rows, and what is odd about answers; `special` are
+    /// texts that do not belong into one.
+    fn compare(&mut self, file: &DataFile, held_out: Option<&DataFile>, special: &[String]) {
         let held_out: HashSet<_> = held_out.into_iter().flat_map(|file| &file.rows).map(|row| &row.text).collect();
+        let prompts: HashSet<_> = held_out.iter().filter_map(|text| text.prompt()).collect();
         let mut seen = HashSet::new();
         for row in &file.rows {
             if !seen.insert(&row.text) {
@@ -153,12 +173,33 @@ impl DataReport {
             }
             if held_out.contains(&row.text) {
                 self.overlap_with_held_out.add(row);
+            } else if row.text.prompt().is_some_and(|prompt| prompts.contains(&prompt)) {
+                self.prompts_held_out.add(row);
             }
             if row.text.has_empty_answer() {
                 self.empty_answers.add(row);
             }
+            if row.text.answers().into_iter().any(|answer| is_within(special, answer)) {
+                self.special_in_answers.add(row);
+            }
         }
     }
+}
+
+/// The texts that become a token that ends generation, or BOS, wherever they stand.
+fn special_texts(tokenizer: &Tokenizer) -> Vec<String> {
+    let ids = tokenizer.eos_token_ids().iter().copied().chain(tokenizer.bos_token_id());
+    let text = |id: u32| {
+        let text = tokenizer.id_to_token(id)?;
+        (tokenizer.encode(&text).ok()? == [id]).then_some(text)
+    };
+    ids.filter_map(text).collect()
+}
+
+/// Whether one of the texts stands in an answer before its end, where an end token does no harm.
+fn is_within(texts: &[String], answer: &str) -> bool {
+    let before_end = texts.iter().find_map(|text| answer.strip_suffix(text.as_str())).unwrap_or(answer);
+    texts.iter().any(|text| before_end.contains(text.as_str()))
 }
 
 fn in_row(file: &DataFile, row: &Row, error: Error) -> Error {
@@ -214,6 +255,13 @@ mod tests {
         RowText::PromptCompletion { prompt: prompt.into(), completion: completion.into() }
     }
 
+    /// A conversation that user and assistant take turns in.
+    fn chat(turns: &[&str]) -> RowText {
+        let roles = ["user", "assistant"].into_iter().cycle();
+        let turns = roles.zip(turns).map(|(role, content)| Message { role: role.into(), content: content.to_string() });
+        RowText::Chat(turns.collect())
+    }
+
     /// Rows on every second line.
     fn file(rows: Vec<RowText>) -> DataFile {
         let rows = rows.into_iter().enumerate().map(|(index, text)| Row { index, line: 2 * index + 1, text });
@@ -262,13 +310,39 @@ mod tests {
     }
 
     #[test]
+    fn rows_whose_answer_breaks_off_are_counted() {
+        let long = "x".repeat(200);
+        // The second is cut within a question, after an answer that has its end.
+        let rows = vec![pair("x", &long), chat(&["u", "a", &long, "b"]), pair("x", "y"), chat(&["u", &long])];
+        let report = build(rows, OPTIONS).unwrap().report;
+        assert_eq!(report.truncated, count(3, &[1, 3, 7]));
+        assert_eq!(report.answers_cut, count(2, &[1, 7]));
+    }
+
+    #[test]
+    fn special_tokens_within_answers_are_counted() {
+        let rows = vec![
+            pair("x", "y</s>"),
+            pair("x</s>", "y"),
+            chat(&["<s>u", "a"]),
+            RowText::Text("a</s>b".into()),
+            pair("x", "an <s>old</s> price"),
+            chat(&["u", "a<|im_end|>b", "v", "b"]),
+        ];
+        assert_eq!(build(rows, OPTIONS).unwrap().report.special_in_answers, count(2, &[9, 11]));
+    }
+
+    #[test]
     fn rows_that_are_held_out_too_are_counted() {
         let tokenizer = tokenizer();
         let encoder = Encoder::new(&tokenizer, OPTIONS).unwrap();
-        let (training, held_out) =
-            (file(vec![pair("x", "y"), pair("x", "z"), pair("x", "x")]), file(vec![pair("x", "z")]));
+        let training = vec![pair("x", "y"), pair("x", "z"), pair("x", "x"), pair("", "v"), chat(&["u", "a"])];
+        let held_out = vec![pair("x", "z"), pair("", "w"), chat(&["u", "b"]), RowText::Text("t".into())];
+        let (training, held_out) = (file(training), file(held_out));
         let report = Dataset::build(&training, &encoder, Some(&held_out)).unwrap().report;
         assert_eq!(report.overlap_with_held_out, count(1, &[3]));
+        // An empty prompt is none.
+        assert_eq!(report.prompts_held_out, count(3, &[1, 5, 9]));
         assert_eq!(Dataset::build(&training, &encoder, None).unwrap().report.overlap_with_held_out, count(0, &[]));
     }
 

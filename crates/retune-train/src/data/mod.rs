@@ -14,6 +14,7 @@ mod testing;
 
 pub use dataset::{DataReport, Dataset, LengthBin, RowCount};
 pub use order::{batches, order, steps_per_epoch};
+pub(crate) use read::read_text;
 pub use read::{ColumnMap, DataFile, DataFormat, Row, RowFormat, RowText, read_rows};
 pub use render::{Dropped, EncodeOptions, Encoded, Encoder, Example, Overlong, plain_prompt};
 pub use sample::decoded_sample;

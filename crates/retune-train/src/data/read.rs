@@ -167,13 +167,41 @@ impl RowText {
     /// Whether an answer of the row, or its whole text, is empty or blank.
     pub fn has_empty_answer(&self) -> bool {
         match self {
-            RowText::Chat(messages) => {
-                messages.iter().any(|message| message.role == "assistant" && message.content.trim().is_empty())
-            }
-            RowText::PromptCompletion { completion: answer, .. }
-            | RowText::Instruction { output: answer, .. }
-            | RowText::Text(answer) => answer.trim().is_empty(),
+            RowText::Text(text) => text.trim().is_empty(),
+            _ => self.answers().iter().any(|answer| answer.trim().is_empty()),
         }
+    }
+
+    /// The answers of the row; none of a text, which is learnt whole.
+    pub(super) fn answers(&self) -> Vec<&str> {
+        match self {
+            RowText::Chat(messages) => {
+                let answers = messages.iter().filter(|message| message.role == "assistant");
+                answers.map(|message| message.content.as_str()).collect()
+            }
+            RowText::PromptCompletion { completion: answer, .. } | RowText::Instruction { output: answer, .. } => {
+                vec![answer.as_str()]
+            }
+            RowText::Text(_) => Vec::new(),
+        }
+    }
+
+    /// What the last answer answers, in pieces; `None` where nobody asks anything.
+    pub(super) fn prompt(&self) -> Option<Vec<&str>> {
+        let pieces: Vec<&str> = match self {
+            RowText::Chat(messages) => {
+                let last = messages.iter().rposition(|message| message.role == "assistant")?;
+                let before = messages.get(..last).unwrap_or_default();
+                if before.iter().all(|message| message.role == "system") {
+                    return None;
+                }
+                before.iter().flat_map(|message| [message.role.as_str(), message.content.as_str()]).collect()
+            }
+            RowText::PromptCompletion { prompt, .. } => vec![prompt.as_str()],
+            RowText::Instruction { instruction, input, .. } => vec![instruction.as_str(), input.as_str()],
+            RowText::Text(_) => return None,
+        };
+        pieces.iter().any(|piece| !piece.trim().is_empty()).then_some(pieces)
     }
 }
 
@@ -186,8 +214,8 @@ pub fn read_rows(path: &Path, format: DataFormat, columns: &ColumnMap) -> Result
     let reader = Reader { path, columns };
     let extension = path.extension().and_then(|extension| extension.to_str()).unwrap_or_default();
     let records = match extension.to_ascii_lowercase().as_str() {
-        "jsonl" | "ndjson" | "json" => reader.json(&reader.text()?)?,
-        "csv" => reader.csv(&reader.text()?)?,
+        "jsonl" | "ndjson" | "json" => reader.json(&read_text(path)?)?,
+        "csv" => reader.csv(&read_text(path)?)?,
         _ => return Err(Error::FileKind { path: path.to_owned() }),
     };
     let first = records.first().ok_or_else(|| Error::NoRows { path: path.to_owned() })?;
@@ -219,21 +247,25 @@ struct Reader<'a> {
     columns: &'a ColumnMap,
 }
 
-impl Reader<'_> {
-    fn text(&self) -> Result<String, Error> {
-        let bytes = std::fs::read(self.path).map_err(|error| Error::Read { path: self.path.to_owned(), error })?;
-        let mut text = String::from_utf8(bytes).map_err(|error| {
-            let offset = error.utf8_error().valid_up_to();
-            let before = error.as_bytes().iter().take(offset);
-            let line = 1 + before.filter(|&&byte| byte == b'\n').count();
-            Error::NotUtf8 { path: self.path.to_owned(), line, offset }
-        })?;
-        if text.starts_with('\u{FEFF}') {
-            text.drain(..'\u{FEFF}'.len_utf8());
-        }
-        Ok(text)
+/// A file's text, without the byte order mark some editors begin it with.
+///
+/// # Errors
+/// A file that cannot be read; one that is not UTF-8, with the line.
+pub(crate) fn read_text(path: &Path) -> Result<String, Error> {
+    let bytes = std::fs::read(path).map_err(|error| Error::Read { path: path.to_owned(), error })?;
+    let mut text = String::from_utf8(bytes).map_err(|error| {
+        let offset = error.utf8_error().valid_up_to();
+        let before = error.as_bytes().iter().take(offset);
+        let line = 1 + before.filter(|&&byte| byte == b'\n').count();
+        Error::NotUtf8 { path: path.to_owned(), line, offset }
+    })?;
+    if text.starts_with('\u{FEFF}') {
+        text.drain(..'\u{FEFF}'.len_utf8());
     }
+    Ok(text)
+}
 
+impl Reader<'_> {
     fn json(&self, text: &str) -> Result<Vec<Record>, Error> {
         if text.trim_start().starts_with('[') { self.json_array(text) } else { self.json_lines(text) }
     }

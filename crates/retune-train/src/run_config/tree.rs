@@ -14,8 +14,11 @@ pub(super) fn parse(text: &str, origin: &str) -> Result<Value, Error> {
     }
     // YAML 1.1's other booleans (yes, no, on, off, y, n) are texts here, as in YAML 1.2.
     let options = serde_saphyr::options! { strict_booleans: true, with_snippet: false };
-    serde_saphyr::from_str_with_options(text, options)
-        .map_err(|error| Error::Yaml { origin: origin.to_owned(), cause: error.to_string() })
+    serde_saphyr::from_str_with_options(text, options).map_err(|error| {
+        // The usual form of these errors advises what to change in the program.
+        let cause = error.render_with_formatter(&serde_saphyr::UserMessageFormatter);
+        Error::Yaml { origin: origin.to_owned(), cause }
+    })
 }
 
 /// Applies one `a.b.c=value`, the value being YAML. Sections that are not there are made.
@@ -394,7 +397,9 @@ mod tests {
     fn broken_yaml_is_an_error_with_its_line() {
         let error = parse("a: 1\nb: [1,\nc: }\n", "run.yaml").unwrap_err().to_string();
         assert!(error.starts_with("run.yaml is not valid YAML: ") && error.contains("line"), "{error}");
-        assert!(parse("a: 1\na: 2\n", "x").is_err(), "a key given twice");
+        let twice = parse("a: 1\na: 2\n", "x").unwrap_err().to_string();
+        assert!(twice.contains("duplicate mapping key `a`") && twice.contains("line 2"), "{twice}");
+        assert!(!twice.contains("Options"), "advice for programmers: {twice}");
         assert_eq!(parse("# nothing\n\n", "x").unwrap(), Value::Null);
         for text in ["&a [*a]", "a: &a [*a, *a]", "\u{0}", "{{{{", "- - - : :", "!!binary x", "%YAML 9\n---\n? ", "'"] {
             let _ = parse(text, "x");

@@ -1,6 +1,7 @@
 //! `retune bench`: speed and memory of training steps on this machine.
 
 use std::path::Path;
+use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use retune_adapter::{AdapterFile, LoraConfig, ModuleSelection};
@@ -35,6 +36,7 @@ fn train(args: &BenchTrainArgs) -> Result<()> {
     if args.steps <= WARM_UP || args.seq < 2 || args.batch == 0 || args.rank == 0 {
         bail!("--steps must be more than {WARM_UP}, --seq at least 2, --batch and --rank at least 1");
     }
+    let start = Instant::now();
     let checkpoint = Checkpoint::open(&fetch::resolve(&args.model)?)?;
     let examples = sequences(&checkpoint, &args.data, args.seq, args.batch * args.steps)?;
     let config = LoraConfig {
@@ -63,6 +65,8 @@ fn train(args: &BenchTrainArgs) -> Result<()> {
         }
     }
     let pass = compute::calibration_pass(&examples);
+    // In 8 bits the first forward is that of the calibration.
+    let mut until_forward = start.elapsed().as_secs_f64();
     let choices = match args.method {
         BenchMethod::Lora => compute::apply(&mut model, &params, args.compute.into(), &pass, true)?,
         BenchMethod::Full => Vec::new(),
@@ -93,6 +97,10 @@ fn train(args: &BenchTrainArgs) -> Result<()> {
     let int8 = choices.iter().any(|choice| choice.int8);
     let passes = Passes::resolve(&training, &model, int8, args.seq);
     let mut trainer = Trainer::new(&model, &training, passes, false, &examples, &[], params);
+    let until_step = start.elapsed().as_secs_f64();
+    if choices.is_empty() {
+        until_forward = until_step;
+    }
     let (mut losses, mut seconds) = (Vec::new(), Vec::new());
     for step in 0..args.steps {
         if step == WARM_UP {
@@ -129,6 +137,8 @@ fn train(args: &BenchTrainArgs) -> Result<()> {
             "losses": losses,
             "trainable_parameters": model.layout.len(),
             "step_seconds": median,
+            "seconds_to_first_forward": until_forward,
+            "seconds_to_first_step": until_step,
             "operations": operations,
             "peak_f32_operations_per_second": speeds.f32,
             "peak_int8_operations_per_second": speeds.int8,
@@ -146,6 +156,7 @@ fn train(args: &BenchTrainArgs) -> Result<()> {
     for line in compute::describe(&choices) {
         outln!("{line}");
     }
+    outln!("{until_forward:.2} s to the first forward, {until_step:.2} s to the first step");
     outln!("{} peak memory", peak.map_or_else(|| "unknown".to_owned(), memory::human));
     outln!("{} trainable parameters, loss {:.4} to {:.4}", model.layout.len(), losses[0], losses[losses.len() - 1]);
     if let Some(roofline) = roofline {

@@ -7,23 +7,25 @@ use retune_model::checkpoint::Checkpoint;
 use retune_model::tokenizer::Tokenizer;
 use retune_train::data::{DataReport, Example, LengthBin, RowCount, decoded_sample};
 use retune_train::run_config::RunConfig;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::print_json;
 use crate::args::DataArgs;
 use crate::fetch;
 use crate::run_data::RunData;
 
-/// Prints rendered rows, then the report.
+/// Prints rendered rows and the report.
 pub fn run(args: &DataArgs) -> Result<()> {
     let config = RunConfig::load(&args.run.path, &args.run.overrides)?;
     let tokenizer = Checkpoint::open(&fetch::resolve(&config.model)?)?.tokenizer()?;
     let data = RunData::load(&config, &tokenizer)?;
+    let shown = data.train.examples.iter().take(args.rows);
     if args.json {
-        print_json(&json!({ "train": data.train.report, "eval": data.eval.as_ref().map(|e| &e.report) }))?;
-        return Ok(());
+        let rows: Vec<Value> = shown.map(|example| row(&tokenizer, example)).collect();
+        let eval = data.eval.as_ref().map(|eval| &eval.report);
+        return print_json(&json!({ "rows": rows, "train": data.train.report, "eval": eval }));
     }
-    for example in data.train.examples.iter().take(args.rows) {
+    for example in shown {
         print_example(&tokenizer, example)?;
     }
     print_report("training rows", &data.train.report)?;
@@ -33,11 +35,21 @@ pub fn run(args: &DataArgs) -> Result<()> {
     Ok(())
 }
 
+/// The row for a program: its text, special tokens included, and for each of its tokens whether it is trained.
+fn row(tokenizer: &Tokenizer, example: &Example) -> Value {
+    json!({
+        "row": example.row + 1,
+        "text": tokenizer.decode(&example.ids, false),
+        "ids": example.ids,
+        "trained": example.trained,
+    })
+}
+
 /// The row as text, the trained part green (or between «» where there are no colours).
 fn print_example(tokenizer: &Tokenizer, example: &Example) -> Result<()> {
     let colours = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
     let (on, off) = if colours { ("\x1b[1;32m", "\x1b[0m") } else { ("«", "»") };
-    outln!("row {}: {} tokens, {} trained", example.row, example.ids.len(), example.trained_tokens());
+    outln!("row {}: {} tokens, {} trained", example.row + 1, example.ids.len(), example.trained_tokens());
     for (text, trained) in decoded_sample(tokenizer, example) {
         if trained { out!("{on}{text}{off}") } else { out!("{text}") }
     }
@@ -71,6 +83,15 @@ pub fn problems(report: &DataReport) -> Vec<String> {
     let cut = format!("rows cut at data.max_length, {} tokens lost", report.tokens_cut);
     [
         line(&report.truncated, &cut),
+        line(
+            &report.answers_cut,
+            "answers lose their end: the model is not taught to stop there; set data.max_length higher or data.overlong=drop",
+        ),
+        line(&report.special_in_answers, "answers hold the text of a token such as </s>: it is learnt as that token"),
+        line(
+            &report.prompts_held_out,
+            "rows ask what a held-out row asks, with another answer: the held-out loss may flatter",
+        ),
         line(&report.dropped_too_long, "rows left out: longer than data.max_length"),
         line(&report.dropped_cut_away, "rows left out: the answer lies beyond data.max_length"),
         line(&report.dropped_empty, "rows left out: no text"),

@@ -18,17 +18,30 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
     if args.temperature < 0.0 || !args.temperature.is_finite() {
         bail!("--temperature is {}; expected 0 (greedy) or more", args.temperature);
     }
-    if !(args.top_p > 0.0 && args.top_p <= 1.0) {
-        bail!("--top-p is {}; expected more than 0 and at most 1", args.top_p);
+    if let Some(top_p) = args.top_p
+        && !(top_p > 0.0 && top_p <= 1.0)
+    {
+        bail!("--top-p is {top_p}; expected more than 0 and at most 1");
     }
+    refuse_without_sampling(args)?;
     let session = Session::open(&args.model)?;
     let tokenizer = session.tokenizer()?;
+    if args.system.is_some() && tokenizer.chat_template().is_none() {
+        bail!(
+            "--system needs a chat template, which {} does not have: put its words into the prompt, or use an instruction-tuned model",
+            args.model.model
+        );
+    }
     let text = text_or_stdin(args.prompt.as_deref(), "prompt")?;
     let prompt = if args.raw || tokenizer.chat_template().is_none() {
         tokenizer.encode_with_special_tokens(&text)?
     } else {
         chat_prompt(&tokenizer, args.system.as_deref(), &text)?
     };
+    // Of an empty text a tokenizer without BOS makes no tokens, and a chat template a message that says nothing.
+    if text.is_empty() || prompt.is_empty() {
+        bail!("the prompt is empty; expected a message to answer, or with --raw a text to continue");
+    }
     let limit = session.model.config.max_position_embeddings;
     if prompt.len().saturating_add(args.max_new_tokens) > limit {
         bail!(
@@ -37,7 +50,12 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
             args.max_new_tokens
         );
     }
-    let sampling = Sampling { temperature: args.temperature, top_p: args.top_p, top_k: args.top_k, seed: args.seed };
+    let sampling = Sampling {
+        temperature: args.temperature,
+        top_p: args.top_p.unwrap_or(1.0),
+        top_k: args.top_k.unwrap_or(0),
+        seed: args.seed.unwrap_or(0),
+    };
     let mut generation = Generation::new(&session.model, &session.params, sampling);
     let start = Instant::now();
     let mut stream = tokenizer.decode_stream();
@@ -65,6 +83,19 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
         }))?;
     } else {
         outln!();
+    }
+    Ok(())
+}
+
+/// Refuses what would be of no effect: greedy generation looks at neither of these.
+fn refuse_without_sampling(args: &GenerateArgs) -> Result<()> {
+    let given = [("--top-p", args.top_p.is_some()), ("--top-k", args.top_k.is_some()), ("--seed", args.seed.is_some())];
+    let given: Vec<&str> = given.into_iter().filter(|(_, given)| *given).map(|(flag, _)| flag).collect();
+    if args.temperature == 0.0 && !given.is_empty() {
+        bail!(
+            "{} given with --temperature 0, which always takes the likeliest token; sampling needs --temperature above 0",
+            given.join(", ")
+        );
     }
     Ok(())
 }

@@ -1,12 +1,16 @@
 //! `retune inspect`: what a model or an adapter is made of.
 
+use std::fs;
 use std::path::Path;
 
-use anyhow::Result;
-use retune_adapter::{AdapterFile, Bias, compatibility_notes, count_matches, names};
+use anyhow::{Context, Error, Result, anyhow};
+use retune_adapter::files::WEIGHTS_FILE;
+use retune_adapter::names::{self, Key, Part};
+use retune_adapter::{AdapterFile, Bias, OneOrMany, compatibility_notes, count_matches};
 use retune_model::adapter::linear_modules;
-use retune_model::checkpoint::{Checkpoint, expected_tensors};
-use serde_json::{Value, json};
+use retune_model::checkpoint::{Checkpoint, CheckpointKind, expected_tensors};
+use retune_model::config::RopeScaling;
+use serde_json::{Map, Value, json};
 
 use super::print_json;
 use crate::args::InspectArgs;
@@ -19,14 +23,28 @@ pub fn run(args: &InspectArgs) -> Result<()> {
     let value = if path.join("adapter_config.json").exists() {
         adapter(path)?
     } else {
-        model(&Checkpoint::open(&fetch::resolve(&args.path)?)?)
+        let found = fetch::resolve(&args.path)?;
+        model(&Checkpoint::open(&found).map_err(|error| run_folder(path).unwrap_or_else(|| error.into()))?)
     };
     if args.json {
         print_json(&value)?;
     } else {
-        print(&value, 0)?;
+        print(&for_people(value), 0)?;
     }
     Ok(())
+}
+
+/// The error for the folder of a run, which is no model but holds one or an adapter.
+fn run_folder(path: &Path) -> Option<Error> {
+    if !path.join("run.json").is_file() {
+        return None;
+    }
+    let result = ["adapter", "model"].map(|name| path.join(name)).into_iter().find(|result| result.is_dir())?;
+    Some(anyhow!(
+        "{} is the folder of a run, not a model or an adapter: inspect {}, which the run wrote",
+        path.display(),
+        result.display()
+    ))
 }
 
 fn model(checkpoint: &Checkpoint) -> Value {
@@ -40,9 +58,7 @@ fn model(checkpoint: &Checkpoint) -> Value {
             *storage.entry(matrix.storage()).or_insert(0u64) += matrix.bytes_len() as u64;
         }
     }
-    let storage: serde_json::Map<String, Value> =
-        storage.into_iter().map(|(name, bytes)| (name.to_owned(), json!(human(bytes)))).collect();
-    let mut targets = serde_json::Map::new();
+    let mut targets = Map::new();
     for (name, count) in count_matches(&modules) {
         let shape = modules.iter().find(|m| m.name.ends_with(&name)).map(|m| [m.out_features, m.in_features]);
         targets.insert(name, json!({ "modules": count, "shape": shape }));
@@ -52,9 +68,12 @@ fn model(checkpoint: &Checkpoint) -> Value {
     json!({
         "model": checkpoint.path().display().to_string(),
         "family": config.model_type,
-        "format": format!("{:?}", checkpoint.kind()),
+        "format": match checkpoint.kind() {
+            CheckpointKind::HuggingFace => "hugging_face",
+            CheckpointKind::Gguf => "gguf",
+        },
         "parameters": parameters,
-        "file_size": human(checkpoint.file_bytes()),
+        "file_size": checkpoint.file_bytes(),
         "storage": storage,
         "layers": config.num_hidden_layers,
         "hidden_size": config.hidden_size,
@@ -64,52 +83,106 @@ fn model(checkpoint: &Checkpoint) -> Value {
         "head_dim": config.head_dim,
         "vocab_size": config.vocab_size,
         "context": config.max_position_embeddings,
-        "rope": { "theta": config.rope.theta, "scaling": format!("{:?}", config.rope.scaling) },
+        "rope": { "theta": config.rope.theta, "scaling": scaling(&config.rope.scaling) },
         "sliding_window": config.sliding_window,
         "tied_embeddings": config.tie_word_embeddings,
         "target_modules": targets,
     })
 }
 
+/// In the words of transformers' `rope_scaling`, which has none for a factor per frequency.
+fn scaling(scaling: &RopeScaling) -> Value {
+    match scaling {
+        RopeScaling::None => Value::Null,
+        RopeScaling::Linear { factor } => json!({ "rope_type": "linear", "factor": factor }),
+        RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } => json!({
+            "rope_type": "llama3",
+            "factor": factor,
+            "low_freq_factor": low_freq_factor,
+            "high_freq_factor": high_freq_factor,
+            "original_max_position_embeddings": original_max_position_embeddings,
+        }),
+        RopeScaling::Factors(factors) => json!({ "rope_type": "factors", "factors": factors }),
+    }
+}
+
 fn adapter(path: &Path) -> Result<Value> {
     let file = AdapterFile::read(path)?;
-    let mut modules = serde_json::Map::new();
-    let norm = |name: &str| {
-        let values = file.tensors.get(name).map(|(_, values)| values);
-        values.map(|v| v.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt())
-    };
-    let mut parameters = 0;
-    for (name, (shape, values)) in &file.tensors {
-        parameters += values.len();
-        let Some(module) = name.strip_prefix("base_model.model.").and_then(|n| n.strip_suffix(".lora_A.weight")) else {
-            continue;
-        };
-        modules.insert(
-            module.to_owned(),
-            json!({ "r": shape.first(), "norm_A": norm(name), "norm_B": norm(&names::lora_b(module)) }),
-        );
-    }
-    let unchanged = modules.values().all(|m| m["norm_B"].as_f64() == Some(0.0));
-    let mut notes = compatibility_notes(&file.config);
-    if unchanged && !modules.is_empty() {
+    let weights = path.join(WEIGHTS_FILE);
+    let size = fs::metadata(&weights).with_context(|| format!("cannot read {}", weights.display()))?.len();
+    let modules = modules(&file);
+    let config = &file.config;
+    let mut notes = compatibility_notes(config);
+    // A trained bias or a module saved whole differs from the base's, whatever B is.
+    let unchanged = |module: &Value| module["norm_B"].as_f64() == Some(0.0) && module.get("norm_bias").is_none();
+    if !modules.is_empty() && modules.values().all(unchanged) {
         notes.push("every B is zero: this adapter changes nothing yet".to_owned());
     }
-    let config = &file.config;
     Ok(json!({
         "adapter": path.display().to_string(),
         "method": if config.use_rslora { "LoRA (rank-stabilised)" } else { "LoRA" },
         "base_model": file.base_model,
         "r": config.r,
+        "rank_pattern": Some(&config.rank_pattern).filter(|pattern| !pattern.is_empty()),
         "lora_alpha": config.lora_alpha,
+        "alpha_pattern": Some(&config.alpha_pattern).filter(|pattern| !pattern.is_empty()),
         "lora_dropout": config.lora_dropout,
         "target_modules": config.target_modules,
+        "exclude_modules": config.exclude_modules,
+        "layers_to_transform": config.layers_to_transform.as_ref().map(OneOrMany::as_slice),
+        "layers_pattern": config.layers_pattern.as_ref().map(OneOrMany::as_slice),
         "modules_to_save": config.modules_to_save,
         "bias": if config.bias == Bias::None { Value::Null } else { json!(config.bias.as_str()) },
-        "parameters": parameters,
-        "size": human(4 * parameters as u64),
+        "parameters": file.tensors.values().map(|(_, values)| values.len()).sum::<usize>(),
+        "size": size,
         "notes": notes,
         "modules": modules,
     }))
+}
+
+/// Rank and norms of each module that the file has tensors of; a tensor that is no part of a LoRA adapter stands under its own name.
+fn modules(file: &AdapterFile) -> Map<String, Value> {
+    let mut tensors: Vec<_> = file.tensors.iter().map(|(name, tensor)| (names::parse(name), name, tensor)).collect();
+    // A first: the adapted modules lead, each with its rank in front.
+    tensors.sort_by_key(|(key, _, _)| !matches!(key, Key::Part(_, Part::LoraA)));
+    let mut modules = Map::new();
+    for (key, name, (shape, values)) in tensors {
+        let (module, norm) = match &key {
+            Key::Part(module, Part::LoraA) => (module, "norm_A"),
+            Key::Part(module, Part::LoraB) => (module, "norm_B"),
+            Key::Part(module, Part::Weight) => (module, "norm_weight"),
+            Key::Part(module, Part::Bias) => (module, "norm_bias"),
+            Key::Part(module, Part::BaseWeight) => (module, "norm_base_weight"),
+            Key::Copy | Key::Unknown => (name, "norm"),
+        };
+        let entry = modules.entry(module.clone()).or_insert_with(|| json!({}));
+        if norm == "norm_A" {
+            entry["r"] = json!(shape.first());
+        }
+        entry[norm] = json!(values.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt());
+    }
+    modules
+}
+
+/// The same as people read it: sizes with units, long lists by their length.
+fn for_people(mut value: Value) -> Value {
+    let with_unit = |size: &mut Value| {
+        if let Some(bytes) = size.as_u64() {
+            *size = json!(human(bytes));
+        }
+    };
+    for key in ["file_size", "size"] {
+        if let Some(size) = value.get_mut(key) {
+            with_unit(size);
+        }
+    }
+    if let Some(storage) = value.get_mut("storage").and_then(Value::as_object_mut) {
+        storage.values_mut().for_each(with_unit);
+    }
+    if let Some(factors) = value.pointer_mut("/rope/scaling/factors") {
+        *factors = json!(factors.as_array().map_or(0, Vec::len));
+    }
+    value
 }
 
 /// Prints a JSON object as indented lines; empty values are left out.
@@ -125,7 +198,7 @@ fn print(value: &Value, depth: usize) -> Result<()> {
                 let parts: Vec<_> = inner
                     .iter()
                     .filter(|(_, v)| !v.is_null())
-                    .map(|(k, v)| format!("{} {}", k.replace('_', " "), plain(v)))
+                    .map(|(k, v)| format!("{} {}", k.replace('_', " "), plain(k, v)))
                     .collect();
                 outln!("{indent}{key:width$}  {}", parts.join(", "));
             }
@@ -134,20 +207,20 @@ fn print(value: &Value, depth: usize) -> Result<()> {
                 print(value, depth + 1)?;
             }
             // Names of the model and of formats stand as they are, our own words as words.
-            value if depth > 0 => outln!("{indent}{key:width$}  {}", plain(value)),
-            value => outln!("{indent}{:width$}  {}", key.replace('_', " "), plain(value)),
+            value if depth > 0 => outln!("{indent}{key:width$}  {}", plain(key, value)),
+            value => outln!("{indent}{:width$}  {}", key.replace('_', " "), plain(key, value)),
         }
     }
     Ok(())
 }
 
-fn plain(value: &Value) -> String {
+fn plain(key: &str, value: &Value) -> String {
     match value {
         Value::String(text) => text.clone(),
-        Value::Array(items) if items.iter().all(Value::is_number) => {
-            items.iter().map(plain).collect::<Vec<_>>().join(" × ")
+        Value::Array(items) => {
+            let separator = if key == "shape" { " × " } else { ", " };
+            items.iter().map(|item| plain(key, item)).collect::<Vec<_>>().join(separator)
         }
-        Value::Array(items) => items.iter().map(plain).collect::<Vec<_>>().join(", "),
         Value::Number(n) if n.is_f64() => {
             format!("{:.4}", n.as_f64().unwrap_or(0.0)).trim_end_matches('0').trim_end_matches('.').to_owned()
         }

@@ -35,7 +35,7 @@ pub fn run(args: &LogitsArgs) -> Result<()> {
     if args.labels.is_some() {
         let mut grads = vec![0.0; params.len()];
         let loss = model.loss_and_gradient(&params, &mut grads, &pass, None, &mut workspace);
-        let count = pass.labels.len().max(1) as f64;
+        let count = pass.labels.len() as f64;
         grads.iter_mut().for_each(|g| *g = (f64::from(*g) / count) as f32);
         tensors.extend(model.tensors_of(&grads));
         tensors.insert("loss".to_owned(), (vec![1], vec![(loss / count) as f32]));
@@ -46,7 +46,7 @@ pub fn run(args: &LogitsArgs) -> Result<()> {
     Ok(())
 }
 
-/// Which tokens are targets: those whose label is not -100.
+/// Which tokens are targets: those whose label is not -100; at least one that is predicted.
 fn trained(tokens: &[u32], labels: &[i64]) -> Result<Vec<bool>> {
     if labels.len() != tokens.len() {
         bail!(
@@ -62,7 +62,14 @@ fn trained(tokens: &[u32], labels: &[i64]) -> Result<Vec<bool>> {
             "label {i} is {label}; expected the token itself ({token}) or -100: labels are shifted inside, as in transformers"
         ),
     };
-    labels.iter().zip(tokens).enumerate().map(check).collect()
+    let trained: Vec<bool> = labels.iter().zip(tokens).enumerate().map(check).collect::<Result<_>>()?;
+    if !trained.iter().skip(1).any(|&trained| trained) {
+        bail!(
+            "the labels leave nothing to predict: those after token 0 are all -100, and token 0 is never predicted, since nothing stands \
+             before it; give a later token its own id as its label"
+        );
+    }
+    Ok(trained)
 }
 
 /// Writes named f32 tensors as a safetensors file.

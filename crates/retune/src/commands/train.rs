@@ -4,7 +4,7 @@ use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use retune_adapter::{AdapterFile, LoraConfig, atomic};
 use retune_model::adapter::{AdapterPlan, linear_modules};
 use retune_model::calibration::{self, Choice};
@@ -14,10 +14,10 @@ use retune_model::generate::{Generation, Sampling};
 use retune_model::model::{Model, Trainable};
 use retune_model::tokenizer::Tokenizer;
 use retune_model::workspace::Workspace;
-use retune_train::data::Example;
-use retune_train::run_config::{Method, RunConfig};
+use retune_train::data::{Example, RowText, read_rows};
+use retune_train::run_config::{ActivationCheckpointing, Method, RunConfig};
 use retune_train::state::{self, Progress as RunProgress};
-use retune_train::trainer::{Outcome, Passes, Trainer};
+use retune_train::trainer::{Observer, Outcome, Passes, Trainer};
 use serde_json::{Value, json};
 
 use super::data::problems;
@@ -70,7 +70,7 @@ impl RunFolder {
     /// result lives: refuses to mix runs.
     fn prepare(&self, run: &Value, config: &RunConfig, args: &TrainArgs) -> Result<File> {
         let root = self.root.display();
-        if self.config().exists() {
+        if self.holds_a_run() {
             let lock = self.lock()?;
             if args.overwrite {
                 self.clear(config)?;
@@ -89,15 +89,15 @@ impl RunFolder {
             let is_empty = entries.all(|entry| entry.file_name() == ".run.json.tmp");
             if !is_empty && !args.overwrite {
                 bail!(
-                    "{root} exists and is not empty, but holds no run (no run.json): set another output_dir, or use --overwrite to put \
-                     the run among its files"
+                    "{root} exists and is not empty, but holds no run of retune's (run.json): set another output_dir, or use --overwrite to \
+                     put the run among its files"
                 );
             }
             // Without run.json these are somebody else's, whatever their names.
             let folders = [self.checkpoints(), self.result(Method::Lora), self.result(Method::Full)];
             if let Some(folder) = folders.iter().find(|folder| folder.exists()) {
                 bail!(
-                    "{} is there, but {root} holds no run (no run.json): move it, or set another output_dir",
+                    "{} is there, but {root} holds no run of retune's (run.json): move it, or set another output_dir",
                     folder.display()
                 );
             }
@@ -105,6 +105,13 @@ impl RunFolder {
         fs::create_dir_all(&self.root).with_context(|| format!("cannot create {root}; set another output_dir"))?;
         atomic::write(&self.config(), format!("{run:#}\n").as_bytes())?;
         self.lock()
+    }
+
+    /// Whether there is a run.json of retune's, damaged or not: another program's of that name says nothing of what lies beside it.
+    fn holds_a_run(&self) -> bool {
+        let text = fs::read(self.config()).unwrap_or_default();
+        let strange = serde_json::from_slice(&text).is_ok_and(|value: Value| value.get("retune").is_none());
+        self.config().exists() && !strange
     }
 
     fn lock(&self) -> Result<File> {
@@ -296,17 +303,16 @@ impl Run<'_> {
         let mut progress = Progress::new(&folder.metrics(), step, total_steps)?;
         let start = Instant::now();
         if trainer.progress.initial_loss.is_none() && !eval.is_empty() {
-            trainer.score_untrained()?;
-            note!("held-out loss before training: {:.4}", trainer.progress.initial_loss.unwrap_or(f64::NAN));
+            progress.evaluation(&trainer.score_untrained()?)?;
         }
         let outcome = trainer.run(&folder.checkpoints(), &mut progress)?;
         progress.finish();
         if let Outcome::Interrupted { step } = outcome {
-            let file = self.args.run.path.display();
+            let file = shell_word(&self.args.run.path.to_string_lossy());
             let overrides: String =
                 self.args.run.overrides.iter().map(|o| format!(" --set {}", shell_word(o))).collect();
             note!("stopped after step {step} of {total_steps}; everything is saved. Go on with:");
-            note!("  retune train {file}{overrides} --resume");
+            note!("  {} train {file}{overrides} --resume", program());
             std::process::exit(130);
         }
         let progress = trainer.progress.clone();
@@ -330,7 +336,12 @@ impl Run<'_> {
             let params = model.initial_params(checkpoint, init, seed)?;
             return Ok((model, params));
         }
-        let plan = AdapterPlan::new(&self.adapter, checkpoint)?;
+        let plan = match (&config.adapter, &self.initial) {
+            // What lies on disk is taken as peft takes it.
+            (None, Some(file)) => AdapterPlan::to_continue(file, checkpoint)?,
+            // The texts begin with the key; its section is known here.
+            _ => AdapterPlan::new(&self.adapter, checkpoint).map_err(|error| anyhow!("adapter.{error}"))?,
+        };
         let model = Model::load(checkpoint, Trainable::Adapter(&plan))?;
         if let Some(file) = &self.initial {
             let theirs = AdapterPlan::for_file(file, checkpoint)?.targets;
@@ -409,11 +420,18 @@ impl Run<'_> {
         let (trained, base) = (model.layout.len(), model.parameters());
         let share = 100.0 * trained as f64 / base as f64;
         note!("model    {} ({:.1} M parameters)", config.model, base as f64 / 1e6);
+        note!("         {}", self.checkpoint.path().display());
         note!("training {trained} parameters ({share:.2}%)");
         let report = &data.train.report;
         note!("data     {} rows, {} tokens, {} of them trained", report.examples, report.tokens, report.trained_tokens);
         for problem in problems(report) {
             note!("         ! {problem}");
+        }
+        if let Some(eval) = &data.eval {
+            note!("held out {} rows, {} tokens scored", eval.report.examples, eval.report.trained_tokens);
+            for problem in problems(&eval.report) {
+                note!("         ! {problem}");
+            }
         }
         let context = model.config.max_position_embeddings;
         if report.longest > context {
@@ -446,25 +464,36 @@ impl Run<'_> {
         let densest = rows.map(|e| e.trained_tokens() as f64 / e.ids.len().max(1) as f64).fold(0.0, f64::max);
         let labels = (densest * tokens as f64).ceil() as usize;
         let base = self.checkpoint.file_bytes() as usize;
-        let trained = 4 * 4 * model.layout.len();
+        let (trained, optimizer) = (2 * 4 * model.layout.len(), 2 * 4 * model.layout.len());
         let activations = Workspace::planned_bytes(model, keep, self.computes_int8(), tokens, labels);
         let int8 = if self.computes_int8() { model.planned_int8_bytes() } else { 0 };
-        let total = (base + int8 + trained + activations + PROGRAM_BYTES) as u64;
+        let total = (base + int8 + trained + optimizer + activations + PROGRAM_BYTES) as u64;
         note!(
-            "memory   {} planned: base {}, in int8 {}, trained with optimizer {}, activations {} for passes of {tokens} tokens",
+            "memory   {} planned: base {}, in int8 {}, {} with its gradient {}, optimizer {}, activations {} for passes of {tokens} tokens",
             human(total),
             human(base as u64),
             human(int8 as u64),
+            if self.config.method == Method::Full { "model" } else { "adapter" },
             human(trained as u64),
+            human(optimizer as u64),
             human(activations as u64),
         );
         let Some(available) = memory::available() else { return Ok(()) };
         if total > available {
-            note!(
-                "         ! only {} are free: set training.activation_checkpointing=layer, or lower training.tokens_per_pass, \
-                 data.max_length or adapter.r",
-                human(available)
-            );
+            let layer = training.activation_checkpointing == ActivationCheckpointing::Layer;
+            let ways: Vec<&str> = [
+                (!layer).then_some("set training.activation_checkpointing=layer"),
+                Some("lower training.tokens_per_pass or data.max_length"),
+                Some(if self.config.method == Method::Full {
+                    "train an adapter (method: lora)"
+                } else {
+                    "lower adapter.r"
+                }),
+            ]
+            .into_iter()
+            .flatten()
+            .collect();
+            note!("         ! only {} are free: {}", human(available), ways.join(", or "));
         }
         Ok(())
     }
@@ -531,20 +560,20 @@ impl Run<'_> {
         let base = Model::load(&self.checkpoint, Trainable::Nothing)?;
         let stop = self.tokenizer.eos_token_ids();
         let mut samples = Vec::new();
-        for example in eval.iter().take(SAMPLES) {
-            let Some(first) = example.trained.iter().position(|&t| t) else { continue };
+        // A row trained from its start has no prompt to answer.
+        let answered = eval.iter().filter_map(|example| {
+            let first = example.trained.iter().position(|&t| t)?;
+            (first >= 2).then_some((example, first))
+        });
+        for (example, first) in answered.take(SAMPLES) {
             let prompt = &example.ids[..first];
-            // A row trained from its start has no prompt to answer.
-            if prompt.len() < 2 {
-                continue;
-            }
             let last = example.trained[first..].iter().position(|&t| !t).map_or(example.ids.len(), |n| first + n);
             let answer = |model: &Model, params: &[f32]| {
                 let ids = Generation::new(model, params, Sampling::GREEDY).run(prompt, SAMPLE_TOKENS, stop, |_| true);
                 self.tokenizer.decode(&ids, true).trim().to_owned()
             };
             samples.push(json!({
-                "row": example.row,
+                "row": example.row + 1,
                 "reference": self.tokenizer.decode(&example.ids[first..last], true).trim(),
                 "base": answer(&base, &[]),
                 "trained": answer(model, params),
@@ -597,23 +626,55 @@ impl Run<'_> {
         let peak = memory::peak_resident().map_or_else(|| "unknown".to_owned(), human);
         outln!("\n{what}        {} ({})", out.display(), human(size));
         outln!("took           {seconds:.0} s, peak memory {peak}");
+        let (program, path) = (program(), shell_word(&out.to_string_lossy()));
+        let model = match self.config.method {
+            Method::Full => format!("--model {path}"),
+            Method::Lora => format!("--model {} --adapter {path}", shell_word(&self.config.model)),
+        };
+        let question = self.first_question().unwrap_or_else(|| "Once upon a time".to_owned());
         outln!("\nNext:");
-        let base = &self.config.model;
-        if self.config.method == Method::Full {
-            outln!("  retune generate --model {} \"…\"", out.display());
-            outln!("  retune eval --model {} --data FILE", out.display());
-            outln!("  retune inspect {}", out.display());
-        } else {
-            outln!("  retune generate --model {base} --adapter {} \"…\"", out.display());
-            outln!(
-                "  retune merge --model {base} --adapter {} --out {}-merged",
-                out.display(),
-                self.folder.root.display()
-            );
-            outln!("  retune inspect {}", out.display());
+        outln!("  {program} generate {model} {}", shell_word(&question));
+        outln!("  {program} inspect {path}");
+        match (self.config.method, &self.config.data.eval) {
+            (Method::Full, None) => {}
+            (Method::Full, Some(eval)) => {
+                outln!("  {program} eval {model} --data {}", shell_word(&eval.to_string_lossy()));
+            }
+            (Method::Lora, _) => {
+                let merged = format!("{}-merged", self.folder.root.to_string_lossy());
+                outln!("  {program} merge {model} --out {}", shell_word(&merged));
+            }
         }
         Ok(())
     }
+
+    /// What the first held-out row asks, or the first row: something to try the result with, no longer than a line.
+    fn first_question(&self) -> Option<String> {
+        const LONGEST: usize = 120;
+        let data = &self.config.data;
+        let path = data.eval.as_ref().unwrap_or(&data.train);
+        let file = read_rows(path, data.format, &data.columns).ok()?;
+        let text = match &file.rows.first()?.text {
+            RowText::Chat(messages) => messages.iter().find(|message| message.role == "user")?.content.clone(),
+            RowText::PromptCompletion { prompt, .. } => prompt.clone(),
+            RowText::Instruction { instruction, input, .. } => format!("{instruction} {input}"),
+            RowText::Text(text) => text.clone(),
+        };
+        let mut question = String::new();
+        for word in text.split_whitespace() {
+            if question.len() + word.len() >= LONGEST {
+                break;
+            }
+            question.push_str(if question.is_empty() { "" } else { " " });
+            question.push_str(word);
+        }
+        Some(question).filter(|question| !question.is_empty())
+    }
+}
+
+/// This program as it was called.
+fn program() -> String {
+    std::env::args().next().map_or_else(|| "retune".to_owned(), |name| shell_word(&name))
 }
 
 /// A word as a shell reads it.
