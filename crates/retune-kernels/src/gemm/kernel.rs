@@ -4,8 +4,6 @@ use crate::isa::Isa;
 
 /// Rows of a register tile.
 pub const MR: usize = 6;
-/// Rows of a register tile of one vector: with fewer its sums would wait for each other.
-pub const TALL: usize = 2 * MR;
 /// Vectors across a register tile: 6 × 4 accumulators leave room for the operands in 32 registers, 6 × 2 in 16.
 const WIDE: usize = 4;
 const NARROW: usize = 2;
@@ -49,11 +47,6 @@ pub fn lanes(isa: Isa) -> usize {
         Isa::Avx512 => 16,
         Isa::Avx2 | Isa::Portable => 8,
     }
-}
-
-/// Rows of the register tiles that `cols` columns are best computed in.
-pub fn tile_rows(isa: Isa, cols: usize) -> usize {
-    if cols <= lanes(isa) { TALL } else { MR }
 }
 
 /// Columns of a packed panel of the right operand.
@@ -142,33 +135,18 @@ unsafe fn rows<V: Vector, const VECTORS: usize>(t: &Tile, mr: usize) {
             3 => tile::<V, 3, VECTORS>(t),
             4 => tile::<V, 4, VECTORS>(t),
             5 => tile::<V, 5, VECTORS>(t),
-            MR => tile::<V, MR, VECTORS>(t),
-            _ => tile::<V, TALL, 1>(t),
+            _ => tile::<V, 6, VECTORS>(t),
         }
     }
 }
 
-/// Computes one tile of `mr` ≤ [`tile_rows`] rows and at most [`panel_width`] columns.
+/// Computes one tile of `mr` ≤ [`MR`] rows and at most [`panel_width`] columns.
 ///
 /// # Safety
 /// `isa` is one this machine has; `t.a` covers `mr` rows and `t.k` steps at its strides, `t.b` covers `t.k` packed rows, `t.c` and
-/// `t.addend`, unless null, cover `mr` rows of `t.cols` elements at the stride of C;
-/// `1 <= mr <= tile_rows(isa, t.cols)` and `1 <= t.cols <= panel_width(isa)`.
+/// `t.addend`, unless null, cover `mr` rows of `t.cols` elements at the stride of C; `1 <= mr <= MR` and `1 <= t.cols <= panel_width(isa)`.
 #[inline]
 pub unsafe fn run(isa: Isa, t: &Tile, mr: usize) {
-    if mr > MR && mr < TALL {
-        // SAFETY: both parts lie inside the tile.
-        unsafe {
-            run(isa, t, MR);
-            let below = Tile {
-                a: t.a.add(MR * t.a_row_stride),
-                c: t.c.add(MR * t.c_stride),
-                addend: if t.addend.is_null() { t.addend } else { t.addend.add(MR * t.c_stride) },
-                ..*t
-            };
-            return run(isa, &below, mr - MR);
-        }
-    }
     match isa {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: the machine has the features, the caller promises the rest.

@@ -329,7 +329,9 @@ impl Job<'_> {
                 for start in columns.clone().step_by(width) {
                     let cols = start..(start + width).min(columns.end);
                     let b = &view.data[k0 * view.row_stride + start..];
-                    self.tiles(a, k0, k, &tiles, cols, b, view.row_stride, first);
+                    for tile in tiles.clone() {
+                        self.tile(a, k0, k, tile * MR, cols.clone(), b, view.row_stride, first);
+                    }
                 }
                 continue;
             }
@@ -338,7 +340,9 @@ impl Job<'_> {
                 for start in columns.clone().step_by(width) {
                     let cols = width.min(columns.end - start);
                     let b = &packed_b[(start - columns.start) * k..];
-                    self.tiles(a, k0, k, &tiles, start..start + cols, b, packed_width(cols), first);
+                    for tile in tiles.clone() {
+                        self.tile(a, k0, k, tile * MR, start..start + cols, b, packed_width(cols), first);
+                    }
                 }
             });
         }
@@ -372,30 +376,6 @@ impl Job<'_> {
         (c, addend)
     }
 
-    /// Passes the rows of `tiles` by a panel of B.
-    #[allow(clippy::too_many_arguments)]
-    fn tiles(
-        &self,
-        a: Left,
-        k0: usize,
-        k: usize,
-        tiles: &Range<usize>,
-        cols: Range<usize>,
-        b: &[f32],
-        b_stride: usize,
-        first: bool,
-    ) {
-        let rows = match a {
-            Left::Rows(_) => kernel::tile_rows(isa(), cols.len()),
-            // One packed tile does not go on in the next.
-            Left::Packed { .. } => MR,
-        };
-        let end = (tiles.end * MR).min(self.m);
-        for row in (tiles.start * MR..end).step_by(rows) {
-            self.tile(a, k0, k, row, rows.min(end - row), cols.clone(), b, b_stride, first);
-        }
-    }
-
     #[allow(clippy::too_many_arguments)]
     #[inline]
     fn tile(
@@ -404,12 +384,12 @@ impl Job<'_> {
         k0: usize,
         k: usize,
         row: usize,
-        mr: usize,
         cols: Range<usize>,
         b: &[f32],
         b_stride: usize,
         first: bool,
     ) {
+        let mr = MR.min(self.m - row);
         let (a, a_row_stride, a_k_stride) = match a {
             Left::Rows(a) => (&a.data[row * a.row_stride + k0..], a.row_stride, 1),
             Left::Packed { data, k } => (&data[row * k + k0 * MR..], 1, MR),
