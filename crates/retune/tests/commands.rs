@@ -260,6 +260,32 @@ fn train_says_what_it_wrote_and_gained() {
     assert_eq!(provenance["taken_from_step"], summary["best_step"]);
 }
 
+/// What a person reads at the end of a run, and the commands that it offers, pasted.
+#[cfg(unix)]
+#[test]
+fn train_ends_with_what_was_gained_and_commands_that_work() {
+    let folder = Folder::with_run();
+    // A name that a shell would take apart.
+    let output = folder.succeeds(&joined(&[&["train", "run.yaml"], &SHORT, &["--set", "output_dir=my run"]]));
+    let (report, next) = output.stdout.split_once("Next:").unwrap();
+    for words in
+        ["held-out loss  ", " before, ", " after", "held-out row 1\n", "reference  ", "base       ", "trained    "]
+    {
+        assert!(report.contains(words), "`{words}` is not in: {report}");
+    }
+    assert_eq!(report.matches("held-out row ").count(), 3, "{report}");
+    assert!(report.contains("adapter        my run/adapter (") && report.contains("peak memory"), "{report}");
+    let commands: Vec<&str> = next.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    assert_eq!(commands.len(), 3, "{next}");
+    for command in commands {
+        let mut shell = std::process::Command::new("/bin/sh");
+        shell.args(["-c", command]).current_dir(folder.path("")).env("HF_HUB_OFFLINE", "1");
+        let done = shell.output().unwrap();
+        assert!(done.status.success(), "{command}: {}", String::from_utf8_lossy(&done.stderr));
+    }
+    assert!(folder.path("my run-merged").is_dir());
+}
+
 #[test]
 fn a_merged_model_scores_as_base_and_adapter_do() {
     let folder = Folder::with_run();
