@@ -346,16 +346,56 @@ impl<'a> Trainer<'a> {
 /// Fills a pass with the rows `rows[next..]` as long as they fit `limit` tokens, at least one; returns where the next pass starts.
 pub fn fill_pass(pass: &mut Pass, examples: &[Example], rows: &[usize], next: usize, limit: usize) -> usize {
     pass.clear();
-    let mut end = next;
+    let end = pass_end(examples, rows, next, limit);
+    for example in rows[next..end].iter().map(|&row| &examples[row]) {
+        pass.push(example.row as u64, &example.ids, &example.trained);
+    }
+    end
+}
+
+/// Where a pass that starts with the row `rows[next]` ends.
+fn pass_end(examples: &[Example], rows: &[usize], next: usize, limit: usize) -> usize {
+    let (mut end, mut tokens) = (next, 0);
     while end < rows.len() {
-        let example = &examples[rows[end]];
-        if end > next && pass.tokens() + example.ids.len() > limit {
+        let more = examples[rows[end]].ids.len();
+        if end > next && tokens + more > limit {
             break;
         }
-        pass.push(example.row as u64, &example.ids, &example.trained);
+        tokens += more;
         end += 1;
     }
     end
+}
+
+/// The most label tokens in a pass of a run, scoring included, which is what the head's memory follows.
+pub fn most_labels(
+    config: &TrainingConfig,
+    passes: Passes,
+    shuffle: bool,
+    train: &[Example],
+    eval: &[Example],
+) -> usize {
+    let most = |examples: &[Example], rows: &[usize], limit: usize| {
+        let (mut most, mut next) = (0, 0);
+        while next < rows.len() {
+            let end = pass_end(examples, rows, next, limit);
+            most = most.max(rows[next..end].iter().map(|&row| examples[row].trained_tokens()).sum());
+            next = end;
+        }
+        most
+    };
+    let TrainingConfig { batch_size, gradient_accumulation_steps, seed, .. } = *config;
+    let per_epoch = steps_per_epoch(train.len(), batch_size, gradient_accumulation_steps).max(1);
+    let epochs = total_steps(config, train.len()).div_ceil(per_epoch);
+    let scored: Vec<usize> = (0..eval.len()).collect();
+    let mut labels = most(eval, &scored, passes.tokens.min(largest_step(config, train)));
+    for epoch in 0..epochs {
+        let rows = order(seed, epoch, train.len(), shuffle);
+        for step in batches(&rows, batch_size, gradient_accumulation_steps) {
+            labels = labels.max(most(train, step, passes.tokens));
+        }
+    }
+    labels
 }
 
 /// The summed loss over the label tokens of `examples`, and their number. `done` is told the number of examples scored so far.

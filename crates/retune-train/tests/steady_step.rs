@@ -13,7 +13,7 @@ use retune_model::model::{Model, Trainable};
 use retune_model::pass::Pass;
 use retune_train::data::{Example, steps_per_epoch};
 use retune_train::run_config::RunConfig;
-use retune_train::trainer::{Passes, Trainer, fill_pass};
+use retune_train::trainer::{Passes, Trainer, fill_pass, most_labels};
 use serde_json::json;
 
 const ROWS_PER_STEP: usize = 3;
@@ -143,4 +143,22 @@ fn a_step_like_those_before_it_allocates_nothing() {
             assert_eq!(counts[1..], [0, 0, 0], "{what}");
         }
     }
+}
+
+#[test]
+fn the_most_labels_of_a_pass_are_those_of_the_fullest() {
+    let example =
+        |row, trained: usize| Example { row, ids: vec![1; 20], trained: (0..20).map(|i| i >= 20 - trained).collect() };
+    // Steps of three rows, passes of at most 60 tokens: rows 0 to 2, then 3 and 4.
+    let train: Vec<Example> = [1, 2, 3, 9, 10].into_iter().enumerate().map(|(i, n)| example(i, n)).collect();
+    let run = json!({
+        "model": "base", "output_dir": "out", "adapter": {}, "data": { "train": "train.jsonl", "max_length": 60 },
+        "training": { "batch_size": ROWS_PER_STEP, "tokens_per_pass": TOKENS_PER_PASS },
+    });
+    let config = RunConfig::parse(&run.to_string(), "the run", &[]).unwrap().training;
+    let passes = |tokens| Passes { tokens, keep: retune_model::workspace::Keep::Inputs };
+    assert_eq!(most_labels(&config, passes(60), false, &train, &[]), 19);
+    assert_eq!(most_labels(&config, passes(30), false, &train, &[]), 10);
+    let eval = [example(0, 12), example(1, 11), example(2, 0)];
+    assert_eq!(most_labels(&config, passes(60), false, &train, &eval), 23);
 }

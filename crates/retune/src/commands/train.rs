@@ -17,7 +17,7 @@ use retune_model::workspace::Workspace;
 use retune_train::data::{Example, RowText, read_rows};
 use retune_train::run_config::{ActivationCheckpointing, Method, RunConfig};
 use retune_train::state::{self, Progress as RunProgress};
-use retune_train::trainer::{Observer, Outcome, Passes, Trainer};
+use retune_train::trainer::{Observer, Outcome, Passes, Trainer, most_labels};
 use serde_json::{Value, json};
 
 use super::data::problems;
@@ -456,13 +456,13 @@ impl Run<'_> {
     /// Says what the run will take, and warns when that is more than is free.
     fn check_memory(&self, model: &Model) -> Result<()> {
         let training = &self.config.training;
-        let Passes { tokens, keep } = self.passes(model, self.computes_int8());
-        let rows = self.data.train.examples.iter();
+        let passes = self.passes(model, self.computes_int8());
+        let Passes { tokens, keep } = passes;
         let longest = self.longest_row();
         let per_step: usize = training.batch_size * training.gradient_accumulation_steps;
         let tokens = tokens.min(longest * per_step).max(longest);
-        let densest = rows.map(|e| e.trained_tokens() as f64 / e.ids.len().max(1) as f64).fold(0.0, f64::max);
-        let labels = (densest * tokens as f64).ceil() as usize;
+        let eval = self.data.eval.as_ref().map_or(&[][..], |eval| &eval.examples);
+        let labels = most_labels(training, passes, self.config.data.shuffle, &self.data.train.examples, eval);
         let base = self.checkpoint.file_bytes() as usize;
         let (trained, optimizer) = (2 * 4 * model.layout.len(), 2 * 4 * model.layout.len());
         let activations = Workspace::planned_bytes(model, keep, self.computes_int8(), tokens, labels);
