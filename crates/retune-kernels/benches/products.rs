@@ -9,11 +9,15 @@ use std::time::Duration;
 
 use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, BenchmarkId, Criterion, SamplingMode, Throughput};
+use retune_kernels::allocator::Aligned;
 use retune_kernels::attention::{self, Heads, Saved, Segment};
 use retune_kernels::gemm::{MatRef, Out, Rhs, Term, gemm};
 use retune_kernels::int8::{Int8Matrix, Int8Rows, Rounding};
 use retune_kernels::{F32Panel, peak};
 use retune_quant::{Format, Matrix, SharedBytes};
+
+#[global_allocator]
+static ALLOCATOR: Aligned = Aligned;
 
 /// Tokens, input features, output features: the linears and the head of SmolLM2-135M, then linears as wide as those of Llama-3.2-1B and
 /// Llama-3.1-8B.

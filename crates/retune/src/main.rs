@@ -17,7 +17,11 @@ use std::process::ExitCode;
 use anyhow::{Result, anyhow, bail};
 use args::{Cli, Command};
 use clap::Parser;
+use retune_kernels::allocator::Aligned;
 use retune_train::run_config::MOST_THREADS;
+
+#[global_allocator]
+static ALLOCATOR: Aligned = Aligned;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
