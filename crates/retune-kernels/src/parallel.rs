@@ -4,7 +4,8 @@
 //! depend on the number of threads or on which of them runs what.
 
 use std::marker::PhantomData;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
 
 /// Calls `f(i)` for every `i` in `0..n`, on all threads of the pool. Threads take the next index as they become free, so the work is even
 /// as long as the last pieces are small.
@@ -31,6 +32,42 @@ pub fn for_each(n: usize, f: impl Fn(usize) + Sync) {
             f(i);
         }
     });
+}
+
+/// Searches for work in vain after which a thread that [`awake`] keeps up rests between them: about a millisecond of them.
+const VAIN_SEARCHES: usize = 5_000;
+/// How long it then rests at a time.
+const REST: Duration = Duration::from_micros(100);
+
+/// Calls `f` while the pool's other threads look for its pieces without going to sleep between two of them: a thread of rayon's sleeps
+/// after some microseconds without work, waking it takes about 20 more, and a training step has thousands of pieces that last no longer.
+pub fn awake<R>(f: impl FnOnce() -> R) -> R {
+    /// Ends the search also when `f` panics.
+    struct Done<'a>(&'a AtomicBool);
+    impl Drop for Done<'_> {
+        fn drop(&mut self) {
+            self.0.store(true, Ordering::Relaxed);
+        }
+    }
+    let done = AtomicBool::new(false);
+    let caller = rayon::current_thread_index();
+    rayon::in_place_scope(|scope| {
+        scope.spawn_broadcast(|_, context| {
+            let mut vain = 0;
+            while Some(context.index()) != caller && !done.load(Ordering::Relaxed) {
+                if rayon::yield_now() == Some(rayon::Yield::Executed) {
+                    vain = 0;
+                } else if vain < VAIN_SEARCHES {
+                    vain += 1;
+                    std::hint::spin_loop();
+                } else {
+                    std::thread::sleep(REST);
+                }
+            }
+        });
+        let _done = Done(&done);
+        f()
+    })
 }
 
 /// Rows per piece so that `rows` rows make a few pieces per thread, each of at least `minimum` rows.
@@ -97,6 +134,30 @@ mod tests {
                 visits[i].fetch_add(1, Ordering::Relaxed);
             });
             assert!(visits.iter().all(|v| v.load(Ordering::Relaxed) == 1), "n = {n}");
+        }
+    }
+
+    #[test]
+    fn threads_that_are_kept_awake_do_the_work_and_are_let_go() {
+        for threads in 1..=4 {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            let visits = AtomicUsize::new(0);
+            let count = |_| {
+                visits.fetch_add(1, Ordering::Relaxed);
+            };
+            let nested = || {
+                for_each(100, count);
+                // Longer than they search before they rest.
+                std::thread::sleep(Duration::from_millis(20));
+                for_each(100, count);
+                awake(|| for_each(100, count));
+            };
+            // From a thread of the pool, and from another one.
+            assert_eq!(pool.install(|| awake(|| (nested(), 7))).1, 7);
+            awake(nested);
+            let panics = || pool.install(|| awake(|| panic!("expected")));
+            assert!(std::panic::catch_unwind(std::panic::AssertUnwindSafe(panics)).is_err());
+            assert_eq!(visits.into_inner(), 600);
         }
     }
 }

@@ -18,6 +18,7 @@ use anyhow::{Result, anyhow, bail};
 use args::{Cli, Command};
 use clap::Parser;
 use retune_kernels::allocator::Aligned;
+use retune_kernels::parallel;
 use retune_train::run_config::MOST_THREADS;
 
 #[global_allocator]
@@ -43,9 +44,9 @@ fn run(cli: &Cli) -> Result<()> {
         Some(n) => bail!("--threads is {n}; expected 1 to {MOST_THREADS}"),
         None => std::thread::available_parallelism().map_or(1, usize::from),
     };
-    // The commands run inside the pool, so that the calling thread is one of its workers.
+    // The commands run inside the pool, so that the calling thread is one of its workers; the others wait for it awake.
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build()?;
-    pool.install(|| match &cli.command {
+    let command = || match &cli.command {
         Command::Train(args) => commands::train::run(args, cli.threads),
         Command::Generate(args) => commands::generate::run(args),
         Command::Merge(args) => commands::merge::run(args),
@@ -57,5 +58,6 @@ fn run(cli: &Cli) -> Result<()> {
         Command::Logits(args) => commands::logits::run(args),
         Command::Bench(command) => commands::bench::run(command),
         Command::Schema => commands::schema::run(),
-    })
+    };
+    pool.install(|| parallel::awake(command))
 }

@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow, bail};
 use retune_adapter::{AdapterFile, LoraConfig, atomic};
+use retune_kernels::parallel;
 use retune_model::adapter::{AdapterPlan, linear_modules};
 use retune_model::calibration::{self, Choice};
 use retune_model::checkpoint::Checkpoint;
@@ -221,7 +222,10 @@ struct Run<'a> {
 pub fn run(args: &TrainArgs, threads: Option<usize>) -> Result<()> {
     let config = RunConfig::load(&args.run.path, &args.run.overrides)?;
     match (threads, config.threads) {
-        (None, Some(n)) => rayon::ThreadPoolBuilder::new().num_threads(n).build()?.install(|| start(args, config)),
+        (None, Some(n)) => {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(n).build()?;
+            pool.install(|| parallel::awake(|| start(args, config)))
+        }
         _ => start(args, config),
     }
 }
