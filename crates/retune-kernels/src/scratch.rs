@@ -10,6 +10,8 @@ pub enum Purpose {
     PackedB,
     /// The packed left operand of a matrix product.
     PackedA,
+    /// The packed right operands of terms that are summed up with another one.
+    Small,
     /// A panel decoded from its storage.
     Panel,
     /// A block of attention scores.
@@ -24,7 +26,7 @@ pub enum Purpose {
     HeadGradients,
 }
 
-const PURPOSES: usize = 8;
+const PURPOSES: usize = 9;
 /// Alignment of a buffer, in elements: one cache line.
 const ALIGN: usize = 16;
 

@@ -20,9 +20,10 @@ const ROWS_PER_STEP: usize = 3;
 const TOKENS_PER_PASS: usize = 60;
 /// More elements than any scratch buffer of the model below takes.
 const SCRATCH: usize = 1 << 17;
-const PURPOSES: [Purpose; 8] = [
+const PURPOSES: [Purpose; 9] = [
     Purpose::PackedB,
     Purpose::PackedA,
+    Purpose::Small,
     Purpose::Panel,
     Purpose::Scores,
     Purpose::ScoreGradients,

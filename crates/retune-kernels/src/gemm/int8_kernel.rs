@@ -1,7 +1,7 @@
 //! The register tile of the product of 8-bit integers, written once over a vector type and compiled for each instruction set. The sums
 //! are exact, so they are equal on all of them.
 
-use super::kernel::{MR, Portable, Vector, finish};
+use super::kernel::{MR, Portable, Segment, Target, Vector, accumulate, finish};
 use crate::int8::GROUP;
 use crate::isa::Int8Isa;
 
@@ -23,8 +23,8 @@ trait Sums: Copy {
     unsafe fn to_float(self) -> Self::Float;
 }
 
-/// One register tile `C[mr, cols] = row_scales · (A[mr, 4·groups] · B[4·groups, cols]) · col_scales (+ addend)`.
-pub struct Int8Tile {
+/// One register tile `C[mr, cols] = row_scales · (A[mr, 4·groups] · B[4·groups, cols]) · col_scales + segments (+ addend)`.
+pub struct Int8Tile<'a> {
     /// Length of the contraction in groups of four.
     pub groups: usize,
     /// Rows offset by 128.
@@ -36,11 +36,9 @@ pub struct Int8Tile {
     pub b: *const i8,
     pub offsets: *const i32,
     pub col_scales: *const f32,
-    pub c: *mut f32,
-    pub c_stride: usize,
-    /// What the product is added to, with the stride of C; null for nothing. It may be C itself.
-    pub addend: *const f32,
-    pub cols: usize,
+    /// What is added in f32.
+    pub segments: &'a [Segment],
+    pub to: Target,
 }
 
 #[inline(always)]
@@ -80,7 +78,8 @@ unsafe fn tile<S: Sums, const ROWS: usize, const VECTORS: usize>(t: &Int8Tile) {
                 *value = sum.to_float().times(scale).times(row_scale);
             }
         }
-        finish(values, t.c, t.c_stride, t.addend, t.cols);
+        accumulate(&mut values, t.segments);
+        finish(values, &t.to);
     }
 }
 
@@ -111,8 +110,8 @@ pub fn tile_width(isa: Int8Isa) -> usize {
 ///
 /// # Safety
 /// `isa` is one this machine has; `t.a` covers `mr` rows of `4 · t.groups` bytes, `t.b` covers `t.groups` groups, `t.offsets` and
-/// `t.col_scales` cover `t.cols` rounded up to whole vectors, `t.row_scales` covers `mr` rows, `t.c` and `t.addend`, unless null, cover
-/// `mr` rows of `t.cols` elements; `1 <= mr <= MR` and `1 <= t.cols <= tile_width(isa)`.
+/// `t.col_scales` cover `t.to.cols` rounded up to whole vectors, `t.row_scales` covers `mr` rows; `t.segments` and `t.to` are as
+/// [`super::kernel::run`] wants them; `1 <= mr <= MR` and `1 <= t.to.cols <= tile_width(isa)`.
 #[inline]
 pub unsafe fn run(isa: Int8Isa, t: &Int8Tile, mr: usize) {
     match isa {
@@ -127,7 +126,7 @@ pub unsafe fn run(isa: Int8Isa, t: &Int8Tile, mr: usize) {
         Int8Isa::Avx2 => unsafe { x86::avx2(t, mr) },
         // SAFETY: as above.
         _ => unsafe {
-            match t.cols.div_ceil(8) {
+            match t.to.cols.div_ceil(8) {
                 1 => rows::<[i32; 8], 1>(t, mr),
                 _ => rows::<[i32; 8], 2>(t, mr),
             }
@@ -184,7 +183,7 @@ mod x86 {
     pub unsafe fn avx512_vnni(t: &Int8Tile, mr: usize) {
         // SAFETY: passed on from the caller.
         unsafe {
-            match t.cols.div_ceil(16) {
+            match t.to.cols.div_ceil(16) {
                 1 => rows::<__m512i, 1>(t, mr),
                 2 => rows::<__m512i, 2>(t, mr),
                 3 => rows::<__m512i, 3>(t, mr),
@@ -197,7 +196,7 @@ mod x86 {
     pub unsafe fn avx_vnni(t: &Int8Tile, mr: usize) {
         // SAFETY: passed on from the caller.
         unsafe {
-            match t.cols.div_ceil(8) {
+            match t.to.cols.div_ceil(8) {
                 1 => rows::<Vnni256, 1>(t, mr),
                 _ => rows::<Vnni256, 2>(t, mr),
             }
@@ -208,7 +207,7 @@ mod x86 {
     pub unsafe fn avx2(t: &Int8Tile, mr: usize) {
         // SAFETY: passed on from the caller.
         unsafe {
-            match t.cols.div_ceil(8) {
+            match t.to.cols.div_ceil(8) {
                 1 => rows::<Plain256, 1>(t, mr),
                 _ => rows::<Plain256, 2>(t, mr),
             }
@@ -367,6 +366,7 @@ mod tests {
 
     #[test]
     fn sums_of_integers_are_exact_and_equal_on_every_instruction_set() {
+        const DEPTH: usize = 3;
         for (mr, cols, groups) in
             [(1, 1, 1), (2, 7, 3), (3, 16, 5), (4, 17, 16), (5, 63, 144), (6, 64, 128), (6, 33, 2)]
         {
@@ -376,9 +376,12 @@ mod tests {
             let rows: Vec<u8> = a.iter().map(|v| (i16::from(*v) + 128) as u8).collect();
             let offsets: Vec<i32> = (0..PANEL).map(|j| -128 * (0..k).map(|p| at(p, j) as i32).sum::<i32>()).collect();
             let (row_scales, col_scales) = (vec![1.0f32; mr], vec![1.0f32; PANEL]);
-            let exact: Vec<f32> = (0..mr * cols)
-                .map(|i| (0..k).map(|p| i64::from(a[i / cols * k + p]) * at(p, i % cols)).sum::<i64>() as f32)
-                .collect();
+            let sum = |i, j| (0..k).map(|p| i64::from(a[i * k + p]) * at(p, j)).sum::<i64>() as f32;
+            // What is added in f32 are small integers: exact as well.
+            let floats = |seed, len| bytes(seed, len).into_iter().map(f32::from).collect::<Vec<_>>();
+            let (x, y) = (floats(3, mr * DEPTH), floats(4, DEPTH * PANEL));
+            let more = |i, j| (0..DEPTH).map(|p| x[i * DEPTH + p] * y[p * PANEL + j]).sum::<f32>();
+            let exact: Vec<f32> = (0..mr * cols).map(|i| sum(i / cols, i % cols) + more(i / cols, i % cols)).collect();
             for isa in available() {
                 let mut c = vec![f32::NAN; mr * cols];
                 for start in (0..cols).step_by(tile_width(isa)) {
@@ -391,10 +394,20 @@ mod tests {
                         b: b[4 * start..].as_ptr(),
                         offsets: offsets[start..].as_ptr(),
                         col_scales: col_scales[start..].as_ptr(),
-                        c: c[start..].as_mut_ptr(),
-                        c_stride: cols,
-                        addend: std::ptr::null(),
-                        cols: tile_width(isa).min(cols - start),
+                        segments: &[Segment {
+                            k: DEPTH,
+                            a: x.as_ptr(),
+                            a_row_stride: DEPTH,
+                            a_k_stride: 1,
+                            b: y[start..].as_ptr(),
+                            b_stride: PANEL,
+                        }],
+                        to: Target {
+                            c: c[start..].as_mut_ptr(),
+                            stride: cols,
+                            addend: std::ptr::null(),
+                            cols: tile_width(isa).min(cols - start),
+                        },
                     };
                     // SAFETY: the machine has the instruction set; operands are whole panels, C has `mr` rows of `cols`.
                     unsafe { run(isa, &tile, mr) };

@@ -24,8 +24,9 @@ pub(super) trait Vector: Copy {
     unsafe fn times(self, other: Self) -> Self;
 }
 
-/// One register tile `C[mr, cols] (+)= A[mr, k] · B[k, cols]`.
-pub struct Tile {
+/// What a tile sums up: `A[mr, k] · B[k, cols]`.
+#[derive(Clone, Copy)]
+pub struct Segment {
     /// Length of the contraction.
     pub k: usize,
     pub a: *const f32,
@@ -34,8 +35,13 @@ pub struct Tile {
     /// Packed panel: `k` rows of `b_stride` elements, `cols` rounded up to whole vectors of them readable.
     pub b: *const f32,
     pub b_stride: usize,
+}
+
+/// Where a register tile `C[mr, cols]` goes.
+#[derive(Clone, Copy)]
+pub struct Target {
     pub c: *mut f32,
-    pub c_stride: usize,
+    pub stride: usize,
     /// What the product is added to, with the stride of C; null for nothing. It may be C itself.
     pub addend: *const f32,
     pub cols: usize,
@@ -59,27 +65,43 @@ pub fn panel_width(isa: Isa) -> usize {
 }
 
 #[inline(always)]
-unsafe fn tile<V: Vector, const ROWS: usize, const VECTORS: usize>(t: &Tile) {
-    // SAFETY (whole body): the caller of `run` promises that the tile's pointers cover its shape.
+unsafe fn tile<V: Vector, const ROWS: usize, const VECTORS: usize>(segments: &[Segment], to: &Target) {
+    // SAFETY: passed on from the caller.
     unsafe {
         let mut acc = [[V::zero(); VECTORS]; ROWS];
-        let mut a = t.a;
-        let mut b = t.b;
-        for _ in 0..t.k {
-            let mut columns = [V::zero(); VECTORS];
-            for (j, column) in columns.iter_mut().enumerate() {
-                *column = V::load(b.add(j * V::LANES));
-            }
-            for (i, row) in acc.iter_mut().enumerate() {
-                let value = V::splat(*a.add(i * t.a_row_stride));
-                for (sum, &column) in row.iter_mut().zip(&columns) {
-                    *sum = sum.add_product(value, column);
+        accumulate(&mut acc, segments);
+        finish(acc, to);
+    }
+}
+
+/// Adds the products of `segments` to a tile's sums.
+///
+/// # Safety
+/// As for [`run`].
+#[inline(always)]
+pub(super) unsafe fn accumulate<V: Vector, const ROWS: usize, const VECTORS: usize>(
+    acc: &mut [[V; VECTORS]; ROWS],
+    segments: &[Segment],
+) {
+    // SAFETY (whole body): the caller of `run` promises that the segments' pointers cover the tile's shape.
+    unsafe {
+        for segment in segments {
+            let (mut a, mut b) = (segment.a, segment.b);
+            for _ in 0..segment.k {
+                let mut columns = [V::zero(); VECTORS];
+                for (j, column) in columns.iter_mut().enumerate() {
+                    *column = V::load(b.add(j * V::LANES));
                 }
+                for (i, row) in acc.iter_mut().enumerate() {
+                    let value = V::splat(*a.add(i * segment.a_row_stride));
+                    for (sum, &column) in row.iter_mut().zip(&columns) {
+                        *sum = sum.add_product(value, column);
+                    }
+                }
+                a = a.add(segment.a_k_stride);
+                b = b.add(segment.b_stride);
             }
-            a = a.add(t.a_k_stride);
-            b = b.add(t.b_stride);
         }
-        finish(acc, t.c, t.c_stride, t.addend, t.cols);
     }
 }
 
@@ -90,11 +112,9 @@ unsafe fn tile<V: Vector, const ROWS: usize, const VECTORS: usize>(t: &Tile) {
 #[inline(always)]
 pub(super) unsafe fn finish<V: Vector, const ROWS: usize, const VECTORS: usize>(
     mut acc: [[V; VECTORS]; ROWS],
-    c: *mut f32,
-    stride: usize,
-    addend: *const f32,
-    cols: usize,
+    to: &Target,
 ) {
+    let Target { c, stride, addend, cols } = *to;
     // SAFETY (whole body): the caller promises that the pointers cover the tile's shape.
     unsafe {
         // Small loops with nothing to decide inside: they unroll, and the accumulators stay in registers throughout.
@@ -126,16 +146,16 @@ pub(super) unsafe fn finish<V: Vector, const ROWS: usize, const VECTORS: usize>(
 }
 
 #[inline(always)]
-unsafe fn rows<V: Vector, const VECTORS: usize>(t: &Tile, mr: usize) {
+unsafe fn rows<V: Vector, const VECTORS: usize>(segments: &[Segment], to: &Target, mr: usize) {
     // SAFETY: passed on from the caller.
     unsafe {
         match mr {
-            1 => tile::<V, 1, VECTORS>(t),
-            2 => tile::<V, 2, VECTORS>(t),
-            3 => tile::<V, 3, VECTORS>(t),
-            4 => tile::<V, 4, VECTORS>(t),
-            5 => tile::<V, 5, VECTORS>(t),
-            _ => tile::<V, 6, VECTORS>(t),
+            1 => tile::<V, 1, VECTORS>(segments, to),
+            2 => tile::<V, 2, VECTORS>(segments, to),
+            3 => tile::<V, 3, VECTORS>(segments, to),
+            4 => tile::<V, 4, VECTORS>(segments, to),
+            5 => tile::<V, 5, VECTORS>(segments, to),
+            _ => tile::<V, 6, VECTORS>(segments, to),
         }
     }
 }
@@ -143,22 +163,22 @@ unsafe fn rows<V: Vector, const VECTORS: usize>(t: &Tile, mr: usize) {
 /// Computes one tile of `mr` ≤ [`MR`] rows and at most [`panel_width`] columns.
 ///
 /// # Safety
-/// `isa` is one this machine has; `t.a` covers `mr` rows and `t.k` steps at its strides, `t.b` covers `t.k` packed rows, `t.c` and
-/// `t.addend`, unless null, cover `mr` rows of `t.cols` elements at the stride of C; `1 <= mr <= MR` and `1 <= t.cols <= panel_width(isa)`.
+/// `isa` is one this machine has; of each segment `a` covers `mr` rows and `k` steps at its strides and `b` covers `k` packed rows; `to.c`
+/// and `to.addend`, unless null, cover `mr` rows of `to.cols` elements; `1 <= mr <= MR` and `1 <= to.cols <= panel_width(isa)`.
 #[inline]
-pub unsafe fn run(isa: Isa, t: &Tile, mr: usize) {
+pub unsafe fn run(isa: Isa, segments: &[Segment], to: &Target, mr: usize) {
     match isa {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: the machine has the features, the caller promises the rest.
-        Isa::Avx512 => unsafe { x86::avx512(t, mr) },
+        Isa::Avx512 => unsafe { x86::avx512(segments, to, mr) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: as above.
-        Isa::Avx2 => unsafe { x86::avx2(t, mr) },
+        Isa::Avx2 => unsafe { x86::avx2(segments, to, mr) },
         // SAFETY: as above.
         _ => unsafe {
-            match t.cols.div_ceil(8) {
-                1 => rows::<Portable, 1>(t, mr),
-                _ => rows::<Portable, 2>(t, mr),
+            match to.cols.div_ceil(8) {
+                1 => rows::<Portable, 1>(segments, to, mr),
+                _ => rows::<Portable, 2>(segments, to, mr),
             }
         },
     }
@@ -227,29 +247,29 @@ impl Vector for Portable {
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::{Tile, Vector, rows};
+    use super::{Segment, Target, Vector, rows};
     use std::arch::x86_64::*;
 
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")]
-    pub unsafe fn avx512(t: &Tile, mr: usize) {
+    pub unsafe fn avx512(segments: &[Segment], to: &Target, mr: usize) {
         // SAFETY: passed on from the caller.
         unsafe {
-            match t.cols.div_ceil(16) {
-                1 => rows::<__m512, 1>(t, mr),
-                2 => rows::<__m512, 2>(t, mr),
-                3 => rows::<__m512, 3>(t, mr),
-                _ => rows::<__m512, 4>(t, mr),
+            match to.cols.div_ceil(16) {
+                1 => rows::<__m512, 1>(segments, to, mr),
+                2 => rows::<__m512, 2>(segments, to, mr),
+                3 => rows::<__m512, 3>(segments, to, mr),
+                _ => rows::<__m512, 4>(segments, to, mr),
             }
         }
     }
 
     #[target_feature(enable = "avx2,fma")]
-    pub unsafe fn avx2(t: &Tile, mr: usize) {
+    pub unsafe fn avx2(segments: &[Segment], to: &Target, mr: usize) {
         // SAFETY: passed on from the caller.
         unsafe {
-            match t.cols.div_ceil(8) {
-                1 => rows::<__m256, 1>(t, mr),
-                _ => rows::<__m256, 2>(t, mr),
+            match to.cols.div_ceil(8) {
+                1 => rows::<__m256, 1>(segments, to, mr),
+                _ => rows::<__m256, 2>(segments, to, mr),
             }
         }
     }

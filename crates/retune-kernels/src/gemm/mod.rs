@@ -18,7 +18,7 @@ use crate::panel::PanelSource;
 use crate::parallel::{self, SharedMut};
 use crate::scratch::{self, Purpose};
 use int8_kernel::Int8Tile;
-use kernel::{MR, Tile};
+use kernel::{MR, Segment, Target};
 
 /// Longest run of the contraction between two visits of a tile of C.
 const KC: usize = 1024;
@@ -26,6 +26,10 @@ const KC: usize = 1024;
 const FEW_ROWS: usize = 4 * MR;
 /// The same where the right operand is read as it lies, wherever that is: what is used of it stays in the first-level cache.
 const IN_PLACE_KC: usize = 96;
+/// Longest contraction of a term in f32 that is summed up with the term before it while a tile is in registers.
+const SMALL_K: usize = 64;
+/// How many terms at most are summed up with one before them.
+const MOST_SMALL: usize = 2;
 /// Least number of columns that one piece of work packs and multiplies.
 const GROUP_COLS: usize = 64;
 /// The same where quantized rows of more than [`CACHED`] bytes would be read from memory again for each of those.
@@ -275,22 +279,48 @@ impl Job<'_> {
 
     fn group(&self, columns: Range<usize>, width: usize, tiles: Range<usize>) {
         let mut packed_a = self.packed_a;
-        for (i, term) in self.terms.iter().enumerate() {
-            match *term {
-                Term::F32 { k, a, b, scale } => {
-                    let a = if a.col_stride == 1 { Left::Rows(a) } else { Left::Packed { data: packed_a, k } };
-                    self.f32_term(k, a, b, scale, columns.clone(), width, tiles.clone(), i == 0);
-                }
-                Term::Int8 { a, w, side } => {
-                    self.int8_term(a, w, side, columns.clone(), tiles.clone(), i == 0);
+        let (mut terms, mut first) = (self.terms, true);
+        while let [term, rest @ ..] = terms {
+            terms = rest;
+            let mut small = SmallTerms::default();
+            let outliers = match *term {
+                Term::Int8 { a, w, side: Side::Transposed } if w.outlier_count() > 0 => {
                     let (count, weights) = w.outliers();
-                    if side == Side::Transposed && count > 0 {
-                        let x = Left::Rows(MatRef::rows(a.outliers(count), count));
-                        let weights = Rhs::View(MatRef::rows(weights, count).t());
-                        self.f32_term(count, x, weights, 1.0, columns.clone(), width, tiles.clone(), false);
+                    let x = MatRef::rows(a.outliers(count), count);
+                    Some((count, x, Rhs::View(MatRef::rows(weights, count).t())))
+                }
+                _ => None,
+            };
+            if let Some((k, a, b)) = outliers.filter(|(count, ..)| *count <= SMALL_K) {
+                small.push(k, a, b, 1.0);
+            }
+            while let [Term::F32 { k, a, b, scale }, rest @ ..] = terms
+                && *k <= SMALL_K
+                && a.col_stride == 1
+                && small.count < MOST_SMALL
+            {
+                small.push(*k, *a, *b, *scale);
+                terms = rest;
+            }
+            let panel = if let Term::Int8 { .. } = term { int8_kernel::tile_width(int8_isa()) } else { width };
+            scratch::with(Purpose::Small, small.depth() * columns.len().next_multiple_of(panel), |packed| {
+                let small = small.pack(columns.clone(), panel, packed);
+                match *term {
+                    Term::F32 { k, a, b, scale } => {
+                        let a = if a.col_stride == 1 { Left::Rows(a) } else { Left::Packed { data: packed_a, k } };
+                        self.f32_term(k, a, b, scale, columns.clone(), width, tiles.clone(), first, &small);
+                    }
+                    Term::Int8 { a, w, side } => {
+                        if let Some((k, x, weights)) = outliers.filter(|(count, ..)| *count > SMALL_K) {
+                            let (x, none) = (Left::Rows(x), PackedTerms::default());
+                            self.f32_term(k, x, weights, 1.0, columns.clone(), width, tiles.clone(), first, &none);
+                            first = false;
+                        }
+                        self.int8_term(a, w, side, columns.clone(), tiles.clone(), first, &small);
                     }
                 }
-            }
+            });
+            first = false;
             packed_a = &packed_a[term.packed_k() * self.m.next_multiple_of(MR)..];
         }
     }
@@ -306,26 +336,30 @@ impl Job<'_> {
         width: usize,
         tiles: Range<usize>,
         first: bool,
+        small: &PackedTerms,
     ) {
         for k0 in (0..depth).step_by(KC) {
             let (k, first) = (KC.min(depth - k0), first && k0 == 0);
+            let none = PackedTerms::default();
+            let small = if k0 + k == depth { small } else { &none };
             if let Some(view) = self.in_place(b, scale, &columns) {
                 for start in columns.clone().step_by(width) {
                     let cols = start..(start + width).min(columns.end);
                     let b = &view.data[k0 * view.row_stride + start..];
                     for tile in tiles.clone() {
-                        self.tile(a, k0, k, tile * MR, cols.clone(), b, view.row_stride, first);
+                        self.tile(a, k0, k, tile * MR, cols.clone(), b, view.row_stride, first, small);
                     }
                 }
                 continue;
             }
             scratch::with(Purpose::PackedB, columns.len().next_multiple_of(width) * k, |packed_b| {
-                pack_b(b, scale, k0..k0 + k, columns.clone(), packed_b);
+                pack_b(b, scale, k0..k0 + k, columns.clone(), width, packed_b);
                 for start in columns.clone().step_by(width) {
                     let cols = width.min(columns.end - start);
                     let b = &packed_b[(start - columns.start) * k..];
                     for tile in tiles.clone() {
-                        self.tile(a, k0, k, tile * MR, start..start + cols, b, packed_width(cols), first);
+                        let columns = start..start + cols;
+                        self.tile(a, k0, k, tile * MR, columns, b, packed_width(cols), first, small);
                     }
                 }
             });
@@ -347,9 +381,9 @@ impl Job<'_> {
         }
     }
 
-    /// Where a tile goes and what it is added to: null for nothing.
-    fn place(&self, row: usize, col: usize, first: bool) -> (*mut f32, *const f32) {
-        let start = row * self.stride + col;
+    /// Where a tile goes and what it is added to.
+    fn place(&self, row: usize, cols: &Range<usize>, first: bool) -> Target {
+        let start = row * self.stride + cols.start;
         let c = self.c.pointer(start);
         let addend = match self.to {
             _ if !first => c.cast_const(),
@@ -357,7 +391,7 @@ impl Job<'_> {
             To::Itself => c.cast_const(),
             To::Other(addend) => addend[start..].as_ptr(),
         };
-        (c, addend)
+        Target { c, stride: self.stride, addend, cols: cols.len() }
     }
 
     #[allow(clippy::too_many_arguments)]
@@ -372,32 +406,23 @@ impl Job<'_> {
         b: &[f32],
         b_stride: usize,
         first: bool,
+        small: &PackedTerms,
     ) {
         let mr = MR.min(self.m - row);
         let (a, a_row_stride, a_k_stride) = match a {
             Left::Rows(a) => (&a.data[row * a.row_stride + k0..], a.row_stride, 1),
             Left::Packed { data, k } => (&data[row * k + k0 * MR..], 1, MR),
         };
-        let (c, addend) = self.place(row, cols.start, first);
-        let t = Tile {
-            k,
-            a: a.as_ptr(),
-            a_row_stride,
-            a_k_stride,
-            b: b.as_ptr(),
-            b_stride,
-            c,
-            c_stride: self.stride,
-            addend,
-            cols: cols.len(),
-        };
+        let product = Segment { k, a: a.as_ptr(), a_row_stride, a_k_stride, b: b.as_ptr(), b_stride };
+        let (segments, count) = small.segments(Some(product), row, &cols);
         debug_assert!(b.len() >= (k - 1) * b_stride + cols.len());
         // SAFETY: pieces own disjoint tiles of C, and `gemm` checked that every operand covers its shape.
-        unsafe { kernel::run(isa(), &t, mr) };
+        unsafe { kernel::run(isa(), &segments[..count], &self.place(row, &cols, first), mr) };
     }
 
     /// A weight in 8 bits lies ready for the product with its transpose; for the other one panels of its columns are turned first. Some rows
     /// of A pass by all panels of the group before the next ones do, so that a run of them is read from the second-level cache.
+    #[allow(clippy::too_many_arguments)]
     fn int8_term(
         &self,
         a: &Int8Rows,
@@ -406,8 +431,11 @@ impl Job<'_> {
         columns: Range<usize>,
         tiles: Range<usize>,
         first: bool,
+        small: &PackedTerms,
     ) {
         for (index, run) in runs(a.cols()).enumerate() {
+            let none = PackedTerms::default();
+            let small = if run.end == a.cols() { small } else { &none };
             let panel_bytes = run.len().next_multiple_of(PANEL) / 4 * GROUP;
             let panels = || columns.clone().step_by(PANEL).enumerate();
             let packed_bytes = if side == Side::Plain { panels().len() * panel_bytes } else { 0 };
@@ -425,7 +453,8 @@ impl Job<'_> {
                             Side::Plain => (&packed[panel * panel_bytes..], w.cols_epilogue(start, index)),
                         };
                         let cols = start..(start + PANEL).min(columns.end);
-                        self.int8_tiles(a, index, run.clone(), b, epilogue, cols, part.clone(), first && index == 0);
+                        let first = first && index == 0;
+                        self.int8_tiles(a, index, run.clone(), b, epilogue, cols, part.clone(), first, small);
                     }
                 }
             });
@@ -443,6 +472,7 @@ impl Job<'_> {
         columns: Range<usize>,
         tiles: Range<usize>,
         first: bool,
+        small: &PackedTerms,
     ) {
         let isa = int8_isa();
         let width = int8_kernel::tile_width(isa);
@@ -459,7 +489,8 @@ impl Job<'_> {
             for tile in tiles.clone() {
                 let row = tile * MR;
                 let (values, (row_scales, row_scale_stride)) = (a.values(row, run.start), a.scales(row, index));
-                let (c, addend) = self.place(row, start, first);
+                let cols = start..start + cols;
+                let (segments, count) = small.segments(None, row, &cols);
                 let t = Int8Tile {
                     groups,
                     a: values.as_ptr(),
@@ -469,10 +500,8 @@ impl Job<'_> {
                     b: b[4 * within..].as_ptr(),
                     offsets: offsets[within..].as_ptr(),
                     col_scales: col_scales[within..].as_ptr(),
-                    c,
-                    c_stride: self.stride,
-                    addend,
-                    cols,
+                    segments: &segments[..count],
+                    to: self.place(row, &cols, first),
                 };
                 // SAFETY: pieces own disjoint tiles of C, `gemm` checked the shapes, and both operands are filled up to whole panels.
                 unsafe { int8_kernel::run(isa, &t, MR.min(self.m - row)) };
@@ -486,6 +515,74 @@ impl Job<'_> {
 enum Left<'a> {
     Rows(MatRef<'a>),
     Packed { data: &'a [f32], k: usize },
+}
+
+/// Terms in f32 with a short contraction, which are summed up with the one before them.
+#[derive(Default)]
+struct SmallTerms<'a> {
+    terms: [Option<(usize, MatRef<'a>, Rhs<'a>, f32)>; MOST_SMALL],
+    count: usize,
+}
+
+impl<'a> SmallTerms<'a> {
+    fn push(&mut self, k: usize, a: MatRef<'a>, b: Rhs<'a>, scale: f32) {
+        self.terms[self.count] = Some((k, a, b, scale));
+        self.count += 1;
+    }
+
+    /// The contractions' lengths together.
+    fn depth(&self) -> usize {
+        self.terms.iter().flatten().map(|(k, ..)| k).sum()
+    }
+
+    /// Packs the right operands' columns into panels of `panel`.
+    fn pack<'b>(&self, columns: Range<usize>, panel: usize, mut memory: &'b mut [f32]) -> PackedTerms<'b>
+    where
+        'a: 'b,
+    {
+        let mut terms = [None; MOST_SMALL];
+        for (term, to) in self.terms.iter().flatten().zip(&mut terms) {
+            let (k, a, b, scale) = *term;
+            let (packed, rest) = memory.split_at_mut(k * columns.len().next_multiple_of(panel));
+            memory = rest;
+            pack_b(b, scale, 0..k, columns.clone(), panel, packed);
+            *to = Some((k, a, &*packed));
+        }
+        PackedTerms { terms, columns: columns.start }
+    }
+}
+
+/// [`SmallTerms`] whose right operands are packed from the column `columns` on.
+#[derive(Default)]
+struct PackedTerms<'a> {
+    terms: [Option<(usize, MatRef<'a>, &'a [f32])>; MOST_SMALL],
+    columns: usize,
+}
+
+impl PackedTerms<'_> {
+    /// What is summed up for the tile that starts at `row` and has the columns `cols`, after `first`, and how many they are.
+    #[inline]
+    fn segments(&self, first: Option<Segment>, row: usize, cols: &Range<usize>) -> ([Segment; MOST_SMALL + 1], usize) {
+        let nothing =
+            Segment { k: 0, a: std::ptr::null(), a_row_stride: 0, a_k_stride: 0, b: std::ptr::null(), b_stride: 0 };
+        let (mut segments, mut count) = ([nothing; MOST_SMALL + 1], 0);
+        if let Some(first) = first {
+            segments[0] = first;
+            count = 1;
+        }
+        for (k, a, packed) in self.terms.iter().flatten() {
+            segments[count] = Segment {
+                k: *k,
+                a: a.data[row * a.row_stride..].as_ptr(),
+                a_row_stride: a.row_stride,
+                a_k_stride: 1,
+                b: packed[(cols.start - self.columns) * k..].as_ptr(),
+                b_stride: packed_width(cols.len()),
+            };
+            count += 1;
+        }
+        (segments, count)
+    }
 }
 
 /// Elements from one packed row of a panel of `cols` columns to the next: the last panel is no wider than it must be.
@@ -529,20 +626,17 @@ pub fn gemm_in_place(m: usize, n: usize, k: usize, a: MatRef, b: MatRef, out: Ou
                         0 => addend.wrapping_add(at),
                         _ => c.cast_const(),
                     };
-                    let t = Tile {
+                    let product = Segment {
                         k,
                         a: a.data[row * a.row_stride + k0 * a.col_stride..].as_ptr(),
                         a_row_stride: a.row_stride,
                         a_k_stride: a.col_stride,
                         b: b.as_ptr(),
                         b_stride,
-                        c,
-                        c_stride: out.stride,
-                        addend,
-                        cols,
                     };
+                    let to = Target { c, stride: out.stride, addend, cols };
                     // SAFETY: the shapes were checked above, and B's columns are whole vectors.
-                    unsafe { kernel::run(isa(), &t, MR.min(m - row)) };
+                    unsafe { kernel::run(isa(), &[product], &to, MR.min(m - row)) };
                 }
             };
             if stride == cols {
@@ -598,10 +692,9 @@ fn pack_a(a: MatRef, m: usize, k: usize, packed: &mut [f32]) {
     });
 }
 
-/// Packs the rows `ks` and the columns `cols` of a term's right operand times `scale`: panels of [`kernel::panel_width`] columns one after the other,
-/// the last one as wide as [`packed_width`] says.
-fn pack_b(b: Rhs, scale: f32, ks: Range<usize>, cols: Range<usize>, packed: &mut [f32]) {
-    let width = kernel::panel_width(isa());
+/// Packs the rows `ks` and the columns `cols` of a term's right operand times `scale`: panels of `width` columns one after the other, the
+/// last one as wide as [`packed_width`] says.
+fn pack_b(b: Rhs, scale: f32, ks: Range<usize>, cols: Range<usize>, width: usize, packed: &mut [f32]) {
     let k = ks.len();
     let fill = |packed: &mut [f32], start: usize, wide: usize, source: MatRef| {
         let stride = packed_width(wide);
