@@ -1,7 +1,7 @@
 //! The register tile of the product of 8-bit integers, written once over a vector type and compiled for each instruction set. The sums
 //! are exact, so they are equal on all of them.
 
-use super::kernel::{MR, Portable, Segment, Target, Vector, accumulate, finish};
+use super::kernel::{MR, Portable, Segment, Target, Vector, accumulate, fetch, finish};
 use crate::int8::GROUP;
 use crate::isa::Int8Isa;
 
@@ -45,6 +45,7 @@ pub struct Int8Tile<'a> {
 unsafe fn tile<S: Sums, const ROWS: usize, const VECTORS: usize>(t: &Int8Tile) {
     // SAFETY (whole body): the caller of `run` promises that the tile's pointers cover its shape.
     unsafe {
+        fetch::<S::Float, ROWS, VECTORS>(&t.to);
         let lanes = S::Float::LANES;
         let mut acc = [[S::start(t.offsets); VECTORS]; ROWS];
         for row in &mut acc {

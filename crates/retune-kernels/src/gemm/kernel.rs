@@ -7,6 +7,8 @@ pub const MR: usize = 6;
 /// Vectors across a register tile: 6 × 4 accumulators leave room for the operands in 32 registers, 6 × 2 in 16.
 const WIDE: usize = 4;
 const NARROW: usize = 2;
+/// Steps of a contraction from which it lasts longer than fetching the tile's target.
+const LONG: usize = 64;
 
 /// A SIMD vector of f32.
 pub(super) trait Vector: Copy {
@@ -22,6 +24,8 @@ pub(super) trait Vector: Copy {
     /// `self + a * b`
     unsafe fn add_product(self, a: Self, b: Self) -> Self;
     unsafe fn times(self, other: Self) -> Self;
+    /// Has the cache line of an address fetched, where the machine can be asked to.
+    unsafe fn prefetch(_: *const f32) {}
 }
 
 /// What a tile sums up: `A[mr, k] · B[k, cols]`.
@@ -68,9 +72,26 @@ pub fn panel_width(isa: Isa) -> usize {
 unsafe fn tile<V: Vector, const ROWS: usize, const VECTORS: usize>(segments: &[Segment], to: &Target) {
     // SAFETY: passed on from the caller.
     unsafe {
+        if segments[0].k >= LONG {
+            fetch::<V, ROWS, VECTORS>(to);
+        }
         let mut acc = [[V::zero(); VECTORS]; ROWS];
         accumulate(&mut acc, segments);
         finish(acc, to);
+    }
+}
+
+/// Has the cache lines of a tile's target fetched, so that they are there when its sums are.
+///
+/// # Safety
+/// As for [`run`].
+#[inline(always)]
+pub(super) unsafe fn fetch<V: Vector, const ROWS: usize, const VECTORS: usize>(to: &Target) {
+    for i in 0..ROWS {
+        for j in 0..VECTORS {
+            // SAFETY: passed on from the caller; nothing is read.
+            unsafe { V::prefetch(to.c.wrapping_add(i * to.stride + j * V::LANES)) };
+        }
     }
 }
 
@@ -317,6 +338,11 @@ mod x86 {
         unsafe fn times(self, other: Self) -> Self {
             unsafe { _mm512_mul_ps(self, other) }
         }
+
+        #[inline(always)]
+        unsafe fn prefetch(at: *const f32) {
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+        }
     }
 
     #[inline(always)]
@@ -368,6 +394,11 @@ mod x86 {
         #[inline(always)]
         unsafe fn times(self, other: Self) -> Self {
             unsafe { _mm256_mul_ps(self, other) }
+        }
+
+        #[inline(always)]
+        unsafe fn prefetch(at: *const f32) {
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
         }
     }
 }

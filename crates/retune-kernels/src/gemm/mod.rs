@@ -21,7 +21,7 @@ use int8_kernel::Int8Tile;
 use kernel::{MR, Segment, Target};
 
 /// Longest run of the contraction between two visits of a tile of C.
-const KC: usize = 1024;
+const KC: usize = 1536;
 /// Rows of C up to which a right operand with contiguous columns is read in place: packing would cost as much as the product.
 const FEW_ROWS: usize = 4 * MR;
 /// The same where the right operand is read as it lies, wherever that is: what is used of it stays in the first-level cache.
