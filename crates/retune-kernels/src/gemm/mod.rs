@@ -13,6 +13,8 @@ mod kernel;
 use std::ops::Range;
 
 use crate::int8::{GROUP, Int8Matrix, Int8Rows, PANEL, runs};
+#[cfg(target_arch = "x86_64")]
+use crate::isa::Isa;
 use crate::isa::{int8_isa, isa};
 use crate::panel::PanelSource;
 use crate::parallel::{self, SharedMut};
@@ -743,6 +745,65 @@ fn pack_b(b: Rhs, scale: f32, ks: Range<usize>, cols: Range<usize>, width: usize
     }
 }
 
+/// Writes 16 columns of 16 values at a time, as many of the first `wide` as there are whole ones, as rows `width` elements apart; returns how
+/// many columns that were. The columns lie `stride` elements apart.
+#[inline(always)]
+fn turn_blocks(columns: &[f32], stride: usize, wide: usize, to: &mut [f32], width: usize) -> usize {
+    #[cfg(target_arch = "x86_64")]
+    if isa() == Isa::Avx512 {
+        let whole = wide / 16 * 16;
+        assert!(whole == 0 || (whole - 1) * stride + 16 <= columns.len() && 15 * width + whole <= to.len());
+        for column in (0..whole).step_by(16) {
+            // SAFETY: the machine has the features, and by the assertion both blocks lie inside their slices.
+            unsafe { turn_16(columns.as_ptr().add(column * stride), stride, to.as_mut_ptr().add(column), width) };
+        }
+        return whole;
+    }
+    let _ = (columns, stride, wide, to, width);
+    0
+}
+
+/// Writes the transpose of 16 × 16 values.
+///
+/// # Safety
+/// Both pointers are valid for 16 rows of 16 elements at their stride.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+unsafe fn turn_16(from: *const f32, from_stride: usize, to: *mut f32, to_stride: usize) {
+    use std::arch::x86_64::*;
+    // SAFETY (whole body): the caller promises that the pointers cover the blocks.
+    unsafe {
+        let mut rows = [_mm512_setzero_ps(); 16];
+        for (i, row) in rows.iter_mut().enumerate() {
+            *row = _mm512_loadu_ps(from.add(i * from_stride));
+        }
+        // Pairs, then fours of rows inside each quarter of a vector, then the quarters.
+        let mut pairs = [_mm512_setzero_ps(); 16];
+        for i in (0..16).step_by(2) {
+            pairs[i] = _mm512_unpacklo_ps(rows[i], rows[i + 1]);
+            pairs[i + 1] = _mm512_unpackhi_ps(rows[i], rows[i + 1]);
+        }
+        let mut fours = [_mm512_setzero_ps(); 16];
+        for i in (0..16).step_by(4) {
+            let [a, b, c, d] = [pairs[i], pairs[i + 1], pairs[i + 2], pairs[i + 3]].map(|v| _mm512_castps_pd(v));
+            fours[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, c));
+            fours[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, c));
+            fours[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d));
+            fours[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
+        }
+        for i in 0..4 {
+            let even = _mm512_shuffle_f32x4::<0x88>(fours[i], fours[i + 4]);
+            let odd = _mm512_shuffle_f32x4::<0xdd>(fours[i], fours[i + 4]);
+            let more_even = _mm512_shuffle_f32x4::<0x88>(fours[i + 8], fours[i + 12]);
+            let more_odd = _mm512_shuffle_f32x4::<0xdd>(fours[i + 8], fours[i + 12]);
+            _mm512_storeu_ps(to.add(i * to_stride), _mm512_shuffle_f32x4::<0x88>(even, more_even));
+            _mm512_storeu_ps(to.add((i + 4) * to_stride), _mm512_shuffle_f32x4::<0x88>(odd, more_odd));
+            _mm512_storeu_ps(to.add((i + 8) * to_stride), _mm512_shuffle_f32x4::<0xdd>(even, more_even));
+            _mm512_storeu_ps(to.add((i + 12) * to_stride), _mm512_shuffle_f32x4::<0xdd>(odd, more_odd));
+        }
+    }
+}
+
 #[inline(always)]
 fn copy_rows<const N: usize>(source: MatRef, to: &mut [f32]) {
     for (step, row) in to.as_chunks_mut::<N>().0.iter_mut().enumerate() {
@@ -778,7 +839,8 @@ crate::multiversion! {
                 rows.fill(0.0);
             }
             if steps == STEP && source.row_stride == 1 {
-                for column in 0..wide {
+                let turned = turn_blocks(&source.data[from..], source.col_stride, wide, rows, width);
+                for column in turned..wide {
                     let start = from + column * source.col_stride;
                     let Some(values) = source.data[start..].first_chunk::<STEP>() else { return };
                     for (step, &value) in values.iter().enumerate() {
