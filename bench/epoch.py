@@ -110,7 +110,7 @@ def print_losses(pair):
 def main():
     options = comparison.parser(__doc__, pairs=1)
     options.add_argument("--steps", type=int, help="default: the whole epoch")
-    options.add_argument("--tokens-per-pass", type=int, default=1024, help="of retune: more is faster and takes more memory")
+    options.add_argument("--tokens-per-pass", type=int, help="of retune; default: its own")
     options.add_argument("--only", choices=["retune", "torch"], help="run one side alone")
     args = comparison.parse(options)
     if args.steps is not None and args.steps < 1:

@@ -244,6 +244,14 @@ impl Model {
         let frozen = linears.filter(|linear| linear.weight.range().is_none());
         frozen.map(|l| Int8Matrix::planned_bytes(l.out_features, l.in_features, MOST_OUTLIERS)).sum()
     }
+
+    /// Bytes of the stored weights that a model in 8 bits still reads in every step.
+    pub fn stored_bytes_beside_int8(&self) -> usize {
+        match &self.embedding {
+            Weight::Frozen(matrix) => matrix.bytes_len(),
+            Weight::Trainable { .. } => 0,
+        }
+    }
 }
 
 /// Writes choices to a file: safetensors with the factors, the rest in its metadata.

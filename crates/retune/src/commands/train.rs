@@ -322,6 +322,7 @@ impl Run<'_> {
         let progress = trainer.progress.clone();
         let mut params = std::mem::take(&mut trainer.params);
         drop(trainer);
+        memory::give_back();
         if progress.best_loss.is_some() && progress.best_step != progress.total_steps {
             state::read_best(&folder.checkpoints(), progress.best_step, &mut params)?;
         }
@@ -467,10 +468,16 @@ impl Run<'_> {
         let tokens = tokens.min(longest * per_step).max(longest);
         let eval = self.data.eval.as_ref().map_or(&[][..], |eval| &eval.examples);
         let labels = most_labels(training, passes, self.config.data.shuffle, &self.data.train.examples, eval);
-        let base = self.checkpoint.file_bytes() as usize;
+        let file = self.checkpoint.file_bytes() as usize;
         let (trained, optimizer) = (2 * 4 * model.layout.len(), 2 * 4 * model.layout.len());
         let activations = Workspace::planned_bytes(model, keep, self.computes_int8(), tokens, labels);
-        let int8 = if self.computes_int8() { model.planned_int8_bytes() } else { 0 };
+        let (base, int8) = if self.computes_int8() {
+            // The whole file is read while the steps' memory is not in use: by the calibration before them and for the answers after them.
+            let kept = model.stored_bytes_beside_int8();
+            (kept.max(file.saturating_sub(activations + optimizer)), model.planned_int8_bytes())
+        } else {
+            (file, 0)
+        };
         let total = (base + int8 + trained + optimizer + activations + PROGRAM_BYTES) as u64;
         note!(
             "memory   {} planned: base {}, in int8 {}, {} with its gradient {}, optimizer {}, activations {} for passes of {tokens} tokens",
