@@ -20,7 +20,7 @@ use crate::scratch::{self, Purpose};
 pub(crate) const PANEL: usize = 64;
 /// Bytes of a panel's rows for four columns.
 pub(crate) const GROUP: usize = 4 * PANEL;
-/// About how many elements share a scale. The 576 inputs of a small model are one run: two cost 3% of a step.
+/// About how many elements share a scale. The 576 inputs of a small model are one run: two cost 1 to 4% of a step.
 const RUN: usize = 640;
 /// What makes a signed value an unsigned one, as the products want their left operand.
 const OFFSET: u8 = 128;
