@@ -42,15 +42,6 @@ pub fn available() -> Option<u64> {
     proc_bytes("/proc/meminfo", "MemAvailable")
 }
 
-/// Returns freed memory to the system now. glibc keeps it otherwise, unless it lies at the end of its heap.
-pub fn give_back() {
-    #[cfg(all(target_os = "linux", target_env = "gnu"))]
-    // SAFETY: no arguments that could be wrong; it locks the heap itself.
-    unsafe {
-        libc::malloc_trim(0);
-    }
-}
-
 /// Bytes as people read them.
 pub fn human(bytes: u64) -> String {
     const UNITS: [&str; 4] = ["kB", "MB", "GB", "TB"];

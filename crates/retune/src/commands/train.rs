@@ -322,7 +322,6 @@ impl Run<'_> {
         let progress = trainer.progress.clone();
         let mut params = std::mem::take(&mut trainer.params);
         drop(trainer);
-        memory::give_back();
         if progress.best_loss.is_some() && progress.best_step != progress.total_steps {
             state::read_best(&folder.checkpoints(), progress.best_step, &mut params)?;
         }
