@@ -62,32 +62,70 @@ impl Block {
         Self { first, len, keys: low..position + len, diagonal: position - low }
     }
 
-    /// Sets the scores of what a query does not see to −∞.
+    /// The keys in parts, and the first query whose scores with a part are computed: the later a part, the fewer queries see it, a vector
+    /// of them less each time.
+    fn parts(&self) -> impl Iterator<Item = (Range<usize>, usize)> {
+        (0..self.len).step_by(LANES).map(|first| {
+            let start = if first == 0 { 0 } else { self.diagonal + first };
+            (start..self.seen(first / LANES), first)
+        })
+    }
+
+    /// How many keys the queries of a vector see.
+    fn seen(&self, vector: usize) -> usize {
+        (self.diagonal + (vector + 1) * LANES).min(self.keys.len())
+    }
+
+    /// Sets the scores of what a query does not see to −∞, among those that are computed.
     fn mask(&self, heads: &Heads, scores: &mut [f32]) {
         let window = heads.window.unwrap_or(usize::MAX);
         for (key, row) in scores.chunks_exact_mut(BLOCK).enumerate() {
             // Queries before the first do not reach this far; those from the end on no longer look back to it.
             let first = key.saturating_sub(self.diagonal);
             let end = key.saturating_add(window).saturating_sub(self.diagonal).min(self.len);
-            row[..first].fill(f32::NEG_INFINITY);
+            row[first / LANES * LANES..first].fill(f32::NEG_INFINITY);
             row[end..self.len].fill(f32::NEG_INFINITY);
         }
     }
 }
 
-/// A block's scores `S: [keys, BLOCK]`, transposed: `K·Qᵀ` where `keys` are K's rows and `queries` the block's, unscaled.
+/// A block's scores `S: [keys, BLOCK]`, transposed: `K·Qᵀ` where `keys` are K's rows and `queries` the block's, unscaled. What no query of
+/// a vector sees is left as it was.
 fn transposed_product(keys: MatRef, queries: MatRef, block: &Block, d: usize, to: &mut [f32]) {
     scratch::with(Purpose::Heads, d * BLOCK, |memory| {
         let (queries, columns) = transpose_rows(queries, block.len, d, memory);
-        gemm_in_place(block.keys.len(), columns, d, keys, queries, Out::set(to, BLOCK));
+        for (part, first) in block.parts() {
+            let to = Out::set(&mut to[part.start * BLOCK + first..], BLOCK);
+            gemm_in_place(part.len(), columns - first, d, keys.from(part.start, 0), queries.from(0, first), to);
+        }
     });
 }
 
+/// `Sᵀ·X: [block.len, d]` for a block's transposed scores and the rows `x: [keys, d]`.
+fn scored_sum(scores: &[f32], x: MatRef, block: &Block, d: usize, to: &mut [f32]) {
+    let scores = MatRef::rows(scores, BLOCK).t();
+    for (part, first) in block.parts() {
+        let to = &mut to[first * d..];
+        let to = if first == 0 { Out::set(to, d) } else { Out::add(to, d) };
+        gemm_in_place(block.len - first, d, part.len(), scores.from(first, part.start), x.from(part.start, 0), to);
+    }
+}
+
+/// Adds `S·X: [keys, d]` for a block's transposed scores and the rows `x: [block.len, d]`.
+fn add_scored_rows(scores: &[f32], x: MatRef, block: &Block, d: usize, to: &mut [f32]) {
+    let scores = MatRef::rows(scores, BLOCK);
+    for (part, first) in block.parts() {
+        let to = Out::add(&mut to[part.start * d..], d);
+        gemm_in_place(part.len(), d, block.len - first, scores.from(part.start, first), x.from(first, 0), to);
+    }
+}
+
 multiversion! {
-    /// Turns the first `columns` scores of rows `[keys, BLOCK]` (and what fills their last vector) into exp(scale · (score − largest)), column by
+    /// Turns the scores `[keys, BLOCK]` of a block (and what fills their last vector) into exp(scale · (score − largest)), column by
     /// column; writes scale · largest and the sum of each.
-    fn softmax_columns(scores: &mut [f32], columns: usize, scale: f32, largest: &mut [f32; BLOCK], sums: &mut [f32; BLOCK]) {
-        for vector in 0..columns.div_ceil(LANES) {
+    fn softmax_columns(scores: &mut [f32], block: &Block, scale: f32, largest: &mut [f32; BLOCK], sums: &mut [f32; BLOCK]) {
+        for vector in 0..block.len.div_ceil(LANES) {
+            let scores = &mut scores[..block.seen(vector) * BLOCK];
             let mut most = [f32::NEG_INFINITY; LANES];
             for row in scores.as_chunks::<BLOCK>().0 {
                 let row = &row.as_chunks::<LANES>().0[vector];
@@ -147,10 +185,9 @@ pub fn forward(heads: &Heads, segments: &[Segment], q: &[f32], k: &[f32], v: &[f
             transposed_product(keys, queries, &block, d, scores);
             block.mask(heads, scores);
             let (mut largest, mut sums) = ([0.0; BLOCK], [0.0; BLOCK]);
-            softmax_columns(scores, block.len, heads.scale, &mut largest, &mut sums);
+            softmax_columns(scores, &block, heads.scale, &mut largest, &mut sums);
             scratch::with(Purpose::Row, block.len * d, |result| {
-                let values = MatRef::rows(&v[key_start..], k_stride);
-                gemm_in_place(block.len, d, width, MatRef::rows(scores, BLOCK).t(), values, Out::set(result, d));
+                scored_sum(scores, MatRef::rows(&v[key_start..], k_stride), &block, d, result);
                 for (i, row) in result.chunks_exact(d).enumerate() {
                     // SAFETY: one piece, one head of the block's tokens.
                     let (to, lse) = unsafe {
@@ -165,9 +202,11 @@ pub fn forward(heads: &Heads, segments: &[Segment], q: &[f32], k: &[f32], v: &[f
 }
 
 multiversion! {
-    /// P = exp(scale · S − lse) and dS = scale · P ⊙ (dP − D), in place, for the first `columns` of rows `[keys, BLOCK]`.
-    fn gradient_columns(scores: &mut [f32], gradients: &mut [f32], columns: usize, scale: f32, lse: &[f32; BLOCK], delta: &[f32; BLOCK]) {
-        for vector in 0..columns.div_ceil(LANES) {
+    /// P = exp(scale · S − lse) and dS = scale · P ⊙ (dP − D), in place, for a block's scores `[keys, BLOCK]`.
+    fn gradient_columns(scores: &mut [f32], gradients: &mut [f32], block: &Block, scale: f32, lse: &[f32; BLOCK], delta: &[f32; BLOCK]) {
+        for vector in 0..block.len.div_ceil(LANES) {
+            let end = block.seen(vector) * BLOCK;
+            let (scores, gradients) = (&mut scores[..end], &mut gradients[..end]);
             let (lse, delta) = (lse.as_chunks::<LANES>().0[vector], delta.as_chunks::<LANES>().0[vector]);
             for (s, g) in scores.as_chunks_mut::<BLOCK>().0.iter_mut().zip(gradients.as_chunks_mut::<BLOCK>().0) {
                 let (s, g) = (&mut s.as_chunks_mut::<LANES>().0[vector], &mut g.as_chunks_mut::<LANES>().0[vector]);
@@ -304,21 +343,17 @@ fn part_backward(
                 transposed_product(keys, queries, &block, d, scores);
                 transposed_product(values, out_gradients, &block, d, gradients);
                 block.mask(heads, scores);
-                gradient_columns(scores, gradients, block.len, heads.scale, &lse, &delta);
+                gradient_columns(scores, gradients, &block, heads.scale, &lse, &delta);
                 scratch::with(Purpose::Row, block.len * d, |rows| {
-                    gemm_in_place(block.len, d, width, MatRef::rows(gradients, BLOCK).t(), keys, Out::set(rows, d));
+                    scored_sum(gradients, keys, &block, d, rows);
                     for (i, row) in rows.chunks_exact(d).enumerate() {
                         // SAFETY: one piece, one head of the block's tokens.
                         unsafe { dq.slice(start + i * q_stride, d).copy_from_slice(row) };
                     }
                 });
                 let seen = block.keys.start * d..block.keys.end * d;
-                for (own, left, right) in
-                    [(&mut *own_dk, &*gradients, queries), (&mut *own_dv, &*scores, out_gradients)]
-                {
-                    let to = Out::add(&mut own[seen.clone()], d);
-                    gemm_in_place(width, d, block.len, MatRef::rows(left, BLOCK), right, to);
-                }
+                add_scored_rows(gradients, queries, &block, d, &mut own_dk[seen.clone()]);
+                add_scored_rows(scores, out_gradients, &block, d, &mut own_dv[seen]);
             });
         });
     }

@@ -61,6 +61,14 @@ impl<'a> MatRef<'a> {
         Self { data: self.data, row_stride: self.col_stride, col_stride: self.row_stride }
     }
 
+    /// What lies from a row and a column on.
+    ///
+    /// # Panics
+    /// When that is beyond the data.
+    pub fn from(self, row: usize, col: usize) -> Self {
+        Self { data: &self.data[row * self.row_stride + col * self.col_stride..], ..self }
+    }
+
     fn covers(&self, rows: usize, cols: usize) -> bool {
         rows == 0 || cols == 0 || (rows - 1) * self.row_stride + (cols - 1) * self.col_stride < self.data.len()
     }
