@@ -7,6 +7,7 @@
 //!
 //! Blocking after Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication" (2008).
 
+mod gradient;
 mod int8_kernel;
 mod kernel;
 mod pack;
@@ -18,6 +19,7 @@ use crate::isa::{int8_isa, isa};
 use crate::panel::PanelSource;
 use crate::parallel::{self, SharedMut};
 use crate::scratch::{self, Purpose};
+use gradient::Gradient;
 use int8_kernel::Int8Tile;
 use kernel::{MR, Segment, Target};
 pub use pack::transpose_rows;
@@ -37,7 +39,9 @@ const MOST_SMALL: usize = 2;
 const GROUP_COLS: usize = 64;
 /// The same where quantized rows of more than [`CACHED`] bytes would be read from memory again for each of those.
 const WIDE_GROUP_COLS: usize = 256;
-/// Bytes that stay in a second-level cache.
+/// Bytes of a right operand that stay in a second-level cache while rows of the left one pass by.
+const GROUP_BYTES: usize = 768 << 10;
+/// Bytes of rows that stay in a second-level cache.
 const CACHED: usize = 512 << 10;
 /// Tiles of a run of quantized rows that do.
 const INT8_TILES: usize = 96;
@@ -228,6 +232,14 @@ pub fn gemm<'a>(m: usize, n: usize, terms: &[Term], out: Out<'a>) -> &'a mut [f3
     }
     terms.iter().for_each(|term| term.check(m, n));
     assert!(!terms.is_empty(), "a product of nothing");
+    if let [Term::F32 { k, a, b: Rhs::View(b), scale }] = *terms
+        && (a.row_stride, b.col_stride) == (1, 1)
+        && m > FEW_ROWS
+        && a.col_stride > 1
+    {
+        Gradient { m, n, k, a, b, scale, c: SharedMut::new(data), stride, to }.run();
+        return data;
+    }
     let packed_a: usize = terms.iter().map(Term::packed_k).sum();
     let m_padded = m.next_multiple_of(MR);
     scratch::with(Purpose::PackedA, packed_a * m_padded, |packed| {
@@ -269,7 +281,16 @@ impl Job<'_> {
         let threads = rayon::current_num_threads();
         let int8_bytes = |term: &Term| if let Term::Int8 { a, .. } = term { self.m * a.cols() } else { 0 };
         let most = self.terms.iter().map(int8_bytes).fold(0, usize::max);
-        let least = if most > CACHED && self.n >= 4 * WIDE_GROUP_COLS * threads { WIDE_GROUP_COLS } else { GROUP_COLS };
+        let depth = |term: &Term| if let Term::F32 { k, .. } = term { KC.min(*k) } else { 0 };
+        let least = if most == 0 {
+            let packed = GROUP_BYTES / (4 * self.terms.iter().map(depth).fold(1, usize::max));
+            // No fewer than two for each thread.
+            (packed.min(self.n / (2 * threads)) / GROUP_COLS * GROUP_COLS).max(GROUP_COLS)
+        } else if most > CACHED && self.n >= 4 * WIDE_GROUP_COLS * threads {
+            WIDE_GROUP_COLS
+        } else {
+            GROUP_COLS
+        };
         // A multiple of the panels of weights in 8 bits as well.
         let columns = self.terms.iter().map(block).fold(least, usize::max).next_multiple_of(width.max(PANEL));
         let groups = self.n.div_ceil(columns);
@@ -356,10 +377,10 @@ impl Job<'_> {
             }
             scratch::with(Purpose::PackedB, columns.len().next_multiple_of(width) * k, |packed_b| {
                 pack_b(b, scale, k0..k0 + k, columns.clone(), width, packed_b);
-                for start in columns.clone().step_by(width) {
-                    let cols = width.min(columns.end - start);
-                    let b = &packed_b[(start - columns.start) * k..];
-                    for tile in tiles.clone() {
+                for tile in tiles.clone() {
+                    for start in columns.clone().step_by(width) {
+                        let cols = width.min(columns.end - start);
+                        let b = &packed_b[(start - columns.start) * k..];
                         let columns = start..start + cols;
                         self.tile(a, k0, k, tile * MR, columns, b, packed_width(cols), first, small);
                     }

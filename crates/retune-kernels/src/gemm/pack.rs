@@ -24,36 +24,55 @@ pub fn transpose_rows<'a>(rows: MatRef, n: usize, k: usize, memory: &'a mut [f32
     (MatRef::rows(to, columns), columns)
 }
 
+/// How many steps ahead the values of a left operand are fetched: each lies on a page of its own, where the machine does not do so by itself.
+const AHEAD: usize = 16;
+
+/// Has the cache lines of `len` values fetched, where the machine can be asked to. Nothing is read: the address may be beyond the data.
+#[inline(always)]
+fn fetch(from: *const f32, len: usize) {
+    #[cfg(target_arch = "x86_64")]
+    for value in (0..len).step_by(16) {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: a hint that never faults; every x86-64 machine has it.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(value).cast()) };
+    }
+    let _ = (from, len);
+}
+
 /// Packs a left operand whose rows are not contiguous: tiles of [`MR`] rows, `k` steps each.
 pub(super) fn pack_a(a: MatRef, m: usize, k: usize, packed: &mut [f32]) {
-    const GROUP: usize = 16;
-    let tiles = m.div_ceil(MR);
+    const GROUP: usize = 16 * MR;
     let shared = SharedMut::new(packed);
-    parallel::for_each(tiles.div_ceil(GROUP), |group| {
-        let first = group * GROUP;
-        let last = (first + GROUP).min(tiles);
+    parallel::for_each(m.div_ceil(GROUP), |group| {
+        let rows = group * GROUP..((group + 1) * GROUP).min(m);
         // SAFETY: groups own disjoint tiles.
-        let packed = unsafe { shared.slice(first * MR * k, (last - first) * MR * k) };
-        let rows = (last * MR).min(m) - first * MR;
-        for step in 0..k {
-            let start = first * MR * a.row_stride + step * a.col_stride;
-            if a.row_stride == 1 {
-                let source = &a.data[start..start + rows];
-                let mut tiles = source.chunks_exact(MR);
-                for (tile, values) in tiles.by_ref().enumerate() {
-                    let to = tile * MR * k + step * MR;
-                    packed[to..to + MR].copy_from_slice(values);
-                }
-                for (i, &value) in tiles.remainder().iter().enumerate() {
-                    packed[rows / MR * MR * k + step * MR + i] = value;
-                }
-            } else {
-                for row in 0..rows {
-                    packed[row / MR * MR * k + step * MR + row % MR] = a.data[start + row * a.row_stride];
-                }
+        let packed = unsafe { shared.slice(rows.start * k, rows.len().next_multiple_of(MR) * k) };
+        pack_columns(a, rows, 0..k, packed);
+    });
+}
+
+/// Packs the rows `rows` and the steps `ks` of a left operand into tiles of [`MR`] rows, of which the last may be filled in part.
+pub(super) fn pack_columns(a: MatRef, rows: Range<usize>, ks: Range<usize>, packed: &mut [f32]) {
+    let (rows, first, k) = (rows.len(), rows.start * a.row_stride, ks.len());
+    for (i, step) in ks.enumerate() {
+        let start = first + step * a.col_stride;
+        if a.row_stride == 1 {
+            fetch(a.data.as_ptr().wrapping_add(start + AHEAD * a.col_stride), rows);
+            let source = &a.data[start..start + rows];
+            let mut tiles = source.chunks_exact(MR);
+            for (tile, values) in tiles.by_ref().enumerate() {
+                let to = tile * MR * k + i * MR;
+                packed[to..to + MR].copy_from_slice(values);
+            }
+            for (row, &value) in tiles.remainder().iter().enumerate() {
+                packed[rows / MR * MR * k + i * MR + row] = value;
+            }
+        } else {
+            for row in 0..rows {
+                packed[row / MR * MR * k + i * MR + row % MR] = a.data[start + row * a.row_stride];
             }
         }
-    });
+    }
 }
 
 /// Packs the rows `ks` and the columns `cols` of a term's right operand times `scale`: panels of `width` columns one after the other, the
