@@ -137,7 +137,7 @@ multiversion! {
             for row in scores.as_chunks_mut::<BLOCK>().0 {
                 let row = &mut row.as_chunks_mut::<LANES>().0[vector];
                 for i in 0..LANES {
-                    row[i] = exp(scale * (row[i] - most[i]));
+                    row[i] = exp::<FMA>(scale * (row[i] - most[i]));
                     sum[i] += row[i];
                 }
             }
@@ -211,7 +211,7 @@ multiversion! {
             for (s, g) in scores.as_chunks_mut::<BLOCK>().0.iter_mut().zip(gradients.as_chunks_mut::<BLOCK>().0) {
                 let (s, g) = (&mut s.as_chunks_mut::<LANES>().0[vector], &mut g.as_chunks_mut::<LANES>().0[vector]);
                 for i in 0..LANES {
-                    let p = exp(scale * s[i] - lse[i]);
+                    let p = exp::<FMA>(scale * s[i] - lse[i]);
                     s[i] = p;
                     g[i] = scale * p * (g[i] - delta[i]);
                 }

@@ -27,23 +27,23 @@ multiversion! {
             let mut blocks = row.chunks_exact_mut(LANES);
             for block in blocks.by_ref() {
                 for i in 0..LANES {
-                    block[i] = exp(block[i] - largest);
+                    block[i] = exp::<FMA>(block[i] - largest);
                     sums[i] += block[i];
                 }
             }
             for v in blocks.into_remainder() {
-                *v = exp(*v - largest);
+                *v = exp::<FMA>(*v - largest);
                 rest += *v;
             }
         } else {
             let mut blocks = row.chunks_exact(LANES);
             for block in blocks.by_ref() {
                 for i in 0..LANES {
-                    sums[i] += exp(block[i] - largest);
+                    sums[i] += exp::<FMA>(block[i] - largest);
                 }
             }
             for &v in blocks.remainder() {
-                rest += exp(v - largest);
+                rest += exp::<FMA>(v - largest);
             }
         }
         (largest, sum_lanes(sums) + rest)

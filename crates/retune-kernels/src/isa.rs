@@ -131,7 +131,8 @@ pub fn int8_isa() -> Int8Isa {
 }
 
 /// Compiles a plain function once per instruction set and calls the version for [`isa`](crate::isa::isa). The compiler vectorises the
-/// body; it must be written so that it can (fixed-width lanes for reductions, no calls that do not inline).
+/// body; it must be written so that it can (fixed-width lanes for reductions, no calls that do not inline). In the body, `FMA` is a constant:
+/// whether that version's instruction set has a fused multiplication and addition, for [`exp`](crate::vector::exp).
 #[macro_export]
 macro_rules! multiversion {
     ($(#[$meta:meta])* $vis:vis fn $name:ident($($arg:ident : $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
@@ -140,15 +141,15 @@ macro_rules! multiversion {
         $vis fn $name($($arg: $ty),*) $(-> $ret)? {
             #[inline(always)]
             #[allow(clippy::too_many_arguments)]
-            fn body($($arg: $ty),*) $(-> $ret)? $body
+            fn body<const FMA: bool>($($arg: $ty),*) $(-> $ret)? $body
             #[cfg(target_arch = "x86_64")]
             {
                 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")]
                 #[allow(clippy::too_many_arguments)]
-                fn avx512($($arg: $ty),*) $(-> $ret)? { body($($arg),*) }
+                fn avx512($($arg: $ty),*) $(-> $ret)? { body::<true>($($arg),*) }
                 #[target_feature(enable = "avx2,fma,f16c")]
                 #[allow(clippy::too_many_arguments)]
-                fn avx2($($arg: $ty),*) $(-> $ret)? { body($($arg),*) }
+                fn avx2($($arg: $ty),*) $(-> $ret)? { body::<true>($($arg),*) }
                 match $crate::isa::isa() {
                     // SAFETY: `isa` returns a variant only when the machine has its features.
                     $crate::isa::Isa::Avx512 => return unsafe { avx512($($arg),*) },
@@ -157,7 +158,7 @@ macro_rules! multiversion {
                     $crate::isa::Isa::Portable => {}
                 }
             }
-            body($($arg),*)
+            body::<false>($($arg),*)
         }
     };
 }

@@ -9,7 +9,7 @@ const PIECE: usize = 1 << 14;
 multiversion! {
     fn forward_piece(gate: &[f32], up: &[f32], h: &mut [f32]) {
         for ((h, &e), &u) in h.iter_mut().zip(gate).zip(up) {
-            *h = e / (1.0 + exp(-e)) * u;
+            *h = e / (1.0 + exp::<FMA>(-e)) * u;
         }
     }
 }
@@ -30,7 +30,7 @@ pub fn forward(gate: &[f32], up: &[f32], h: &mut [f32]) {
 multiversion! {
     fn backward_piece(gate: &mut [f32], up: &mut [f32], dh: &mut [f32]) {
         for ((e, u), g) in gate.iter_mut().zip(up).zip(dh) {
-            let sigma = 1.0 / (1.0 + exp(-*e));
+            let sigma = 1.0 / (1.0 + exp::<FMA>(-*e));
             let silu = *e * sigma;
             let (du, de) = (*g * silu, *g * *u * sigma * (1.0 + *e * (1.0 - sigma)));
             *g = silu * *u;
