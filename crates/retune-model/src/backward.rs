@@ -51,7 +51,8 @@ impl Model {
         let (d, v) = (self.config.hidden_size, self.config.vocab_size);
         let _span = span(Operation::Head);
         let norm = &head.norm[..rows * d];
-        self.head.forward(params, norm, &mut head.u, None, &mut temporary.linear, Out::set(logits, v));
+        let out = [(&self.head, Out::set(&mut *logits, v))];
+        linear::forward(out, params, norm, &mut head.u, None, &mut temporary.linear);
     }
 
     /// Copies rows of the last layer's output together and normalises them.
@@ -104,7 +105,8 @@ impl Model {
                 let _span = span(Operation::Head);
                 let norm = &head.norm[..rows * d];
                 let logits = &mut head.logits[..rows * v];
-                self.head.forward(params, norm, &mut head.u, None, &mut temporary.linear, Out::set(logits, v));
+                let out = [(&self.head, Out::set(&mut *logits, v))];
+                linear::forward(out, params, norm, &mut head.u, None, &mut temporary.linear);
                 cross_entropy::forward_backward(logits, &head.targets, losses, backward);
             }
             if let Some(grads) = grads.as_deref_mut() {
@@ -140,9 +142,9 @@ impl Model {
                 let labels = logits.chunks_exact_mut(v).zip(&*targets).zip(&mut *label_gradients);
                 labels.for_each(|((row, &target), gradient)| *gradient = std::mem::take(&mut row[target as usize]));
             }
-            let branch = Branch { linear: &self.head, g: logits, u };
+            let branch = Branch { linear: &self.head, g: logits };
             let dx = below.then(|| &mut dnorm[..rows * d]);
-            linear::backward(&[branch], params, grads, &norm[..rows * d], None, &mut temporary.linear, dx);
+            linear::backward(&[branch], params, grads, &norm[..rows * d], u, None, &mut temporary.linear, dx);
             if exact_labels && below {
                 let weight = self.head.weight.source(params);
                 embedding::add_scaled_rows(weight.panel(), targets, label_gradients, &mut dnorm[..rows * d]);
@@ -230,12 +232,12 @@ impl Layer {
         let dropout = dropout.as_ref();
         let Temporary { norm, hidden, dx, dnorm, dattention, dq, dk, dv, linear: scratch, segments } = temporary;
         let (norm, dx, dnorm) = (&mut norm[..tokens * d], &mut dx[..tokens * d], &mut dnorm[..tokens * d]);
-        let [u_q, u_k, u_v, u_o, u_gate, u_up, u_down] = &saved.u;
+        let [u_qkv, u_o, u_gate_up, u_down] = &saved.u;
 
         // MLP: dx is the gradient of the down projection's output as well as of the residual stream.
         let hidden = &mut hidden[..tokens * f];
         let (gate, up) = (&mut saved.gate[..tokens * f], &mut saved.up[..tokens * f]);
-        let branch = [Branch { linear: &self.down, g: dx, u: u_down }];
+        let branch = [Branch { linear: &self.down, g: dx }];
         linear::project_gradients(&branch, params, tokens, scratch);
         linear::input_gradient(&branch, params, tokens, dropout, scratch, hidden);
         {
@@ -243,7 +245,7 @@ impl Layer {
             swiglu::backward(gate, up, hidden);
         }
         // The activation has just been recomputed into the place of its gradient.
-        linear::parameter_gradients(&branch, grads, hidden, dropout, scratch);
+        linear::parameter_gradients(&branch, grads, hidden, u_down, dropout, scratch);
         let below = needs_input || self.trains_attention();
         let further = below || self.post_norm.is_trainable();
         if !further && !self.gate.is_trainable() && !self.up.is_trainable() {
@@ -254,8 +256,8 @@ impl Layer {
             let _span = span(Operation::Norm);
             rms_norm::forward(residual, self.post_norm.values(params), eps, norm);
         }
-        let branches = [Branch { linear: &self.gate, g: gate, u: u_gate }, Branch { linear: &self.up, g: up, u: u_up }];
-        linear::backward(&branches, params, grads, norm, dropout, scratch, further.then_some(&mut *dnorm));
+        let branches = [Branch { linear: &self.gate, g: gate }, Branch { linear: &self.up, g: up }];
+        linear::backward(&branches, params, grads, norm, u_gate_up, dropout, scratch, further.then_some(&mut *dnorm));
         if !further {
             return;
         }
@@ -272,9 +274,9 @@ impl Layer {
         let further = needs_input || self.trains_attention_input();
         let attention = &saved.attention[..tokens * wide];
         let dattention = &mut dattention[..tokens * wide];
-        let branch = Branch { linear: &self.o, g: dx, u: u_o };
+        let branch = Branch { linear: &self.o, g: dx };
         let to_attention = further.then_some(&mut *dattention);
-        linear::backward(&[branch], params, grads, attention, dropout, scratch, to_attention);
+        linear::backward(&[branch], params, grads, attention, u_o, dropout, scratch, to_attention);
         if !further {
             return;
         }
@@ -293,14 +295,11 @@ impl Layer {
             let _span = span(Operation::Norm);
             rms_norm::forward(x, self.input_norm.values(params), eps, norm);
         }
-        let branches = [
-            Branch { linear: &self.q, g: dq, u: u_q },
-            Branch { linear: &self.k, g: dk, u: u_k },
-            Branch { linear: &self.v, g: dv, u: u_v },
-        ];
+        let branches =
+            [Branch { linear: &self.q, g: dq }, Branch { linear: &self.k, g: dk }, Branch { linear: &self.v, g: dv }];
         let input = needs_input || self.input_norm.is_trainable();
         let to_norm = input.then_some(&mut *dnorm);
-        linear::backward(&branches, params, grads, norm, dropout, scratch, to_norm);
+        linear::backward(&branches, params, grads, norm, u_qkv, dropout, scratch, to_norm);
         if input {
             let _span = span(Operation::Norm);
             let weight = self.input_norm.values(params);

@@ -5,7 +5,7 @@ use retune_kernels::gemm::Out;
 use retune_kernels::{bf16, embedding, rms_norm, rope, swiglu};
 
 use crate::generate::LayerCache;
-use crate::linear::Dropout;
+use crate::linear::{self, Dropout};
 use crate::model::{Layer, Model};
 use crate::pass::Pass;
 use crate::profile::{Operation, span};
@@ -88,7 +88,7 @@ impl Layer {
         let dropout = dropout.as_ref();
         let norm = &mut temporary.norm[..tokens * d];
         let scratch = &mut temporary.linear;
-        let [u_q, u_k, u_v, u_o, u_gate, u_up, u_down] = &mut saved.u;
+        let [u_qkv, u_o, u_gate_up, u_down] = &mut saved.u;
         {
             let _span = span(Operation::Norm);
             rms_norm::forward(x, self.input_norm.values(params), c.rms_norm_eps, norm);
@@ -96,9 +96,12 @@ impl Layer {
         let q = &mut saved.q[..tokens * wide];
         let k = &mut saved.k[..tokens * narrow];
         let v = &mut saved.v[..tokens * narrow];
-        self.q.forward(params, norm, u_q, dropout, scratch, Out::set(q, wide));
-        self.k.forward(params, norm, u_k, dropout, scratch, Out::set(k, narrow));
-        self.v.forward(params, norm, u_v, dropout, scratch, Out::set(v, narrow));
+        let qkv = [
+            (&self.q, Out::set(&mut *q, wide)),
+            (&self.k, Out::set(&mut *k, narrow)),
+            (&self.v, Out::set(&mut *v, narrow)),
+        ];
+        linear::forward(qkv, params, norm, u_qkv, dropout, scratch);
         {
             let _span = span(Operation::Rope);
             rope::forward(q, positions, rope);
@@ -127,15 +130,16 @@ impl Layer {
         }
         let attention = &saved.attention[..tokens * wide];
         let residual = &mut saved.residual[..tokens * d];
-        self.o.forward(params, attention, u_o, dropout, scratch, Out::sum(residual, d, x));
+        let o = [(&self.o, Out::sum(&mut *residual, d, x))];
+        linear::forward(o, params, attention, u_o, dropout, scratch);
         {
             let _span = span(Operation::Norm);
             rms_norm::forward(residual, self.post_norm.values(params), c.rms_norm_eps, norm);
         }
         let gate = &mut saved.gate[..tokens * f];
         let up = &mut saved.up[..tokens * f];
-        self.gate.forward(params, norm, u_gate, dropout, scratch, Out::set(gate, f));
-        self.up.forward(params, norm, u_up, dropout, scratch, Out::set(up, f));
+        let gate_up = [(&self.gate, Out::set(&mut *gate, f)), (&self.up, Out::set(&mut *up, f))];
+        linear::forward(gate_up, params, norm, u_gate_up, dropout, scratch);
         // Even a rerun without output needs the adapter's projection of the activation for the backward.
         if output.is_none() && self.down.lora.is_none() {
             return;
@@ -147,9 +151,10 @@ impl Layer {
         }
         match output {
             Some(output) => {
-                self.down.forward(params, hidden, u_down, dropout, scratch, Out::sum(output, d, residual));
+                let down = [(&self.down, Out::sum(output, d, residual))];
+                linear::forward(down, params, hidden, u_down, dropout, scratch);
             }
-            None => self.down.project(params, hidden, u_down, dropout, scratch),
+            None => linear::project(&[&self.down], params, hidden, u_down, dropout, scratch),
         }
     }
 }

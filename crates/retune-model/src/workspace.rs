@@ -1,12 +1,14 @@
 //! The memory of a pass: what the forward keeps for the backward, and the buffers both work in. It is allocated for the largest pass and
 //! reused, so a steady step allocates nothing.
 
+use std::ops::Range;
+
 use retune_kernels::attention::{self, Segment};
 use retune_kernels::{bf16, rope};
 use serde::{Deserialize, Serialize};
 
-use crate::linear::{Linear, LinearScratch};
-use crate::model::Model;
+use crate::linear::{self, Linear, LinearScratch};
+use crate::model::{Layer, Model};
 
 /// Most bytes of logits that exist at once: the head works through the label tokens in blocks of rows. In f32 each block decodes and packs
 /// the whole head, so blocks are large; in 8 bits the head lies ready, so they stay in the cache.
@@ -47,8 +49,8 @@ pub struct LayerSaved {
     pub gate: Vec<f32>,
     /// `[T, F]`
     pub up: Vec<f32>,
-    /// The adapters' inputs projected by A, `[T, r]`, in the order of [`crate::model::Layer::linears`].
-    pub u: [Vec<f32>; 7],
+    /// The adapters' inputs projected by A, `[T, Σ r]`: of q, k and v, of the output projection, of gate and up, and of the down projection.
+    pub u: [Vec<f32>; 4],
 }
 
 impl LayerSaved {
@@ -271,7 +273,12 @@ impl Workspace {
             _ => (2, 1),
         };
         self.x[..inputs].iter_mut().for_each(|x| grow(x, tokens * c.hidden_size));
-        for (saved, layer) in self.layers[..saved].iter_mut().zip(&model.layers) {
+        let ranks = |range: Range<usize>| {
+            let of_layer = |layer: &Layer| linear::ranks(layer.linears()[range.clone()].iter().copied());
+            model.layers.iter().map(of_layer).max().unwrap_or(0)
+        };
+        let ranks = [0..3, 3..4, 4..6, 6..7].map(ranks);
+        for saved in &mut self.layers[..saved] {
             grow(&mut saved.q, tokens * q);
             grow(&mut saved.k, tokens * k);
             grow(&mut saved.v, tokens * k);
@@ -280,10 +287,9 @@ impl Workspace {
             grow(&mut saved.residual, tokens * c.hidden_size);
             grow(&mut saved.gate, tokens * c.intermediate_size);
             grow(&mut saved.up, tokens * c.intermediate_size);
-            for (i, (u, linear)) in saved.u.iter_mut().zip(layer.linears()).enumerate() {
-                // A workspace with one saved layer serves all of them.
-                let rank = model.layers.iter().map(|l| l.linears()[i].rank()).max().unwrap_or(0);
-                grow(u, tokens * rank.max(linear.rank()));
+            // A workspace with one saved layer serves all of them.
+            for (u, ranks) in saved.u.iter_mut().zip(ranks) {
+                grow(u, tokens * ranks);
             }
         }
         let t = &mut self.temporary;

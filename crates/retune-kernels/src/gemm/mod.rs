@@ -28,7 +28,7 @@ use pack::{pack_a, pack_b, pack_panel, packed_width};
 /// Longest run of the contraction between two visits of a tile of C.
 const KC: usize = 1536;
 /// Rows of C up to which a right operand with contiguous columns is read in place: packing would cost as much as the product.
-const FEW_ROWS: usize = 4 * MR;
+const FEW_ROWS: usize = 8 * MR;
 /// The same where the right operand is read as it lies, wherever that is: what is used of it stays in the first-level cache.
 const IN_PLACE_KC: usize = 96;
 /// Longest contraction of a term in f32 that is summed up with the term before it while a tile is in registers.
