@@ -9,6 +9,9 @@ const WIDE: usize = 4;
 const NARROW: usize = 2;
 /// Steps of a contraction from which it lasts longer than fetching the tile's target.
 const LONG: usize = 64;
+/// How many steps ahead rows of a right operand that is not packed are fetched: each may lie on a page of its own, where the machine does not
+/// do so by itself.
+const AHEAD: usize = 16;
 
 /// A SIMD vector of f32.
 pub(super) trait Vector: Copy {
@@ -108,7 +111,13 @@ pub(super) unsafe fn accumulate<V: Vector, const ROWS: usize, const VECTORS: usi
     unsafe {
         for segment in segments {
             let (mut a, mut b) = (segment.a, segment.b);
+            let unpacked = segment.b_stride > VECTORS * V::LANES;
             for _ in 0..segment.k {
+                if unpacked {
+                    for j in 0..VECTORS {
+                        V::prefetch(b.wrapping_add(AHEAD * segment.b_stride + j * V::LANES));
+                    }
+                }
                 let mut columns = [V::zero(); VECTORS];
                 for (j, column) in columns.iter_mut().enumerate() {
                     *column = V::load(b.add(j * V::LANES));
