@@ -286,7 +286,7 @@ impl Job<'_> {
             let packed = GROUP_BYTES / (4 * self.terms.iter().map(depth).fold(1, usize::max));
             // No fewer than two for each thread.
             (packed.min(self.n / (2 * threads)) / GROUP_COLS * GROUP_COLS).max(GROUP_COLS)
-        } else if most > CACHED && self.n >= 4 * WIDE_GROUP_COLS * threads {
+        } else if most > CACHED && self.n >= 2 * WIDE_GROUP_COLS {
             WIDE_GROUP_COLS
         } else {
             GROUP_COLS
