@@ -142,14 +142,6 @@ multiversion! {
 }
 
 multiversion! {
-    fn scale_piece(values: &mut [f32], factor: f32) {
-        for v in values.iter_mut() {
-            *v *= factor;
-        }
-    }
-}
-
-multiversion! {
     fn sum_squares_piece(values: &[f32]) -> f64 {
         let mut lanes = [0.0f64; LANES];
         let mut blocks = values.chunks_exact(LANES);
@@ -177,17 +169,6 @@ pub fn add(to: &mut [f32], from: &[f32]) {
         let n = PIECE.min(len - start);
         // SAFETY: pieces are disjoint.
         add_piece(unsafe { shared.slice(start, n) }, &from[start..start + n]);
-    });
-}
-
-/// `values *= factor`, on all threads.
-pub fn scale(values: &mut [f32], factor: f32) {
-    let len = values.len();
-    let shared = SharedMut::new(values);
-    parallel::for_each(len.div_ceil(PIECE), |piece| {
-        let start = piece * PIECE;
-        // SAFETY: pieces are disjoint.
-        scale_piece(unsafe { shared.slice(start, PIECE.min(len - start)) }, factor);
     });
 }
 

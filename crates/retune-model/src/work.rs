@@ -132,8 +132,8 @@ impl Model {
         // Logits become probabilities in place, then integers.
         let per_logit = if self.head.int8.is_some() { 8.0 + 5.0 } else { 8.0 };
         tally.of(Operation::Head).streamed_bytes += per_logit * labels * v;
-        // Parameter, gradient and two moments read, all but the gradient written.
-        tally.of(Operation::Optimizer).streamed_bytes += 28.0 * self.layout.len() as f64;
+        // Parameter, gradient and two moments, read and written.
+        tally.of(Operation::Optimizer).streamed_bytes += 32.0 * self.layout.len() as f64;
         OPERATIONS.iter().map(|&(operation, name)| (name, *tally.of(operation))).collect()
     }
 }

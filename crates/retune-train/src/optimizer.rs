@@ -39,12 +39,16 @@ struct Factors {
     second: f32,
     /// 1 − learning rate · weight decay
     keep: f32,
+    /// Of the gradients.
+    scale: f32,
 }
 
 multiversion! {
-    fn update(factors: Factors, gradients: &[f32], parameters: &mut [f32], first: &mut [f32], second: &mut [f32]) {
-        let Factors { beta1, beta2, gain1, gain2, epsilon, rate, second: correction, keep } = factors;
-        for (((p, g), m), v) in parameters.iter_mut().zip(gradients).zip(first).zip(second) {
+    fn update(factors: Factors, gradients: &mut [f32], parameters: &mut [f32], first: &mut [f32], second: &mut [f32]) {
+        let Factors { beta1, beta2, gain1, gain2, epsilon, rate, second: correction, keep, scale } = factors;
+        for (((p, gradient), m), v) in parameters.iter_mut().zip(gradients).zip(first).zip(second) {
+            let g = scale * *gradient;
+            *gradient = 0.0;
             *m = beta1 * *m + gain1 * g;
             *v = beta2 * *v + gain2 * g * g;
             *p = *p * keep - rate * *m / (v.sqrt() * correction + epsilon);
@@ -58,8 +62,16 @@ impl AdamW {
         Self { options, steps: 0, first: vec![0.0; len], second: vec![0.0; len] }
     }
 
-    /// Takes one step. Weight decay is decoupled and spares vectors (norm weights and biases).
-    pub fn step(&mut self, layout: &ParamLayout, learning_rate: f64, gradients: &[f32], parameters: &mut [f32]) {
+    /// Takes one step with `scale · gradients`, and leaves zeros there for the sums of the next one: of a whole model's gradients every pass
+    /// over the memory counts. Weight decay is decoupled and spares vectors (norm weights and biases).
+    pub fn step(
+        &mut self,
+        layout: &ParamLayout,
+        learning_rate: f64,
+        scale: f32,
+        gradients: &mut [f32],
+        parameters: &mut [f32],
+    ) {
         const PIECE: usize = 1 << 15;
         let _span = span(Operation::Optimizer);
         self.steps += 1;
@@ -74,9 +86,11 @@ impl AdamW {
             rate: (learning_rate / (1.0 - beta1.powf(t))) as f32,
             second: (1.0 / (1.0 - beta2.powf(t)).sqrt()) as f32,
             keep: 1.0,
+            scale,
         };
         let decayed = (1.0 - learning_rate * weight_decay) as f32;
         let (p, m, v) = (SharedMut::new(parameters), SharedMut::new(&mut self.first), SharedMut::new(&mut self.second));
+        let g = SharedMut::new(gradients);
         for param in layout.params() {
             let factors = Factors { keep: if param.decay { decayed } else { 1.0 }, ..factors };
             let len = param.range.len();
@@ -85,14 +99,8 @@ impl AdamW {
                 let n = PIECE.min(param.range.end - start);
                 // SAFETY: pieces are disjoint.
                 unsafe {
-                    update(
-                        factors,
-                        &gradients[start..start + n],
-                        p.slice(start, n),
-                        m.slice(start, n),
-                        v.slice(start, n),
-                    )
-                };
+                    update(factors, g.slice(start, n), p.slice(start, n), m.slice(start, n), v.slice(start, n));
+                }
             });
         }
     }
@@ -110,8 +118,10 @@ mod tests {
         let options = AdamWOptions { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.5 };
         let mut optimizer = AdamW::new(options, 2);
         let mut p = [1.0, -2.0];
-        for (gradients, expected) in EXPECTED {
-            optimizer.step(&layout, 0.1, &gradients, &mut p);
+        for (mut gradients, expected) in EXPECTED {
+            gradients.iter_mut().for_each(|g| *g *= 4.0);
+            optimizer.step(&layout, 0.1, 0.25, &mut gradients, &mut p);
+            assert_eq!(gradients, [0.0, 0.0]);
             for (p, e) in p.iter().zip(expected) {
                 assert!((p - e).abs() < 2e-6, "{p} instead of {e}");
             }
@@ -124,7 +134,7 @@ mod tests {
         layout.add("norm".into(), vec![2]);
         let options = AdamWOptions { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.5 };
         let mut p = [1.0, -2.0];
-        AdamW::new(options, 2).step(&layout, 0.1, &[0.0, 0.0], &mut p);
+        AdamW::new(options, 2).step(&layout, 0.1, 1.0, &mut [0.0, 0.0], &mut p);
         assert_eq!(p, [1.0, -2.0]);
     }
 

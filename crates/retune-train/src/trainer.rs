@@ -110,6 +110,7 @@ pub struct Trainer<'a> {
     train: &'a [Example],
     eval: &'a [Example],
     pub params: Vec<f32>,
+    /// Zeros between steps.
     grads: Vec<f32>,
     optimizer: AdamW,
     workspace: Workspace,
@@ -244,7 +245,6 @@ impl<'a> Trainer<'a> {
         let start = Instant::now();
         let index = self.progress.step;
         self.choose_rows(index as usize);
-        self.grads.fill(0.0);
         let (mut loss, mut tokens, mut label_tokens) = (0.0, 0, 0);
         let mut next = 0;
         while next < self.rows.len() {
@@ -270,9 +270,9 @@ impl<'a> Trainer<'a> {
         }
         let limit = self.config.max_grad_norm;
         let clip = if limit > 0.0 { (limit / (gradient_norm + 1e-6)).min(1.0) } else { 1.0 };
-        vector::scale(&mut self.grads, (clip / divisor) as f32);
         let learning_rate = self.config.learning_rate * self.schedule.factor(index as usize);
-        self.optimizer.step(&self.model.layout, learning_rate, &self.grads, &mut self.params);
+        let scale = (clip / divisor) as f32;
+        self.optimizer.step(&self.model.layout, learning_rate, scale, &mut self.grads, &mut self.params);
         self.progress.step += 1;
         self.progress.tokens += tokens as u64;
         Ok(StepReport {
