@@ -5,7 +5,7 @@ use retune_kernels::gemm::Out;
 use retune_kernels::{cross_entropy, embedding, rms_norm, rope, swiglu};
 
 use crate::forward::Context;
-use crate::linear::{self, Branch, Dropout};
+use crate::linear::{self, Branch, Dropout, Input};
 use crate::model::{Layer, Model};
 use crate::pass::{Label, Pass};
 use crate::profile::{Operation, span};
@@ -144,7 +144,8 @@ impl Model {
             }
             let branch = Branch { linear: &self.head, g: logits };
             let dx = below.then(|| &mut dnorm[..rows * d]);
-            linear::backward(&[branch], params, grads, &norm[..rows * d], u, None, &mut temporary.linear, dx);
+            let input = Input { x: &norm[..rows * d], u };
+            linear::backward(&[branch], params, grads, input, None, &mut temporary.linear, dx);
             if exact_labels && below {
                 let weight = self.head.weight.source(params);
                 embedding::add_scaled_rows(weight.panel(), targets, label_gradients, &mut dnorm[..rows * d]);
@@ -245,7 +246,7 @@ impl Layer {
             swiglu::backward(gate, up, hidden);
         }
         // The activation has just been recomputed into the place of its gradient.
-        linear::parameter_gradients(&branch, grads, hidden, u_down, dropout, scratch);
+        linear::parameter_gradients(&branch, grads, Input { x: hidden, u: u_down }, dropout, scratch);
         let below = needs_input || self.trains_attention();
         let further = below || self.post_norm.is_trainable();
         if !further && !self.gate.is_trainable() && !self.up.is_trainable() {
@@ -257,7 +258,8 @@ impl Layer {
             rms_norm::forward(residual, self.post_norm.values(params), eps, norm);
         }
         let branches = [Branch { linear: &self.gate, g: gate }, Branch { linear: &self.up, g: up }];
-        linear::backward(&branches, params, grads, norm, u_gate_up, dropout, scratch, further.then_some(&mut *dnorm));
+        let input = Input { x: norm, u: u_gate_up };
+        linear::backward(&branches, params, grads, input, dropout, scratch, further.then_some(&mut *dnorm));
         if !further {
             return;
         }
@@ -276,7 +278,8 @@ impl Layer {
         let dattention = &mut dattention[..tokens * wide];
         let branch = Branch { linear: &self.o, g: dx };
         let to_attention = further.then_some(&mut *dattention);
-        linear::backward(&[branch], params, grads, attention, u_o, dropout, scratch, to_attention);
+        let input = Input { x: attention, u: u_o };
+        linear::backward(&[branch], params, grads, input, dropout, scratch, to_attention);
         if !further {
             return;
         }
@@ -299,7 +302,8 @@ impl Layer {
             [Branch { linear: &self.q, g: dq }, Branch { linear: &self.k, g: dk }, Branch { linear: &self.v, g: dv }];
         let input = needs_input || self.input_norm.is_trainable();
         let to_norm = input.then_some(&mut *dnorm);
-        linear::backward(&branches, params, grads, norm, u_qkv, dropout, scratch, to_norm);
+        let shared = Input { x: norm, u: u_qkv };
+        linear::backward(&branches, params, grads, shared, dropout, scratch, to_norm);
         if input {
             let _span = span(Operation::Norm);
             let weight = self.input_norm.values(params);

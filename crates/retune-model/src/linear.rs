@@ -221,6 +221,13 @@ pub struct Branch<'a> {
     pub g: &'a [f32],
 }
 
+/// What linears that share an input read: it, `x: [T, in]`, and the `u: [T, Σ r]` their forward kept.
+#[derive(Clone, Copy)]
+pub struct Input<'a> {
+    pub x: &'a [f32],
+    pub u: &'a [f32],
+}
+
 fn linears<'a>(branches: &[Branch<'a>]) -> ArrayVec<&'a Linear, MAX_BRANCHES> {
     branches.iter().map(|branch| branch.linear).collect()
 }
@@ -241,12 +248,11 @@ pub fn project_gradients(branches: &[Branch], params: &[f32], tokens: usize, scr
     }
 }
 
-/// Second part: adds the parameter gradients of linears that share the input `x: [T, in]` and the projections `u: [T, Σ r]` to `grads`.
+/// Second part: adds the parameter gradients of linears that share an input to `grads`.
 pub fn parameter_gradients(
     branches: &[Branch],
     grads: &mut [f32],
-    x: &[f32],
-    u: &[f32],
+    Input { x, u }: Input,
     dropout: Option<&Dropout>,
     scratch: &mut LinearScratch,
 ) {
@@ -356,16 +362,15 @@ pub fn backward(
     branches: &[Branch],
     params: &[f32],
     grads: &mut [f32],
-    x: &[f32],
-    u: &[f32],
+    input: Input,
     dropout: Option<&Dropout>,
     scratch: &mut LinearScratch,
     dx: Option<&mut [f32]>,
 ) {
     let Some(first) = branches.first() else { return };
-    let tokens = x.len() / first.linear.in_features;
+    let tokens = input.x.len() / first.linear.in_features;
     project_gradients(branches, params, tokens, scratch);
-    parameter_gradients(branches, grads, x, u, dropout, scratch);
+    parameter_gradients(branches, grads, input, dropout, scratch);
     if let Some(dx) = dx {
         input_gradient(branches, params, tokens, dropout, scratch, dx);
     }
