@@ -1,5 +1,7 @@
 //! The model in memory: the block's parts, which of them are trained, and where the trained ones lie in the flat vector.
 
+use std::ops::Range;
+
 use retune_adapter::targets::LoraTarget;
 use retune_adapter::{InitLoraWeights, init_lora};
 use retune_adapter::{dropout, names};
@@ -53,6 +55,9 @@ impl Layer {
     pub fn linears(&self) -> [&Linear; 7] {
         [&self.q, &self.k, &self.v, &self.o, &self.gate, &self.up, &self.down]
     }
+
+    /// Which of them read the same input.
+    pub(crate) const SHARED_INPUTS: [Range<usize>; 4] = [0..3, 3..4, 4..6, 6..7];
 
     /// The same, to change.
     pub(crate) fn linears_mut(&mut self) -> [&mut Linear; 7] {

@@ -49,7 +49,7 @@ pub struct LayerSaved {
     pub gate: Vec<f32>,
     /// `[T, F]`
     pub up: Vec<f32>,
-    /// The adapters' inputs projected by A, `[T, Σ r]`: of q, k and v, of the output projection, of gate and up, and of the down projection.
+    /// The adapters' inputs projected by A, `[T, Σ r]`: for each of `Layer::SHARED_INPUTS`.
     pub u: [Vec<f32>; 4],
 }
 
@@ -277,7 +277,7 @@ impl Workspace {
             let of_layer = |layer: &Layer| linear::ranks(layer.linears()[range.clone()].iter().copied());
             model.layers.iter().map(of_layer).max().unwrap_or(0)
         };
-        let ranks = [0..3, 3..4, 4..6, 6..7].map(ranks);
+        let ranks = Layer::SHARED_INPUTS.map(ranks);
         for saved in &mut self.layers[..saved] {
             grow(&mut saved.q, tokens * q);
             grow(&mut saved.k, tokens * k);
@@ -329,15 +329,10 @@ impl Workspace {
         let head = rows * (4 * d + c.vocab_size);
         // In 8 bits the head's gradient is quantized beside the logits.
         let quantized = if int8 { rows * c.vocab_size / 4 } else { 0 };
-        // The gradient of a trained weight is a product with the transpose of what is packed first.
-        let packed_head = if model.head.weight.range().is_some() { rows * c.vocab_size } else { 0 };
-        let trains = |linear: &Linear| linear.weight.range().is_some();
-        let trains_layers = model.layers.iter().any(|layer| layer.linears().into_iter().any(trains));
-        let packed = packed_head.max(if trains_layers { tokens * f.max(q).max(d) } else { 0 });
         let drops = |linear: &Linear| linear.lora.as_ref().is_some_and(|lora| lora.dropout > 0.0);
         let dropout = model.layers.iter().any(|layer| layer.linears().into_iter().any(drops));
         let dropped = if dropout { 2 * tokens * f.max(q).max(d) } else { 0 };
         let packing = 3 << 20;
-        2 * tokens * saved + 4 * (tokens * (temporary + attention) + head + quantized + packed + dropped + packing)
+        2 * tokens * saved + 4 * (tokens * (temporary + attention) + head + quantized + dropped + packing)
     }
 }

@@ -6,11 +6,11 @@
 
 use std::ops::Range;
 
-use super::kernel::{self, MR, Segment, Target};
+use super::kernel::{self, MR, Segment};
 use super::pack::{pack_b, pack_columns, packed_width};
-use super::{GROUP_BYTES, MatRef, Rhs, To};
+use super::{GROUP_BYTES, MatRef, Rhs, Shared};
 use crate::isa::isa;
-use crate::parallel::{self, SharedMut};
+use crate::parallel;
 use crate::scratch::{self, Purpose};
 
 /// Tiles that a thread packs at once: 48 columns, three cache lines of a row.
@@ -27,9 +27,7 @@ pub(super) struct Gradient<'a> {
     pub a: MatRef<'a>,
     pub b: MatRef<'a>,
     pub scale: f32,
-    pub c: SharedMut<'a>,
-    pub stride: usize,
-    pub to: To<'a>,
+    pub c: Shared<'a>,
 }
 
 impl Gradient<'_> {
@@ -60,9 +58,9 @@ impl Gradient<'_> {
                         pack_columns(self.a, rows.clone(), k0..k0 + k, tiles);
                         for (row, tile) in rows.step_by(MR).zip(tiles.chunks_exact(MR * k)) {
                             for col in columns.clone().step_by(width) {
-                                let cols = width.min(columns.end - col);
-                                let b = &packed[(col - columns.start) * k..][..packed_width(cols) * k];
-                                self.tile(tile, b, k, row, col, cols, k0 == 0);
+                                let cols = col..(col + width).min(columns.end);
+                                let b = &packed[(col - columns.start) * k..][..packed_width(cols.len()) * k];
+                                self.tile(tile, b, k, row, cols, k0 == 0);
                             }
                         }
                     });
@@ -71,20 +69,16 @@ impl Gradient<'_> {
         }
     }
 
-    #[allow(clippy::too_many_arguments)]
-    fn tile(&self, a: &[f32], b: &[f32], k: usize, row: usize, col: usize, cols: usize, first: bool) {
-        let product =
-            Segment { k, a: a.as_ptr(), a_row_stride: 1, a_k_stride: MR, b: b.as_ptr(), b_stride: packed_width(cols) };
-        let start = row * self.stride + col;
-        let c = self.c.pointer(start);
-        let addend = match self.to {
-            _ if !first => c.cast_const(),
-            To::Nothing => std::ptr::null(),
-            To::Itself => c.cast_const(),
-            To::Other(addend) => addend[start..].as_ptr(),
+    fn tile(&self, a: &[f32], b: &[f32], k: usize, row: usize, cols: Range<usize>, first: bool) {
+        let product = Segment {
+            k,
+            a: a.as_ptr(),
+            a_row_stride: 1,
+            a_k_stride: MR,
+            b: b.as_ptr(),
+            b_stride: packed_width(cols.len()),
         };
-        let to = Target { c, stride: self.stride, addend, cols };
         // SAFETY: pieces own disjoint rows of C, `gemm` checked the shapes, and both operands are packed for `k` steps of whole tiles.
-        unsafe { kernel::run(isa(), &[product], &to, MR.min(self.m - row)) };
+        unsafe { kernel::run(isa(), &[product], &self.c.place(row, &cols, first), MR.min(self.m - row)) };
     }
 }

@@ -9,9 +9,9 @@ const WIDE: usize = 4;
 const NARROW: usize = 2;
 /// Steps of a contraction from which it lasts longer than fetching the tile's target.
 const LONG: usize = 64;
-/// How many steps ahead rows of a right operand that is not packed are fetched: each may lie on a page of its own, where the machine does not
-/// do so by itself.
-const AHEAD: usize = 16;
+/// How many steps of a contraction ahead an operand that is not packed is fetched: each step may lie on a page of its own, where the machine
+/// does not do so by itself.
+pub(super) const AHEAD: usize = 16;
 
 /// A SIMD vector of f32.
 pub(super) trait Vector: Copy {
@@ -27,8 +27,6 @@ pub(super) trait Vector: Copy {
     /// `self + a * b`
     unsafe fn add_product(self, a: Self, b: Self) -> Self;
     unsafe fn times(self, other: Self) -> Self;
-    /// Has the cache line of an address fetched, where the machine can be asked to.
-    unsafe fn prefetch(_: *const f32) {}
 }
 
 /// What a tile sums up: `A[mr, k] · B[k, cols]`.
@@ -84,16 +82,24 @@ unsafe fn tile<V: Vector, const ROWS: usize, const VECTORS: usize>(segments: &[S
     }
 }
 
-/// Has the cache lines of a tile's target fetched, so that they are there when its sums are.
-///
-/// # Safety
-/// As for [`run`].
+/// Has the cache line of an address fetched, where the machine can be asked to. Nothing is read: the address may be beyond the data.
 #[inline(always)]
-pub(super) unsafe fn fetch<V: Vector, const ROWS: usize, const VECTORS: usize>(to: &Target) {
+pub(super) fn prefetch(at: *const f32) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: a hint that never faults; every x86-64 machine has it.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) };
+    }
+    let _ = at;
+}
+
+/// Has the cache lines of a tile's target fetched, so that they are there when its sums are.
+#[inline(always)]
+pub(super) fn fetch<V: Vector, const ROWS: usize, const VECTORS: usize>(to: &Target) {
     for i in 0..ROWS {
         for j in 0..VECTORS {
-            // SAFETY: passed on from the caller; nothing is read.
-            unsafe { V::prefetch(to.c.wrapping_add(i * to.stride + j * V::LANES)) };
+            prefetch(to.c.wrapping_add(i * to.stride + j * V::LANES));
         }
     }
 }
@@ -115,7 +121,7 @@ pub(super) unsafe fn accumulate<V: Vector, const ROWS: usize, const VECTORS: usi
             for _ in 0..segment.k {
                 if unpacked {
                     for j in 0..VECTORS {
-                        V::prefetch(b.wrapping_add(AHEAD * segment.b_stride + j * V::LANES));
+                        prefetch(b.wrapping_add(AHEAD * segment.b_stride + j * V::LANES));
                     }
                 }
                 let mut columns = [V::zero(); VECTORS];
@@ -347,11 +353,6 @@ mod x86 {
         unsafe fn times(self, other: Self) -> Self {
             unsafe { _mm512_mul_ps(self, other) }
         }
-
-        #[inline(always)]
-        unsafe fn prefetch(at: *const f32) {
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
-        }
     }
 
     #[inline(always)]
@@ -403,11 +404,6 @@ mod x86 {
         #[inline(always)]
         unsafe fn times(self, other: Self) -> Self {
             unsafe { _mm256_mul_ps(self, other) }
-        }
-
-        #[inline(always)]
-        unsafe fn prefetch(at: *const f32) {
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
         }
     }
 }

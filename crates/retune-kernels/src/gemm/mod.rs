@@ -23,11 +23,11 @@ use gradient::Gradient;
 use int8_kernel::Int8Tile;
 use kernel::{MR, Segment, Target};
 pub use pack::transpose_rows;
-use pack::{pack_a, pack_b, pack_panel, packed_width};
+use pack::{pack_b, pack_columns, pack_panel, packed_width};
 
 /// Longest run of the contraction between two visits of a tile of C.
 const KC: usize = 1536;
-/// Rows of C up to which a right operand with contiguous columns is read in place: packing would cost as much as the product.
+/// Rows of C up to which a right operand with contiguous columns is read in place: packing would cost a good part of the product.
 const FEW_ROWS: usize = 8 * MR;
 /// The same where the right operand is read as it lies, wherever that is: what is used of it stays in the first-level cache.
 const IN_PLACE_KC: usize = 96;
@@ -237,7 +237,7 @@ pub fn gemm<'a>(m: usize, n: usize, terms: &[Term], out: Out<'a>) -> &'a mut [f3
         && m > FEW_ROWS
         && a.col_stride > 1
     {
-        Gradient { m, n, k, a, b, scale, c: SharedMut::new(data), stride, to }.run();
+        Gradient { m, n, k, a, b, scale, c: Shared { c: SharedMut::new(data), stride, to } }.run();
         return data;
     }
     let packed_a: usize = terms.iter().map(Term::packed_k).sum();
@@ -249,13 +249,35 @@ pub fn gemm<'a>(m: usize, n: usize, terms: &[Term], out: Out<'a>) -> &'a mut [f3
                 && a.col_stride != 1
             {
                 let to = from + k * m_padded;
-                pack_a(a, m, k, &mut packed[from..to]);
+                pack_columns(a, 0..m, 0..k, &mut packed[from..to]);
                 from = to;
             }
         }
-        Job { m, n, terms, packed_a: packed, c: SharedMut::new(data), stride, to }.run();
+        Job { m, n, terms, packed_a: packed, c: Shared { c: SharedMut::new(data), stride, to } }.run();
     });
     data
+}
+
+/// C, of which every thread writes tiles of its own.
+struct Shared<'a> {
+    c: SharedMut<'a>,
+    stride: usize,
+    to: To<'a>,
+}
+
+impl Shared<'_> {
+    /// Where a tile goes and what it is added to: what was there at the `first` visit, or what an earlier one left.
+    fn place(&self, row: usize, cols: &Range<usize>, first: bool) -> Target {
+        let start = row * self.stride + cols.start;
+        let c = self.c.pointer(start);
+        let addend = match self.to {
+            _ if !first => c.cast_const(),
+            To::Nothing => std::ptr::null(),
+            To::Itself => c.cast_const(),
+            To::Other(addend) => addend[start..].as_ptr(),
+        };
+        Target { c, stride: self.stride, addend, cols: cols.len() }
+    }
 }
 
 /// A product whose left operands are ready.
@@ -264,9 +286,7 @@ struct Job<'a> {
     n: usize,
     terms: &'a [Term<'a>],
     packed_a: &'a [f32],
-    c: SharedMut<'a>,
-    stride: usize,
-    to: To<'a>,
+    c: Shared<'a>,
 }
 
 impl Job<'_> {
@@ -404,19 +424,6 @@ impl Job<'_> {
         }
     }
 
-    /// Where a tile goes and what it is added to.
-    fn place(&self, row: usize, cols: &Range<usize>, first: bool) -> Target {
-        let start = row * self.stride + cols.start;
-        let c = self.c.pointer(start);
-        let addend = match self.to {
-            _ if !first => c.cast_const(),
-            To::Nothing => std::ptr::null(),
-            To::Itself => c.cast_const(),
-            To::Other(addend) => addend[start..].as_ptr(),
-        };
-        Target { c, stride: self.stride, addend, cols: cols.len() }
-    }
-
     #[allow(clippy::too_many_arguments)]
     #[inline]
     fn tile(
@@ -440,7 +447,7 @@ impl Job<'_> {
         let (segments, count) = small.segments(Some(product), row, &cols);
         debug_assert!(b.len() >= (k - 1) * b_stride + cols.len());
         // SAFETY: pieces own disjoint tiles of C, and `gemm` checked that every operand covers its shape.
-        unsafe { kernel::run(isa(), &segments[..count], &self.place(row, &cols, first), mr) };
+        unsafe { kernel::run(isa(), &segments[..count], &self.c.place(row, &cols, first), mr) };
     }
 
     /// A weight in 8 bits lies ready for the product with its transpose; for the other one panels of its columns are turned first. Some rows
@@ -524,7 +531,7 @@ impl Job<'_> {
                     offsets: offsets[within..].as_ptr(),
                     col_scales: col_scales[within..].as_ptr(),
                     segments: &segments[..count],
-                    to: self.place(row, &cols, first),
+                    to: self.c.place(row, &cols, first),
                 };
                 // SAFETY: pieces own disjoint tiles of C, `gemm` checked the shapes, and both operands are filled up to whole panels.
                 unsafe { int8_kernel::run(isa, &t, MR.min(self.m - row)) };
@@ -706,7 +713,9 @@ mod tests {
         c
     }
 
-    const SHAPES: [(usize, usize, usize); 12] = [
+    const SHAPES: [(usize, usize, usize); 14] = [
+        (60, 700, 40),
+        (6200, 5, 3),
         (1, 1, 1),
         (5, 3, 2),
         (6, 64, 16),
@@ -773,6 +782,26 @@ mod tests {
                     assert_eq!(c[i * stride + j], start[i * stride + j], "column {j} is not C's");
                 }
             }
+        }
+    }
+
+    #[test]
+    fn gradients_of_weights_are_scaled_and_added_and_the_same_on_any_number_of_threads() {
+        let (m, n, k) = (301, 130, 1500);
+        let (g, x, before) = (random(1, k * m), random(2, k * n), random(3, m * n));
+        let term = Term::scaled(k, MatRef::rows(&g, m).t(), Rhs::View(MatRef::rows(&x, n)), 0.5);
+        let run = |threads: usize| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            let mut c = before.clone();
+            pool.install(|| _ = gemm(m, n, &[term], Out::add(&mut c, n)));
+            c
+        };
+        let one = run(1);
+        let product = reference(m, n, k, |i, p| g[p * m + i], |p, j| x[p * n + j]);
+        let expected: Vec<f64> = product.iter().zip(&before).map(|(p, &b)| 0.5 * p + f64::from(b)).collect();
+        assert!(relative_error(&one, &expected) < 1e-5);
+        for threads in [2, 3, 5] {
+            assert!(one == run(threads), "{threads} threads");
         }
     }
 

@@ -2,12 +2,11 @@
 
 use std::ops::Range;
 
-use super::kernel::{self, MR};
+use super::kernel::{self, AHEAD, MR, prefetch};
 use super::{MatRef, Rhs};
 #[cfg(target_arch = "x86_64")]
 use crate::isa::Isa;
 use crate::isa::isa;
-use crate::parallel::{self, SharedMut};
 use crate::scratch::{self, Purpose};
 
 /// Elements from one packed row of a panel of `cols` columns to the next: the last panel is no wider than it must be.
@@ -24,32 +23,8 @@ pub fn transpose_rows<'a>(rows: MatRef, n: usize, k: usize, memory: &'a mut [f32
     (MatRef::rows(to, columns), columns)
 }
 
-/// How many steps ahead the values of a left operand are fetched: each lies on a page of its own, where the machine does not do so by itself.
-const AHEAD: usize = 16;
-
-/// Has the cache lines of `len` values fetched, where the machine can be asked to. Nothing is read: the address may be beyond the data.
-#[inline(always)]
-fn fetch(from: *const f32, len: usize) {
-    #[cfg(target_arch = "x86_64")]
-    for value in (0..len).step_by(16) {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        // SAFETY: a hint that never faults; every x86-64 machine has it.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(value).cast()) };
-    }
-    let _ = (from, len);
-}
-
-/// Packs a left operand whose rows are not contiguous: tiles of [`MR`] rows, `k` steps each.
-pub(super) fn pack_a(a: MatRef, m: usize, k: usize, packed: &mut [f32]) {
-    const GROUP: usize = 16 * MR;
-    let shared = SharedMut::new(packed);
-    parallel::for_each(m.div_ceil(GROUP), |group| {
-        let rows = group * GROUP..((group + 1) * GROUP).min(m);
-        // SAFETY: groups own disjoint tiles.
-        let packed = unsafe { shared.slice(rows.start * k, rows.len().next_multiple_of(MR) * k) };
-        pack_columns(a, rows, 0..k, packed);
-    });
-}
+/// Values of a cache line.
+const LINE: usize = 16;
 
 /// Packs the rows `rows` and the steps `ks` of a left operand into tiles of [`MR`] rows, of which the last may be filled in part.
 pub(super) fn pack_columns(a: MatRef, rows: Range<usize>, ks: Range<usize>, packed: &mut [f32]) {
@@ -57,7 +32,9 @@ pub(super) fn pack_columns(a: MatRef, rows: Range<usize>, ks: Range<usize>, pack
     for (i, step) in ks.enumerate() {
         let start = first + step * a.col_stride;
         if a.row_stride == 1 {
-            fetch(a.data.as_ptr().wrapping_add(start + AHEAD * a.col_stride), rows);
+            for value in (0..rows).step_by(LINE) {
+                prefetch(a.data.as_ptr().wrapping_add(start + AHEAD * a.col_stride + value));
+            }
             let source = &a.data[start..start + rows];
             let mut tiles = source.chunks_exact(MR);
             for (tile, values) in tiles.by_ref().enumerate() {
