@@ -2,9 +2,9 @@
 
 use retune_kernels::attention::{self, Saved};
 use retune_kernels::gemm::Out;
-use retune_kernels::{cross_entropy, embedding, rms_norm, rope, swiglu};
+use retune_kernels::{cross_entropy, embedding, rms_norm, rope, swiglu, vector};
 
-use crate::forward::Context;
+use crate::forward::{Context, whole_rows};
 use crate::linear::{self, Branch, Dropout, Input};
 use crate::model::{Layer, Model};
 use crate::pass::{Label, Pass};
@@ -162,7 +162,8 @@ impl Model {
         rms_norm::backward(inputs, weight, self.config.rms_norm_eps, dnorm, drows, self.norm.gradient(grads));
         for (label, row) in labels.iter().zip(drows.chunks_exact(d)) {
             let at = label.token as usize * d;
-            temporary.dx[at..at + d].copy_from_slice(row);
+            // Several rows may read a token they share.
+            vector::add(&mut temporary.dx[at..at + d], row);
         }
     }
 
@@ -185,7 +186,7 @@ impl Model {
                 workspace.restore_rounded(l, input, saved, tokens * d, tokens);
             }
             let Workspace { x, layers, temporary, rope, keep, .. } = workspace;
-            let context = Context { model: self, params, positions: &pass.positions, rope, dropout, rounds: false };
+            let context = Context { model: self, params, pass, rope, dropout, rounds: false };
             let x = &x[input][..tokens * d];
             if *keep == Keep::Inputs {
                 layer.forward(&context, x, &mut layers[saved], temporary, None, None);
@@ -226,12 +227,12 @@ impl Layer {
         temporary: &mut Temporary,
         needs_input: bool,
     ) {
-        let Context { model, params, positions, rope, ref dropout, .. } = *context;
+        let Context { model, params, pass, rope, ref dropout, .. } = *context;
         let c = &model.config;
-        let (d, f, tokens, eps) = (c.hidden_size, c.intermediate_size, positions.len(), c.rms_norm_eps);
+        let (d, f, tokens, eps) = (c.hidden_size, c.intermediate_size, pass.tokens(), c.rms_norm_eps);
         let (wide, narrow) = (c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim);
         let dropout = dropout.as_ref();
-        let Temporary { norm, hidden, dx, dnorm, dattention, dq, dk, dv, linear: scratch, segments } = temporary;
+        let Temporary { norm, hidden, dx, dnorm, dattention, dq, dk, dv, linear: scratch, segments, whole, dwhole } = temporary;
         let (norm, dx, dnorm) = (&mut norm[..tokens * d], &mut dx[..tokens * d], &mut dnorm[..tokens * d]);
         let [u_qkv, u_o, u_gate_up, u_down] = &saved.u;
 
@@ -286,13 +287,27 @@ impl Layer {
         let (dq, dk, dv) = (&mut dq[..tokens * wide], &mut dk[..tokens * narrow], &mut dv[..tokens * narrow]);
         {
             let _span = span(Operation::AttentionBackward);
-            let saved = Saved { q: &saved.q, k: &saved.k, v: &saved.v, out: attention, lse: &saved.lse };
-            attention::backward(&model.heads, segments, &saved, dattention, dq, dk, dv);
+            let [keys, values] = whole;
+            let k = whole_rows(pass, &saved.k[..tokens * narrow], narrow, keys);
+            let v = whole_rows(pass, &saved.v[..tokens * narrow], narrow, values);
+            let saved = Saved { q: &saved.q, k, v, out: attention, lse: &saved.lse };
+            if pass.is_shared() {
+                let len = pass.row_tokens() * narrow;
+                dwhole.iter_mut().for_each(|gradient| grow(gradient, len));
+                let [whole_dk, whole_dv] = dwhole.each_mut().map(|gradient| &mut gradient[..len]);
+                attention::backward(&model.heads, segments, &saved, dattention, dq, whole_dk, whole_dv);
+                for (sum, whole) in [(&mut *dk, whole_dk), (&mut *dv, whole_dv)] {
+                    sum.fill(0.0);
+                    embedding::backward(&pass.places, whole, narrow, sum);
+                }
+            } else {
+                attention::backward(&model.heads, segments, &saved, dattention, dq, dk, dv);
+            }
         }
         {
             let _span = span(Operation::Rope);
-            rope::backward(dq, positions, rope);
-            rope::backward(dk, positions, rope);
+            rope::backward(dq, &pass.positions, rope);
+            rope::backward(dk, &pass.positions, rope);
         }
         {
             let _span = span(Operation::Norm);

@@ -2,20 +2,20 @@
 
 use retune_kernels::attention::{self, Segment};
 use retune_kernels::gemm::Out;
-use retune_kernels::{bf16, embedding, rms_norm, rope, swiglu};
+use retune_kernels::{F32Panel, bf16, embedding, rms_norm, rope, swiglu};
 
 use crate::generate::LayerCache;
 use crate::linear::{self, Dropout};
 use crate::model::{Layer, Model};
 use crate::pass::Pass;
 use crate::profile::{Operation, span};
-use crate::workspace::{Keep, LayerSaved, Temporary, Workspace};
+use crate::workspace::{Keep, LayerSaved, Temporary, Workspace, grow};
 
 /// What all layers of a pass share.
 pub(crate) struct Context<'a> {
     pub model: &'a Model,
     pub params: &'a [f32],
-    pub positions: &'a [u32],
+    pub pass: &'a Pass,
     pub rope: &'a rope::Table,
     pub dropout: Option<Dropout<'a>>,
     /// Whether what is saved will be rounded to bfloat16.
@@ -50,7 +50,7 @@ impl Model {
             let saved = workspace.saved(l, backward);
             let Workspace { x, layers, temporary, rope, keep, .. } = workspace;
             let rounds = backward && *keep == Keep::RoundedActivations;
-            let context = Context { model: self, params, positions: &pass.positions, rope, dropout, rounds };
+            let context = Context { model: self, params, pass, rope, dropout, rounds };
             // Input and output are two different buffers of `x`.
             let mut output = std::mem::take(&mut x[to]);
             let cache = cache.as_mut().map(|c| &mut c[l]);
@@ -67,7 +67,18 @@ impl Model {
 
 pub(crate) fn fill_segments(pass: &Pass, segments: &mut Vec<Segment>) {
     segments.clear();
-    segments.extend(pass.sequences.iter().map(|s| Segment { queries: s.tokens.clone(), keys: s.tokens.clone() }));
+    segments.extend(pass.sequences.iter().map(|s| Segment { queries: s.tokens.clone(), keys: s.whole.clone() }));
+}
+
+/// Keys or values of the rows laid whole, `[Σ row, width]`, from those of the pass's tokens, `[T, width]`.
+pub(crate) fn whole_rows<'a>(pass: &Pass, tokens: &'a [f32], width: usize, memory: &'a mut Vec<f32>) -> &'a [f32] {
+    if !pass.is_shared() {
+        return tokens;
+    }
+    let len = pass.row_tokens() * width;
+    grow(memory, len);
+    embedding::forward(&F32Panel::new(tokens, width), &pass.places, &mut memory[..len]);
+    &memory[..len]
 }
 
 impl Layer {
@@ -81,9 +92,9 @@ impl Layer {
         output: Option<&mut [f32]>,
         cache: Option<&mut LayerCache>,
     ) {
-        let Context { model, params, positions, rope, ref dropout, rounds } = *context;
+        let Context { model, params, pass, rope, ref dropout, rounds } = *context;
         let c = &model.config;
-        let (d, f, tokens) = (c.hidden_size, c.intermediate_size, positions.len());
+        let (d, f, tokens) = (c.hidden_size, c.intermediate_size, pass.tokens());
         let (wide, narrow) = (c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim);
         let dropout = dropout.as_ref();
         let norm = &mut temporary.norm[..tokens * d];
@@ -104,8 +115,8 @@ impl Layer {
         linear::forward(qkv, params, norm, u_qkv, dropout, scratch);
         {
             let _span = span(Operation::Rope);
-            rope::forward(q, positions, rope);
-            rope::forward(k, positions, rope);
+            rope::forward(q, &pass.positions, rope);
+            rope::forward(k, &pass.positions, rope);
         }
         if rounds {
             // The backward computes the probabilities again from the kept queries and keys, and their gradient from the kept values: they must
@@ -120,7 +131,11 @@ impl Layer {
             let out = &mut saved.attention[..tokens * wide];
             let lse = &mut saved.lse[..tokens * c.num_attention_heads];
             match cache {
-                None => attention::forward(&model.heads, &temporary.segments, q, k, v, out, lse),
+                None => {
+                    let [keys, values] = &mut temporary.whole;
+                    let (keys, values) = (whole_rows(pass, k, narrow, keys), whole_rows(pass, v, narrow, values));
+                    attention::forward(&model.heads, &temporary.segments, q, keys, values, out, lse);
+                }
                 Some(cache) => {
                     cache.append(k, v);
                     let segment = Segment { queries: 0..tokens, keys: 0..cache.keys.len() / narrow };

@@ -62,6 +62,7 @@ impl Dropout<'_> {
     /// on what else is in the pass.
     fn apply(&self, lora: &Lora, x: &[f32], features: usize, out: &mut [f32]) {
         for sequence in self.sequences {
+            debug_assert_eq!(sequence.tokens.len(), sequence.whole.len(), "rows with dropout share no tokens");
             let range = sequence.tokens.start * features..sequence.tokens.end * features;
             let key = DropoutKey { seed: self.seed, step: self.step, row: sequence.row, module: lora.module };
             dropout::apply(&x[range.clone()], &mut out[range], key, 0, lora.dropout);

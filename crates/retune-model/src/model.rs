@@ -285,6 +285,12 @@ impl Model {
         self.layers.iter().position(Layer::is_trainable)
     }
 
+    /// Whether adapters drop elements of their input in training.
+    pub fn has_dropout(&self) -> bool {
+        let drops = |linear: &Linear| linear.lora.as_ref().is_some_and(|lora| lora.dropout > 0.0);
+        self.layers.iter().any(|layer| layer.linears().into_iter().any(drops))
+    }
+
     /// Number of parameters of the base.
     pub fn parameters(&self) -> usize {
         let matrix = |l: &Linear| l.in_features * l.out_features + l.bias.as_ref().map_or(0, |_| l.out_features);

@@ -7,8 +7,9 @@ use retune_kernels::attention::{self, Segment};
 use retune_kernels::{bf16, rope};
 use serde::{Deserialize, Serialize};
 
-use crate::linear::{self, Linear, LinearScratch};
+use crate::linear::{self, LinearScratch};
 use crate::model::{Layer, Model};
+use crate::pass::PassSize;
 
 /// Most bytes of logits that exist at once: the head works through the label tokens in blocks of rows. In f32 each block decodes and packs
 /// the whole head, so blocks are large; in 8 bits the head lies ready, so they stay in the cache.
@@ -133,6 +134,9 @@ pub struct Temporary {
     pub dk: Vec<f32>,
     /// `[T, K]`
     pub dv: Vec<f32>,
+    /// Keys and values of the rows laid whole, where rows share tokens, and their gradients, `[Σ row, K]` each.
+    pub whole: [Vec<f32>; 2],
+    pub dwhole: [Vec<f32>; 2],
     pub linear: LinearScratch,
     pub segments: Vec<Segment>,
 }
@@ -305,9 +309,10 @@ impl Workspace {
         }
     }
 
-    /// Bytes that a training pass of `tokens` tokens with `labels` label tokens will make the workspace take: the plan shown before
-    /// training. `int8` says whether the base will be computed in 8 bits. Scratch memory of the kernels is included.
-    pub fn planned_bytes(model: &Model, keep: Keep, int8: bool, tokens: usize, labels: usize) -> usize {
+    /// Bytes that a training pass of this size will make the workspace take: the plan shown before training. `int8` says whether the
+    /// base will be computed in 8 bits. Scratch memory of the kernels is included.
+    pub fn planned_bytes(model: &Model, keep: Keep, int8: bool, size: PassSize) -> usize {
+        let PassSize { tokens, row_tokens, labels } = size;
         let c = &model.config;
         let (q, k) = (c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim);
         let (d, f) = (c.hidden_size, c.intermediate_size);
@@ -323,16 +328,15 @@ impl Workspace {
             Keep::Nothing => 2 * (one + 2 * d),
         };
         let temporary = 3 * d + f + 2 * q + 2 * k;
-        let attention = attention::BACKWARD_SCRATCH * q;
+        let attention = row_tokens * attention::BACKWARD_SCRATCH * q;
+        let whole = if row_tokens > tokens { row_tokens * 4 * k } else { 0 };
         let int8 = int8 && !model.head.is_trainable();
         let rows = Self::most_head_rows(model, int8).min(labels);
         let head = rows * (4 * d + c.vocab_size);
         // In 8 bits the head's gradient is quantized beside the logits.
         let quantized = if int8 { rows * c.vocab_size / 4 } else { 0 };
-        let drops = |linear: &Linear| linear.lora.as_ref().is_some_and(|lora| lora.dropout > 0.0);
-        let dropout = model.layers.iter().any(|layer| layer.linears().into_iter().any(drops));
-        let dropped = if dropout { 2 * tokens * f.max(q).max(d) } else { 0 };
+        let dropped = if model.has_dropout() { 2 * tokens * f.max(q).max(d) } else { 0 };
         let packing = 3 << 20;
-        2 * tokens * saved + 4 * (tokens * (temporary + attention) + head + quantized + dropped + packing)
+        2 * tokens * saved + 4 * (tokens * temporary + attention + whole + head + quantized + dropped + packing)
     }
 }

@@ -184,6 +184,9 @@ pub struct RawTrainingConfig {
     /// Tokens computed at once; memory grows with it, the result does not depend on it beyond rounding. When absent 512 where the base is
     /// computed in int8 and 1280 in f32, fewer where activations would take more than 2 GB, and always enough for the longest row.
     pub tokens_per_pass: Option<usize>,
+    /// Whether tokens that rows of a pass begin with in common (the system prompt, the instruction) are computed once for all of them. The
+    /// result does not depend on it beyond rounding. Without effect where `adapter.lora_dropout` is set, which treats each row differently.
+    pub share_prefixes: bool,
     /// How activations are kept from the forward to the backward pass.
     pub saved_activations: SavedActivations,
     /// What is computed anew in the backward pass to save memory.
@@ -211,6 +214,7 @@ impl Default for RawTrainingConfig {
             save_total_limit: 2,
             seed: 42,
             tokens_per_pass: None,
+            share_prefixes: true,
             saved_activations: SavedActivations::Auto,
             activation_checkpointing: ActivationCheckpointing::None,
         }
@@ -278,6 +282,7 @@ pub struct TrainingConfig {
     pub seed: u64,
     /// `None` where it depends on the model ([`crate::trainer::Passes`]).
     pub tokens_per_pass: Option<usize>,
+    pub share_prefixes: bool,
     pub saved_activations: SavedActivations,
     pub activation_checkpointing: ActivationCheckpointing,
 }
@@ -439,6 +444,7 @@ impl RawTrainingConfig {
             save_total_limit: self.save_total_limit,
             seed: self.seed,
             tokens_per_pass: self.tokens_per_pass,
+            share_prefixes: self.share_prefixes,
             saved_activations: self.saved_activations,
             activation_checkpointing: self.activation_checkpointing,
         })

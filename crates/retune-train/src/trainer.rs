@@ -6,7 +6,7 @@ use std::time::Instant;
 use retune_kernels::vector;
 use retune_model::Dropout;
 use retune_model::model::Model;
-use retune_model::pass::Pass;
+use retune_model::pass::{Pass, PassSize};
 use retune_model::workspace::{Keep, Workspace};
 use serde::{Deserialize, Serialize};
 
@@ -21,6 +21,8 @@ use crate::state::{self, Progress};
 const TOKENS_PER_PASS: usize = 1280;
 /// The same in 8 bits, where weights lie ready: a smaller one stays in the cache.
 const INT8_TOKENS_PER_PASS: usize = 512;
+/// Tokens of a pass's rows for each token of a pass at most: those that rows share are computed once, and attended to by each.
+const ROW_TOKENS: usize = 4;
 /// Planned bytes of activations above which passes are made smaller.
 const MOST_ACTIVATIONS: usize = 2 << 30;
 
@@ -31,6 +33,8 @@ pub struct Passes {
     /// Tokens of a pass at most.
     pub tokens: usize,
     pub keep: Keep,
+    /// Whether rows of a pass share what they begin with in common.
+    pub share_prefixes: bool,
 }
 
 impl Passes {
@@ -47,10 +51,12 @@ impl Passes {
             ActivationCheckpointing::None => Keep::Activations,
         };
         let mut tokens = if int8 { INT8_TOKENS_PER_PASS } else { TOKENS_PER_PASS };
-        while tokens > longest && Workspace::planned_bytes(model, keep, int8, tokens, tokens) > MOST_ACTIVATIONS {
+        while tokens > longest && Workspace::planned_bytes(model, keep, int8, PassSize::dense(tokens)) > MOST_ACTIVATIONS {
             tokens /= 2;
         }
-        Self { tokens: config.tokens_per_pass.unwrap_or(tokens).max(longest), keep }
+        let tokens = config.tokens_per_pass.unwrap_or(tokens).max(longest);
+        // Dropout treats each row's tokens differently.
+        Self { tokens, keep, share_prefixes: config.share_prefixes && !model.has_dropout() }
     }
 }
 
@@ -171,7 +177,7 @@ impl<'a> Trainer<'a> {
             workspace: Workspace::for_passes(model, passes.keep, workspace_tokens),
             workspace_tokens,
             schedule,
-            pass: Pass::default(),
+            pass: Pass::sharing_prefixes(passes.share_prefixes),
             rows: Vec::new(),
             epoch_order: None,
             progress: Progress { total_steps: total as u64, ..Progress::default() },
@@ -257,7 +263,7 @@ impl<'a> Trainer<'a> {
                 return Err(self.non_finite_loss(index + 1));
             }
             loss += sum;
-            tokens += self.pass.tokens();
+            tokens += self.pass.row_tokens();
             label_tokens += self.pass.labels.len();
         }
         let divisor = label_tokens.max(1) as f64;
@@ -346,56 +352,55 @@ impl<'a> Trainer<'a> {
 /// Fills a pass with the rows `rows[next..]` as long as they fit `limit` tokens, at least one; returns where the next pass starts.
 pub fn fill_pass(pass: &mut Pass, examples: &[Example], rows: &[usize], next: usize, limit: usize) -> usize {
     pass.clear();
-    let end = pass_end(examples, rows, next, limit);
-    for example in rows[next..end].iter().map(|&row| &examples[row]) {
-        pass.push(example.row as u64, &example.ids, &example.trained);
-    }
-    end
-}
-
-/// Where a pass that starts with the row `rows[next]` ends.
-fn pass_end(examples: &[Example], rows: &[usize], next: usize, limit: usize) -> usize {
-    let (mut end, mut tokens) = (next, 0);
-    while end < rows.len() {
-        let more = examples[rows[end]].ids.len();
-        if end > next && tokens + more > limit {
+    let mut end = next;
+    for example in rows[next..].iter().map(|&row| &examples[row]) {
+        let fits = pass.tokens() + pass.own_tokens(&example.ids) <= limit
+            && pass.row_tokens() + example.ids.len() <= ROW_TOKENS * limit;
+        if end > next && !fits {
             break;
         }
-        tokens += more;
+        pass.push(example.row as u64, &example.ids, &example.trained);
         end += 1;
     }
     end
 }
 
-/// The most label tokens in a pass of a run, scoring included, which is what the head's memory follows.
-pub fn most_labels(
+/// What holds every pass of a run, scoring included.
+pub fn largest_pass(
     config: &TrainingConfig,
     passes: Passes,
     shuffle: bool,
     train: &[Example],
     eval: &[Example],
-) -> usize {
-    let most = |examples: &[Example], rows: &[usize], limit: usize| {
-        let (mut most, mut next) = (0, 0);
+) -> PassSize {
+    let largest = |pass: &mut Pass, examples: &[Example], rows: &[usize], limit: usize| {
+        let (mut largest, mut next) = (PassSize::default(), 0);
         while next < rows.len() {
-            let end = pass_end(examples, rows, next, limit);
-            most = most.max(rows[next..end].iter().map(|&row| examples[row].trained_tokens()).sum());
-            next = end;
+            next = fill_pass(pass, examples, rows, next, limit);
+            largest = largest.max(pass.size());
         }
-        most
+        largest
     };
+    let scored: Vec<usize> = (0..eval.len()).collect();
+    let limit = passes.tokens.min(largest_step(config, train));
+    let mut size = largest(&mut scoring_pass(), eval, &scored, limit);
     let TrainingConfig { batch_size, gradient_accumulation_steps, seed, .. } = *config;
     let per_epoch = steps_per_epoch(train.len(), batch_size, gradient_accumulation_steps).max(1);
-    let epochs = total_steps(config, train.len()).div_ceil(per_epoch);
-    let scored: Vec<usize> = (0..eval.len()).collect();
-    let mut labels = most(eval, &scored, passes.tokens.min(largest_step(config, train)));
-    for epoch in 0..epochs {
+    let total = total_steps(config, train.len());
+    let mut pass = Pass::sharing_prefixes(passes.share_prefixes);
+    for epoch in 0..total.div_ceil(per_epoch) {
         let rows = order(seed, epoch, train.len(), shuffle);
-        for step in batches(&rows, batch_size, gradient_accumulation_steps) {
-            labels = labels.max(most(train, step, passes.tokens));
+        let steps = batches(&rows, batch_size, gradient_accumulation_steps);
+        for step in steps.take(total - epoch * per_epoch) {
+            size = size.max(largest(&mut pass, train, step, passes.tokens));
         }
     }
-    labels
+    size
+}
+
+/// A pass for scoring, where nothing is dropped.
+fn scoring_pass() -> Pass {
+    Pass::sharing_prefixes(true)
 }
 
 /// The summed loss over the label tokens of `examples`, and their number. `done` is told the number of examples scored so far.
@@ -412,7 +417,7 @@ pub fn held_out_loss(
 ) -> Result<(f64, usize), Error> {
     let rows: Vec<usize> = (0..examples.len()).collect();
     let (mut sum, mut labels, mut next) = (0.0, 0, 0);
-    let mut pass = Pass::default();
+    let mut pass = scoring_pass();
     while next < rows.len() {
         next = fill_pass(&mut pass, examples, &rows, next, tokens_per_pass);
         let loss = model.loss(params, &pass, workspace);

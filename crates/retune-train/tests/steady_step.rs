@@ -10,10 +10,10 @@ use retune_kernels::scratch::{self, Purpose};
 use retune_model::adapter::AdapterPlan;
 use retune_model::checkpoint::Checkpoint;
 use retune_model::model::{Model, Trainable};
-use retune_model::pass::Pass;
+use retune_model::pass::{Pass, PassSize};
 use retune_train::data::{Example, steps_per_epoch};
 use retune_train::run_config::RunConfig;
-use retune_train::trainer::{Passes, Trainer, fill_pass, most_labels};
+use retune_train::trainer::{Passes, Trainer, fill_pass, largest_pass};
 use serde_json::json;
 
 const ROWS_PER_STEP: usize = 3;
@@ -57,11 +57,12 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-/// Rows whose steps are of one pass and of several, of a pass of two tokens too.
+/// Rows whose steps are of one pass and of several, of a pass of two tokens too. Every other one begins with the same ids.
 fn examples() -> Vec<Example> {
     let mut examples = Vec::new();
     for (row, length) in [60, 2, 60, 17, 33, 5, 9, 41, 24, 3, 58, 12].into_iter().enumerate() {
-        let ids = (0..length).map(|i| ((31 * row + 7 * i) % 288) as u32).collect();
+        let first = |i: usize| if row % 2 == 0 && i < 20 { 0 } else { 31 * row };
+        let ids = (0..length).map(|i| ((first(i) + 7 * i) % 288) as u32).collect();
         examples.push(Example { row, ids, trained: (0..length).map(|i| i > 0).collect() });
     }
     examples
@@ -78,11 +79,11 @@ fn allocations(trainer: &mut Trainer) -> usize {
 }
 
 /// How often each step of a third epoch allocates.
-fn third_epoch(checkpointing: &str, saved: &str, int8: bool, examples: &[Example]) -> Vec<usize> {
+fn third_epoch(checkpointing: &str, saved: &str, int8: bool, dropout: f64, examples: &[Example]) -> Vec<usize> {
     let run = json!({
         "model": "base",
         "output_dir": "out",
-        "adapter": { "r": 4, "lora_dropout": 0.1 },
+        "adapter": { "r": 4, "lora_dropout": dropout },
         "data": { "train": "train.jsonl", "max_length": TOKENS_PER_PASS },
         "training": {
             "epochs": 3,
@@ -130,15 +131,19 @@ fn a_step_like_those_before_it_allocates_nothing() {
     for pool in &pools {
         // Which thread takes the largest piece of an operation is chance, and may be another one in a later step.
         pool.broadcast(|_| PURPOSES.into_iter().for_each(|purpose| scratch::with(purpose, SCRATCH, |_| ())));
-        for (checkpointing, saved, int8) in [
-            ("none", "f32", false),
-            ("none", "bf16", false),
-            ("layer", "auto", false),
-            ("none", "auto", true),
-            ("layer", "auto", true),
+        // Without dropout rows share what they begin with in common.
+        for (checkpointing, saved, int8, dropout) in [
+            ("none", "f32", false, 0.1),
+            ("none", "f32", false, 0.0),
+            ("none", "bf16", false, 0.1),
+            ("layer", "auto", false, 0.1),
+            ("none", "auto", true, 0.1),
+            ("none", "auto", true, 0.0),
+            ("layer", "auto", true, 0.0),
         ] {
-            let counts = pool.install(|| third_epoch(checkpointing, saved, int8, &examples));
-            let what = format!("{} threads, {checkpointing}, {saved}, int8 {int8}", pool.current_num_threads());
+            let counts = pool.install(|| third_epoch(checkpointing, saved, int8, dropout, &examples));
+            let threads = pool.current_num_threads();
+            let what = format!("{threads} threads, {checkpointing}, {saved}, int8 {int8}, dropout {dropout}");
             // The order of the rows is made anew for each epoch, by its first step.
             assert!(counts[0] <= 1, "{what}: {counts:?}");
             assert_eq!(counts[1..], [0, 0, 0], "{what}");
@@ -147,7 +152,7 @@ fn a_step_like_those_before_it_allocates_nothing() {
 }
 
 #[test]
-fn the_most_labels_of_a_pass_are_those_of_the_fullest() {
+fn the_largest_pass_holds_the_fullest_of_training_and_scoring() {
     let example =
         |row, trained: usize| Example { row, ids: vec![1; 20], trained: (0..20).map(|i| i >= 20 - trained).collect() };
     // Steps of three rows, passes of at most 60 tokens: rows 0 to 2, then 3 and 4.
@@ -157,9 +162,18 @@ fn the_most_labels_of_a_pass_are_those_of_the_fullest() {
         "training": { "batch_size": ROWS_PER_STEP, "tokens_per_pass": TOKENS_PER_PASS },
     });
     let config = RunConfig::parse(&run.to_string(), "the run", &[]).unwrap().training;
-    let passes = |tokens| Passes { tokens, keep: retune_model::workspace::Keep::Inputs };
-    assert_eq!(most_labels(&config, passes(60), false, &train, &[]), 19);
-    assert_eq!(most_labels(&config, passes(30), false, &train, &[]), 10);
-    let eval = [example(0, 12), example(1, 11), example(2, 0)];
-    assert_eq!(most_labels(&config, passes(60), false, &train, &eval), 23);
+    let largest = |tokens, share_prefixes, eval: &[Example]| {
+        let passes = Passes { tokens, keep: retune_model::workspace::Keep::Inputs, share_prefixes };
+        largest_pass(&config, passes, false, &train, eval)
+    };
+    assert_eq!(largest(60, false, &[]), PassSize { tokens: 60, row_tokens: 60, labels: 19 });
+    assert_eq!(largest(30, false, &[]), PassSize { tokens: 20, row_tokens: 20, labels: 10 });
+    // The rows are all alike: the second and third of a pass have one token of their own.
+    assert_eq!(largest(30, true, &[]), PassSize { tokens: 22, row_tokens: 60, labels: 19 });
+    let eval = [example(0, 12), example(1, 11), example(2, 0), example(3, 1)];
+    assert_eq!(largest(60, false, &eval), PassSize { tokens: 60, row_tokens: 80, labels: 24 });
+    // What is attended to is limited too.
+    assert_eq!(largest(20, true, &eval[..1]).row_tokens, 20);
+    let many: Vec<Example> = (0..40).map(|row| example(row, 1)).collect();
+    assert_eq!(largest(60, false, &many), PassSize { tokens: 60, row_tokens: 4 * 60, labels: 19 });
 }

@@ -91,6 +91,8 @@ fn train(args: &BenchTrainArgs) -> Result<()> {
         save_total_limit: 1,
         seed: 0,
         tokens_per_pass: args.tokens_per_pass,
+        // Dense work: every token is computed.
+        share_prefixes: false,
         saved_activations: SavedActivations::Auto,
         activation_checkpointing: ActivationCheckpointing::None,
     };

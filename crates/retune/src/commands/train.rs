@@ -18,7 +18,7 @@ use retune_model::workspace::Workspace;
 use retune_train::data::{Example, RowText, read_rows};
 use retune_train::run_config::{ActivationCheckpointing, Method, RunConfig};
 use retune_train::state::{self, Progress as RunProgress};
-use retune_train::trainer::{Observer, Outcome, Passes, Trainer, most_labels};
+use retune_train::trainer::{Observer, Outcome, Passes, Trainer, largest_pass};
 use serde_json::{Value, json};
 
 use super::data::problems;
@@ -461,15 +461,11 @@ impl Run<'_> {
     fn check_memory(&self, model: &Model) -> Result<()> {
         let training = &self.config.training;
         let passes = self.passes(model, self.computes_int8());
-        let Passes { tokens, keep } = passes;
-        let longest = self.longest_row();
-        let per_step: usize = training.batch_size * training.gradient_accumulation_steps;
-        let tokens = tokens.min(longest * per_step).max(longest);
         let eval = self.data.eval.as_ref().map_or(&[][..], |eval| &eval.examples);
-        let labels = most_labels(training, passes, self.config.data.shuffle, &self.data.train.examples, eval);
+        let size = largest_pass(training, passes, self.config.data.shuffle, &self.data.train.examples, eval);
         let file = self.checkpoint.file_bytes() as usize;
         let (trained, optimizer) = (2 * 4 * model.layout.len(), 2 * 4 * model.layout.len());
-        let activations = Workspace::planned_bytes(model, keep, self.computes_int8(), tokens, labels);
+        let activations = Workspace::planned_bytes(model, passes.keep, self.computes_int8(), size);
         let (base, int8) = if self.computes_int8() {
             // The whole file is read while the steps' memory is not in use: by the calibration before them and for the answers after them.
             let kept = model.stored_bytes_beside_int8();
@@ -479,7 +475,7 @@ impl Run<'_> {
         };
         let total = (base + int8 + trained + optimizer + activations + PROGRAM_BYTES) as u64;
         note!(
-            "memory   {} planned: base {}, in int8 {}, {} with its gradient {}, optimizer {}, activations {} for passes of {tokens} tokens",
+            "memory   {} planned: base {}, in int8 {}, {} with its gradient {}, optimizer {}, activations {} for passes of {} tokens",
             human(total),
             human(base as u64),
             human(int8 as u64),
@@ -487,6 +483,7 @@ impl Run<'_> {
             human(trained as u64),
             human(optimizer as u64),
             human(activations as u64),
+            size.tokens,
         );
         let Some(available) = memory::available() else { return Ok(()) };
         if total > available {
