@@ -13,7 +13,7 @@ use retune_kernels::allocator::Aligned;
 use retune_kernels::attention::{self, Heads, Saved, Segment};
 use retune_kernels::gemm::{MatRef, Out, Rhs, Term, gemm};
 use retune_kernels::int8::{Int8Matrix, Int8Rows, Rounding};
-use retune_kernels::{F32Panel, peak};
+use retune_kernels::{F32Panel, PanelSource, peak};
 use retune_quant::{Format, Matrix, SharedBytes};
 
 #[global_allocator]
@@ -56,6 +56,7 @@ fn main() {
         #[cfg(target_arch = "x86_64")]
         x86::gemm_crate(&mut criterion);
         int8_products(&mut criterion);
+        decode(&mut criterion);
         quantize_weight(&mut criterion);
         quantize_rows(&mut criterion);
         low_rank_products(&mut criterion);
@@ -209,6 +210,23 @@ fn quantize_weight(criterion: &mut Criterion) {
             );
         }
         group.finish();
+    }
+}
+
+/// Stored values made f32, a panel at a time, on one thread.
+fn decode(criterion: &mut Criterion) {
+    const PANEL: usize = 64;
+    const COLUMNS: usize = 4096;
+    let mut group = start_group(criterion, "decode");
+    for format in Format::ALL {
+        let prepare = || {
+            // No bits that make a scale infinite or not a number.
+            let bytes = vec![1; format.bytes_for(PANEL, COLUMNS).unwrap()];
+            (Matrix::new(format, PANEL, COLUMNS, SharedBytes::from_vec(bytes)).unwrap(), zeros(PANEL * COLUMNS))
+        };
+        measure(&mut group, format.name().to_owned(), PANEL * COLUMNS, prepare, |(matrix, panel)| {
+            matrix.panel_f32(0..PANEL, 0..COLUMNS, panel);
+        });
     }
 }
 

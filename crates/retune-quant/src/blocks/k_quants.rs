@@ -3,7 +3,7 @@
 //! The parts' factors are computed first, then y = scale q - offset or y = scale q. Quants of few bits lie in planes: a
 //! plane of 32 or 64 bytes holds its first values in the lowest bits, the next 32 or 64 in the bits above, and so on.
 
-use super::{Block, f16_at};
+use super::{Block, f16_at, fill};
 
 pub(super) struct Q2K;
 pub(super) struct Q3K;
@@ -22,9 +22,7 @@ impl Block<84, 256> for Q2K {
             let offset = dmin * f32::from(packed >> 4);
             let plane = &quants[part / 8 * 32 + part % 2 * 16..][..16];
             let shift = part / 2 % 4 * 2;
-            for (y, &q) in out.iter_mut().zip(plane) {
-                *y = scale * f32::from((q >> shift) & 3) - offset;
-            }
+            fill(out, |i| scale * f32::from((plane[i] >> shift) & 3) - offset);
         }
     }
 }
@@ -42,10 +40,10 @@ impl Block<110, 256> for Q3K {
             let plane = &quants[part / 8 * 32 + part % 2 * 16..][..16];
             let third = &thirds[part % 2 * 16..][..16];
             let (shift, bit) = (part / 2 % 4 * 2, part / 2);
-            for (y, (&q, &third)) in out.iter_mut().zip(plane.iter().zip(third)) {
-                let q = (q >> shift) & 3 | ((third >> bit) & 1) << 2;
-                *y = scale * ((i32::from(q) - 4) as f32);
-            }
+            fill(out, |i| {
+                let q = (plane[i] >> shift) & 3 | ((third[i] >> bit) & 1) << 2;
+                scale * ((i32::from(q) - 4) as f32)
+            });
         }
     }
 }
@@ -59,13 +57,9 @@ impl Block<144, 256> for Q4K {
         for (i, (out, plane)) in dst.as_chunks_mut::<64>().0.iter_mut().zip(planes).enumerate() {
             let (low, high) = out.split_at_mut(32);
             let (scale, offset) = factors[2 * i];
-            for (y, &q) in low.iter_mut().zip(plane) {
-                *y = scale * f32::from(q & 15) - offset;
-            }
+            fill(low, |i| scale * f32::from(plane[i] & 15) - offset);
             let (scale, offset) = factors[2 * i + 1];
-            for (y, &q) in high.iter_mut().zip(plane) {
-                *y = scale * f32::from(q >> 4) - offset;
-            }
+            fill(high, |i| scale * f32::from(plane[i] >> 4) - offset);
         }
     }
 }
@@ -80,13 +74,9 @@ impl Block<176, 256> for Q5K {
         for (i, (out, plane)) in dst.as_chunks_mut::<64>().0.iter_mut().zip(planes).enumerate() {
             let (low, high) = out.split_at_mut(32);
             let (scale, offset) = factors[2 * i];
-            for (y, (&q, &fifth)) in low.iter_mut().zip(plane.iter().zip(fifths)) {
-                *y = scale * f32::from(q & 15 | ((fifth >> (2 * i)) & 1) << 4) - offset;
-            }
+            fill(low, |j| scale * f32::from(plane[j] & 15 | ((fifths[j] >> (2 * i)) & 1) << 4) - offset);
             let (scale, offset) = factors[2 * i + 1];
-            for (y, (&q, &fifth)) in high.iter_mut().zip(plane.iter().zip(fifths)) {
-                *y = scale * f32::from(q >> 4 | ((fifth >> (2 * i + 1)) & 1) << 4) - offset;
-            }
+            fill(high, |j| scale * f32::from(plane[j] >> 4 | ((fifths[j] >> (2 * i + 1)) & 1) << 4) - offset);
         }
     }
 }
@@ -102,10 +92,10 @@ impl Block<210, 256> for Q6K {
             let low = &lows[part / 8 * 64 + part % 4 * 16..][..16];
             let high = &highs[part / 8 * 32 + part % 2 * 16..][..16];
             let (low_shift, high_shift) = (part / 4 % 2 * 4, part / 2 % 4 * 2);
-            for (y, (&low, &high)) in out.iter_mut().zip(low.iter().zip(high)) {
-                let q = (low >> low_shift) & 15 | ((high >> high_shift) & 3) << 4;
-                *y = scale * ((i32::from(q) - 32) as f32);
-            }
+            fill(out, |i| {
+                let q = (low[i] >> low_shift) & 15 | ((high[i] >> high_shift) & 3) << 4;
+                scale * ((i32::from(q) - 32) as f32)
+            });
         }
     }
 }

@@ -3,7 +3,7 @@
 //! The low nibbles of the 16 bytes of quants are values 0 to 15, the high nibbles 16 to 31. Where there are fifth bits, bit i
 //! of a 32-bit word belongs to value i.
 
-use super::{Block, f16_at};
+use super::{Block, f16_at, fill};
 
 pub(super) struct Q4_0;
 pub(super) struct Q4_1;
@@ -15,12 +15,10 @@ pub(super) struct Q8_0;
 impl Block<18, 32> for Q4_0 {
     #[inline(always)]
     fn decode(src: &[u8; 18], dst: &mut [f32; 32]) {
-        let d = f16_at(src, 0);
-        for i in 0..16 {
-            let q = src[2 + i];
-            dst[i] = d * ((i32::from(q & 15) - 8) as f32);
-            dst[i + 16] = d * ((i32::from(q >> 4) - 8) as f32);
-        }
+        let (d, quants) = (f16_at(src, 0), &src[2..]);
+        let (low, high) = dst.split_at_mut(16);
+        fill(low, |i| d * ((i32::from(quants[i] & 15) - 8) as f32));
+        fill(high, |i| d * ((i32::from(quants[i] >> 4) - 8) as f32));
     }
 }
 
@@ -28,12 +26,10 @@ impl Block<18, 32> for Q4_0 {
 impl Block<20, 32> for Q4_1 {
     #[inline(always)]
     fn decode(src: &[u8; 20], dst: &mut [f32; 32]) {
-        let (d, m) = (f16_at(src, 0), f16_at(src, 2));
-        for i in 0..16 {
-            let q = src[4 + i];
-            dst[i] = d * f32::from(q & 15) + m;
-            dst[i + 16] = d * f32::from(q >> 4) + m;
-        }
+        let (d, m, quants) = (f16_at(src, 0), f16_at(src, 2), &src[4..]);
+        let (low, high) = dst.split_at_mut(16);
+        fill(low, |i| d * f32::from(quants[i] & 15) + m);
+        fill(high, |i| d * f32::from(quants[i] >> 4) + m);
     }
 }
 
@@ -41,15 +37,12 @@ impl Block<20, 32> for Q4_1 {
 impl Block<22, 32> for Q5_0 {
     #[inline(always)]
     fn decode(src: &[u8; 22], dst: &mut [f32; 32]) {
-        let d = f16_at(src, 0);
-        let fifth = i32::from_le_bytes([src[2], src[3], src[4], src[5]]);
-        for i in 0..16 {
-            let q = i32::from(src[6 + i]);
-            let low = q & 15 | ((fifth >> i) & 1) << 4;
-            let high = q >> 4 | ((fifth >> (i + 16)) & 1) << 4;
-            dst[i] = d * ((low - 16) as f32);
-            dst[i + 16] = d * ((high - 16) as f32);
-        }
+        let (d, quants) = (f16_at(src, 0), &src[6..]);
+        let fifths = i32::from_le_bytes([src[2], src[3], src[4], src[5]]);
+        let fifth = |i: usize| ((fifths >> i) & 1) << 4;
+        let (low, high) = dst.split_at_mut(16);
+        fill(low, |i| d * ((i32::from(quants[i] & 15) | fifth(i)) - 16) as f32);
+        fill(high, |i| d * ((i32::from(quants[i] >> 4) | fifth(i + 16)) - 16) as f32);
     }
 }
 
@@ -57,15 +50,12 @@ impl Block<22, 32> for Q5_0 {
 impl Block<24, 32> for Q5_1 {
     #[inline(always)]
     fn decode(src: &[u8; 24], dst: &mut [f32; 32]) {
-        let (d, m) = (f16_at(src, 0), f16_at(src, 2));
-        let fifth = i32::from_le_bytes([src[4], src[5], src[6], src[7]]);
-        for i in 0..16 {
-            let q = i32::from(src[8 + i]);
-            let low = q & 15 | ((fifth >> i) & 1) << 4;
-            let high = q >> 4 | ((fifth >> (i + 16)) & 1) << 4;
-            dst[i] = d * (low as f32) + m;
-            dst[i + 16] = d * (high as f32) + m;
-        }
+        let (d, m, quants) = (f16_at(src, 0), f16_at(src, 2), &src[8..]);
+        let fifths = i32::from_le_bytes([src[4], src[5], src[6], src[7]]);
+        let fifth = |i: usize| ((fifths >> i) & 1) << 4;
+        let (low, high) = dst.split_at_mut(16);
+        fill(low, |i| d * (i32::from(quants[i] & 15) | fifth(i)) as f32 + m);
+        fill(high, |i| d * (i32::from(quants[i] >> 4) | fifth(i + 16)) as f32 + m);
     }
 }
 
@@ -73,10 +63,8 @@ impl Block<24, 32> for Q5_1 {
 impl Block<34, 32> for Q8_0 {
     #[inline(always)]
     fn decode(src: &[u8; 34], dst: &mut [f32; 32]) {
-        let d = f16_at(src, 0);
-        for (y, &q) in dst.iter_mut().zip(&src[2..]) {
-            *y = f32::from(q as i8) * d;
-        }
+        let (d, quants) = (f16_at(src, 0), &src[2..]);
+        fill(dst, |i| f32::from(quants[i] as i8) * d);
     }
 }
 
