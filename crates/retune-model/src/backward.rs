@@ -232,7 +232,8 @@ impl Layer {
         let (d, f, tokens, eps) = (c.hidden_size, c.intermediate_size, pass.tokens(), c.rms_norm_eps);
         let (wide, narrow) = (c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim);
         let dropout = dropout.as_ref();
-        let Temporary { norm, hidden, dx, dnorm, dattention, dq, dk, dv, linear: scratch, segments, whole, dwhole } = temporary;
+        let Temporary { norm, hidden, dx, dnorm, dattention, dq, dk, dv, linear: scratch, segments, whole, dwhole } =
+            temporary;
         let (norm, dx, dnorm) = (&mut norm[..tokens * d], &mut dx[..tokens * d], &mut dnorm[..tokens * d]);
         let [u_qkv, u_o, u_gate_up, u_down] = &saved.u;
 

@@ -51,7 +51,9 @@ impl Passes {
             ActivationCheckpointing::None => Keep::Activations,
         };
         let mut tokens = if int8 { INT8_TOKENS_PER_PASS } else { TOKENS_PER_PASS };
-        while tokens > longest && Workspace::planned_bytes(model, keep, int8, PassSize::dense(tokens)) > MOST_ACTIVATIONS {
+        while tokens > longest
+            && Workspace::planned_bytes(model, keep, int8, PassSize::dense(tokens)) > MOST_ACTIVATIONS
+        {
             tokens /= 2;
         }
         let tokens = config.tokens_per_pass.unwrap_or(tokens).max(longest);
