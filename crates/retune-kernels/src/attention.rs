@@ -233,7 +233,8 @@ pub struct Saved<'a> {
 /// sums do not depend on the number of threads.
 const PARTS: usize = 2;
 
-/// Elements of memory that [`backward`] takes for each element of the queries: gradients of keys and of values, head by head and part by part.
+/// Elements of memory that [`backward`] takes for each key and each of its `queries · head_dim`: gradients of keys and of values, head by head
+/// and part by part.
 pub const BACKWARD_SCRATCH: usize = 2 * PARTS;
 
 /// Writes the gradients `dq: [Tq, queries · head_dim]`, `dk` and `dv: [Tkv, keys · head_dim]` from the gradient `dout` of the output.

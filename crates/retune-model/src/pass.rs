@@ -12,6 +12,8 @@ pub struct Sequence {
     pub tokens: Range<usize>,
     /// All tokens of the row, in [`Pass::places`].
     pub whole: Range<usize>,
+    /// Its labels, in [`Pass::labels`].
+    pub labels: Range<usize>,
     /// Its row in the data set: the key for dropout, so that a row is treated alike wherever it is packed.
     pub row: u64,
 }
@@ -28,8 +30,8 @@ pub struct Label {
 /// Rows laid end to end. Positions restart with each row; the head runs on the tokens of `labels` alone.
 ///
 /// With `share_prefixes` a row that begins like an earlier one (the same system prompt, the same instruction) has those tokens in common
-/// with it. What a causal model computes for a token depends on what precedes it and on nothing else, so this changes no result, and
-/// gradients but for the order of sums.
+/// with it. What a causal model computes for a token depends on what precedes it and on nothing else, so this changes results by the order
+/// of sums alone.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Pass {
     pub share_prefixes: bool,
@@ -49,12 +51,14 @@ pub struct PassSize {
     /// Tokens of all rows, those they share counted for each.
     pub row_tokens: usize,
     pub labels: usize,
+    /// Whether rows share tokens.
+    pub is_shared: bool,
 }
 
 impl PassSize {
     /// Rows that share nothing, with a label on every token.
     pub fn dense(tokens: usize) -> Self {
-        Self { tokens, row_tokens: tokens, labels: tokens }
+        Self { tokens, row_tokens: tokens, labels: tokens, is_shared: false }
     }
 
     /// What holds either of two passes.
@@ -63,6 +67,7 @@ impl PassSize {
             tokens: self.tokens.max(other.tokens),
             row_tokens: self.row_tokens.max(other.row_tokens),
             labels: self.labels.max(other.labels),
+            is_shared: self.is_shared || other.is_shared,
         }
     }
 }
@@ -85,7 +90,8 @@ impl Pass {
 
     /// How much it holds.
     pub fn size(&self) -> PassSize {
-        PassSize { tokens: self.tokens(), row_tokens: self.row_tokens(), labels: self.labels.len() }
+        let (tokens, row_tokens, labels) = (self.tokens(), self.row_tokens(), self.labels.len());
+        PassSize { tokens, row_tokens, labels, is_shared: self.is_shared() }
     }
 
     /// Whether a token is part of several rows.
@@ -125,10 +131,12 @@ impl Pass {
         self.positions.extend(own.start as u32..own.end as u32);
         self.places.extend_from_within(shared);
         self.places.extend(start as u32..end as u32);
-        self.sequences.push(Sequence { tokens: start..end, whole: first..self.places.len(), row });
         let places = &self.places[first..];
         let targets = ids.iter().zip(trained).enumerate().skip(1).filter(|(_, (_, trained))| **trained);
+        let first_label = self.labels.len();
         self.labels.extend(targets.map(|(i, (&target, _))| Label { token: places[i - 1], target }));
+        let (whole, labels) = (first..self.places.len(), first_label..self.labels.len());
+        self.sequences.push(Sequence { tokens: start..end, whole, labels, row });
     }
 
     /// Empties the pass and keeps its memory.
@@ -138,6 +146,11 @@ impl Pass {
         self.sequences.clear();
         self.labels.clear();
         self.places.clear();
+    }
+
+    /// The sequence that a label is of.
+    pub fn sequence_of_label(&self, label: usize) -> Option<&Sequence> {
+        self.sequences.iter().find(|s| s.labels.contains(&label))
     }
 
     /// The sequence that holds a token, the first of them where rows share it.
@@ -185,6 +198,9 @@ mod tests {
         assert_eq!(pass.places[third], [0, 1, 2, 3, 4, 5, 6, 7, 8, 13, 14, 16]);
         let labels: Vec<_> = pass.labels.iter().map(|l| (l.token, l.target)).collect();
         assert_eq!(labels, [(11, 90), (14, 52), (14, 70), (23, 60), (11, 90)]);
+        // Its token is the first row's.
+        assert_eq!(pass.sequence_of_label(4).map(|s| s.row), Some(4));
+        assert_eq!(pass.sequence_of(11).map(|s| s.row), Some(0));
         assert_eq!((pass.row_tokens(), pass.is_shared()), (13 + 12 + 12 + 8 + 13, true));
         let mut alone = Pass::default();
         [row(12, &[90]), row(12, &[91])].iter().for_each(|ids| alone.push(0, ids, &last(ids)));

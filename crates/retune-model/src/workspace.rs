@@ -312,7 +312,7 @@ impl Workspace {
     /// Bytes that a training pass of this size will make the workspace take: the plan shown before training. `int8` says whether the
     /// base will be computed in 8 bits. Scratch memory of the kernels is included.
     pub fn planned_bytes(model: &Model, keep: Keep, int8: bool, size: PassSize) -> usize {
-        let PassSize { tokens, row_tokens, labels } = size;
+        let PassSize { tokens, row_tokens, labels, is_shared } = size;
         let c = &model.config;
         let (q, k) = (c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim);
         let (d, f) = (c.hidden_size, c.intermediate_size);
@@ -329,7 +329,7 @@ impl Workspace {
         };
         let temporary = 3 * d + f + 2 * q + 2 * k;
         let attention = row_tokens * attention::BACKWARD_SCRATCH * q;
-        let whole = if row_tokens > tokens { row_tokens * 4 * k } else { 0 };
+        let whole = if is_shared { row_tokens * 4 * k } else { 0 };
         let int8 = int8 && !model.head.is_trainable();
         let rows = Self::most_head_rows(model, int8).min(labels);
         let head = rows * (4 * d + c.vocab_size);

@@ -310,8 +310,7 @@ impl<'a> Trainer<'a> {
 
     fn non_finite_loss(&self, step: u64) -> Error {
         let bad = self.workspace.losses.iter().position(|l| !l.is_finite());
-        let token = bad.map_or(0, |i| self.pass.labels[i].token as usize);
-        let row = self.pass.sequence_of(token).map_or(0, |s| s.row);
+        let row = bad.and_then(|i| self.pass.sequence_of_label(i)).map_or(0, |s| s.row);
         let place = self.model.first_non_finite_layer(&self.pass, &self.workspace);
         let layers = self.model.layers.len();
         let (layer, row) = match place {
@@ -333,8 +332,8 @@ impl<'a> Trainer<'a> {
     }
 
     fn score(&mut self) -> Result<(f64, usize), Error> {
-        let limit = self.workspace_tokens;
-        let (sum, labels) = held_out_loss(self.model, &self.params, self.eval, limit, &mut self.workspace, |_| {})?;
+        let (limit, pass, workspace) = (self.workspace_tokens, &mut self.pass, &mut self.workspace);
+        let (sum, labels) = held_out_loss(self.model, &self.params, self.eval, limit, pass, workspace, |_| {})?;
         Ok((sum / labels.max(1) as f64, labels))
     }
 
@@ -375,37 +374,32 @@ pub fn largest_pass(
     train: &[Example],
     eval: &[Example],
 ) -> PassSize {
-    let largest = |pass: &mut Pass, examples: &[Example], rows: &[usize], limit: usize| {
+    let mut pass = Pass::sharing_prefixes(passes.share_prefixes);
+    let mut largest = |examples: &[Example], rows: &[usize], limit: usize| {
         let (mut largest, mut next) = (PassSize::default(), 0);
         while next < rows.len() {
-            next = fill_pass(pass, examples, rows, next, limit);
+            next = fill_pass(&mut pass, examples, rows, next, limit);
             largest = largest.max(pass.size());
         }
         largest
     };
     let scored: Vec<usize> = (0..eval.len()).collect();
     let limit = passes.tokens.min(largest_step(config, train));
-    let mut size = largest(&mut scoring_pass(), eval, &scored, limit);
+    let mut size = largest(eval, &scored, limit);
     let TrainingConfig { batch_size, gradient_accumulation_steps, seed, .. } = *config;
     let per_epoch = steps_per_epoch(train.len(), batch_size, gradient_accumulation_steps).max(1);
     let total = total_steps(config, train.len());
-    let mut pass = Pass::sharing_prefixes(passes.share_prefixes);
     for epoch in 0..total.div_ceil(per_epoch) {
         let rows = order(seed, epoch, train.len(), shuffle);
         let steps = batches(&rows, batch_size, gradient_accumulation_steps);
         for step in steps.take(total - epoch * per_epoch) {
-            size = size.max(largest(&mut pass, train, step, passes.tokens));
+            size = size.max(largest(train, step, passes.tokens));
         }
     }
     size
 }
 
-/// A pass for scoring, where nothing is dropped.
-fn scoring_pass() -> Pass {
-    Pass::sharing_prefixes(true)
-}
-
-/// The summed loss over the label tokens of `examples`, and their number. `done` is told the number of examples scored so far.
+/// The summed loss over the label tokens of `examples`, and their number, pass by pass in `pass`. `done` is told the number of examples scored so far.
 ///
 /// # Errors
 /// A loss that is not finite, with its row.
@@ -414,18 +408,18 @@ pub fn held_out_loss(
     params: &[f32],
     examples: &[Example],
     tokens_per_pass: usize,
+    pass: &mut Pass,
     workspace: &mut Workspace,
     mut done: impl FnMut(usize),
 ) -> Result<(f64, usize), Error> {
     let rows: Vec<usize> = (0..examples.len()).collect();
     let (mut sum, mut labels, mut next) = (0.0, 0, 0);
-    let mut pass = scoring_pass();
     while next < rows.len() {
-        next = fill_pass(&mut pass, examples, &rows, next, tokens_per_pass);
-        let loss = model.loss(params, &pass, workspace);
+        next = fill_pass(pass, examples, &rows, next, tokens_per_pass);
+        let loss = model.loss(params, pass, workspace);
         if !loss.is_finite() {
-            let label = workspace.losses.iter().position(|l| !l.is_finite()).and_then(|i| pass.labels.get(i));
-            let row = label.and_then(|l| pass.sequence_of(l.token as usize)).map_or(0, |s| s.row);
+            let label = workspace.losses.iter().position(|l| !l.is_finite());
+            let row = label.and_then(|i| pass.sequence_of_label(i)).map_or(0, |s| s.row);
             return Err(Error::NonFiniteEvaluation { row });
         }
         sum += loss;

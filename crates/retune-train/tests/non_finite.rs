@@ -143,7 +143,8 @@ fn a_held_out_loss_that_is_not_finite_is_traced_to_its_row() {
     let (model, mut params) = whole();
     params[place(&model, "model.embed_tokens.weight", RARE as usize * HIDDEN_SIZE)] = f32::NAN;
     let mut workspace = Workspace::new(&model, Keep::Nothing);
-    let error = held_out_loss(&model, &params, &examples(), 64, &mut workspace, |_| {}).unwrap_err();
+    let error =
+        held_out_loss(&model, &params, &examples(), 64, &mut Pass::default(), &mut workspace, |_| {}).unwrap_err();
     assert!(matches!(error, Error::NonFiniteEvaluation { row: 45 }), "{error}");
     let text = error.to_string();
     assert!(text.contains("row 46 ") && text.contains(ANEW), "{text}");

@@ -166,14 +166,14 @@ fn the_largest_pass_holds_the_fullest_of_training_and_scoring() {
         let passes = Passes { tokens, keep: retune_model::workspace::Keep::Inputs, share_prefixes };
         largest_pass(&config, passes, false, &train, eval)
     };
-    assert_eq!(largest(60, false, &[]), PassSize { tokens: 60, row_tokens: 60, labels: 19 });
-    assert_eq!(largest(30, false, &[]), PassSize { tokens: 20, row_tokens: 20, labels: 10 });
+    let size = |tokens, row_tokens, labels| PassSize { tokens, row_tokens, labels, is_shared: row_tokens > tokens };
+    assert_eq!(largest(60, false, &[]), size(60, 60, 19));
+    assert_eq!(largest(30, false, &[]), size(20, 20, 10));
     // The rows are all alike: the second and third of a pass have one token of their own.
-    assert_eq!(largest(30, true, &[]), PassSize { tokens: 22, row_tokens: 60, labels: 19 });
+    assert_eq!(largest(30, true, &[]), size(22, 60, 19));
     let eval = [example(0, 12), example(1, 11), example(2, 0), example(3, 1)];
-    assert_eq!(largest(60, false, &eval), PassSize { tokens: 60, row_tokens: 80, labels: 24 });
-    // What is attended to is limited too.
-    assert_eq!(largest(20, true, &eval[..1]).row_tokens, 20);
+    assert_eq!(largest(60, false, &eval), size(60, 60, 23));
+    // Scoring lays more than a step's rows together. What is attended to is limited too.
     let many: Vec<Example> = (0..40).map(|row| example(row, 1)).collect();
-    assert_eq!(largest(60, false, &many), PassSize { tokens: 60, row_tokens: 4 * 60, labels: 19 });
+    assert_eq!(largest(60, true, &many), size(31, 4 * 60, 19));
 }

@@ -110,11 +110,12 @@ fn decode_columns<B: Block<BYTES, LEN>, const BYTES: usize, const LEN: usize>(
 /// An assembly of no instructions is what a loop cannot be vectorised over; the 16 in a row can still be.
 #[inline(always)]
 fn fill(out: &mut [f32], value: impl Fn(usize) -> f32) {
+    debug_assert!(out.len().is_multiple_of(16));
     for (first, vector) in (0..).step_by(16).zip(out.as_chunks_mut::<16>().0) {
         // All are read before one is written: what they are read from could be what is written, for all the compiler knows.
         let mut values = [0.0; 16];
-        for i in 0..16 {
-            values[i] = value(first + i);
+        for (i, v) in values.iter_mut().enumerate() {
+            *v = value(first + i);
         }
         *vector = values;
         // SAFETY: it does nothing.

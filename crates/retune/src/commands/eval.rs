@@ -4,6 +4,7 @@ use std::fmt::Display;
 
 use anyhow::{Result, anyhow, bail};
 use indicatif::{ProgressBar, ProgressStyle};
+use retune_model::pass::Pass;
 use retune_model::workspace::{Keep, Workspace};
 use retune_train::data::{DataFormat, Dataset, Encoder, read_rows};
 use retune_train::run_config::{DataConfig, RunConfig};
@@ -64,10 +65,15 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     let bar = ProgressBar::new(data.examples.len() as u64);
     bar.set_style(ProgressStyle::with_template("{wide_bar} {pos}/{len} rows, {eta} left")?);
     let mut workspace = Workspace::new(&session.model, Keep::Nothing);
-    let (sum, labels) =
-        held_out_loss(&session.model, &session.params, &data.examples, TOKENS_PER_PASS, &mut workspace, |done| {
-            bar.set_position(done as u64)
-        })?;
+    let (sum, labels) = held_out_loss(
+        &session.model,
+        &session.params,
+        &data.examples,
+        TOKENS_PER_PASS,
+        &mut Pass::sharing_prefixes(true),
+        &mut workspace,
+        |done| bar.set_position(done as u64),
+    )?;
     bar.finish_and_clear();
     let loss = sum / labels.max(1) as f64;
     if args.json {
