@@ -255,9 +255,20 @@ pub struct Int8Matrix {
 impl Int8Matrix {
     /// Quantizes a weight, with the given factors of its columns, and some of these kept in f32 for the forward.
     pub fn new(weight: &dyn PanelSource, col_scales: Option<&[f32]>, outliers: &[u32]) -> Self {
+        Self::in_memory(Vec::new(), weight, col_scales, outliers)
+    }
+
+    /// The same in the memory of another one: fresh memory costs more than quantizing.
+    pub fn in_memory(
+        mut values: Vec<i8>,
+        weight: &dyn PanelSource,
+        col_scales: Option<&[f32]>,
+        outliers: &[u32],
+    ) -> Self {
         let (rows, cols) = (weight.rows(), weight.cols());
         let (padded_rows, padded_cols) = (rows.next_multiple_of(PANEL), cols.next_multiple_of(PANEL));
-        let mut values = vec![0i8; padded_rows * padded_cols];
+        // All of it is overwritten.
+        values.resize(padded_rows * padded_cols, 0);
         let mut row_scales = vec![0.0; padded_rows];
         let mut row_offsets = vec![0; run_count(cols) * padded_rows];
         let mut padded_scales = vec![0.0; padded_cols];
@@ -266,58 +277,62 @@ impl Int8Matrix {
             None => padded_scales[..cols].fill(1.0),
         }
         let inverse: Option<Vec<f32>> = col_scales.map(|scales| scales.iter().map(|c| 1.0 / c).collect());
+        let mut outlier_weights = vec![0.0; rows * outliers.len()];
+        // What the integers of a column add up to in each panel.
+        let mut panel_sums = vec![0; padded_rows / PANEL * padded_cols];
         {
-            let (values, row_scales) = (SharedMut::new(&mut values), SharedMut::new(&mut row_scales));
-            let offsets = SharedMut::new(&mut row_offsets);
+            let (values, sums) = (SharedMut::new(&mut values), SharedMut::new(&mut panel_sums));
+            let (scales, offsets) = (SharedMut::new(&mut row_scales), SharedMut::new(&mut row_offsets));
+            let split_off = SharedMut::new(&mut outlier_weights);
             parallel::for_each(padded_rows / PANEL, |panel| {
-                let first = panel * PANEL;
+                let within = panel * PANEL..((panel + 1) * PANEL).min(rows);
                 // SAFETY: one piece, one panel.
-                let (values, scales) =
-                    unsafe { (values.slice(first * padded_cols, PANEL * padded_cols), row_scales.slice(first, PANEL)) };
-                for row in first..(first + PANEL).min(rows) {
-                    let sums = quantize_row(weight, row, inverse.as_deref(), values, &mut scales[row - first]);
-                    for (run, sum) in runs(cols).zip(0..).map(|(r, i)| (i, sums(r))) {
+                let (values, sums) = unsafe {
+                    (
+                        values.slice(within.start * padded_cols, PANEL * padded_cols),
+                        sums.slice(panel * padded_cols, padded_cols),
+                    )
+                };
+                // Rows are quantized as they lie, and turned into groups when all are there.
+                let stride = row_stride(cols);
+                scratch::with_bytes(Purpose::PackedB, PANEL * stride, |integers| {
+                    for (row, integers) in (within.start..).zip(integers.chunks_exact_mut(stride)) {
+                        let integers = &mut integers[..padded_cols];
+                        if row >= within.end {
+                            integers.fill(0);
+                            continue;
+                        }
                         // SAFETY: one piece, the rows of its panel.
-                        unsafe { offsets.slice(run * padded_rows + row, 1)[0] = sum };
+                        let (scale, split_off) =
+                            unsafe { (scales.slice(row, 1), split_off.slice(row * outliers.len(), outliers.len())) };
+                        scale[0] = quantize_row(weight, row, inverse.as_deref(), integers, |decoded| {
+                            let channels = split_off.iter_mut().zip(outliers);
+                            channels.for_each(|(to, &channel)| *to = decoded[channel as usize]);
+                        });
+                        for (i, run) in runs(cols).enumerate() {
+                            // SAFETY: as above.
+                            unsafe { offsets.slice(i * padded_rows + row, 1)[0] = offset_of(sum(&integers[run])) };
+                        }
+                        add_to(sums, integers);
                     }
-                }
+                    for (columns, to) in values.chunks_exact_mut(PANEL / 4 * GROUP).enumerate() {
+                        to_groups(&integers[columns * PANEL..], stride, to);
+                    }
+                });
             });
         }
         let mut col_offsets = vec![0; run_count(rows) * padded_cols];
-        {
-            let offsets = SharedMut::new(&mut col_offsets);
-            parallel::for_each(padded_cols / 4, |group| {
-                for (i, run) in runs(rows).enumerate() {
-                    let mut sums = [0i32; 4];
-                    for panel in run.start / PANEL..run.end.div_ceil(PANEL) {
-                        let start = panel * PANEL * padded_cols + group * GROUP;
-                        for four in values[start..start + GROUP].as_chunks::<4>().0 {
-                            sums.iter_mut().zip(four).for_each(|(sum, &v)| *sum += i32::from(v));
-                        }
-                    }
-                    // SAFETY: one piece, its four columns.
-                    let to = unsafe { offsets.slice(i * padded_cols + 4 * group, 4) };
-                    to.iter_mut().zip(sums).for_each(|(to, sum)| *to = -i32::from(OFFSET) * sum);
-                }
-            });
+        for (run, offsets) in runs(rows).zip(col_offsets.chunks_exact_mut(padded_cols)) {
+            for panel in run.start / PANEL..run.end.div_ceil(PANEL) {
+                let sums = &panel_sums[panel * padded_cols..(panel + 1) * padded_cols];
+                offsets.iter_mut().zip(sums).for_each(|(offset, &sum)| *offset += offset_of(sum));
+            }
         }
         let input_factors = (col_scales.is_some() || !outliers.is_empty()).then(|| {
             let mut factors = padded_scales[..cols].to_vec();
             outliers.iter().for_each(|&channel| factors[channel as usize] = 0.0);
             factors
         });
-        let mut outlier_weights = vec![0.0; rows * outliers.len()];
-        if !outliers.is_empty() {
-            let to = SharedMut::new(&mut outlier_weights);
-            parallel::for_each(rows, |row| {
-                scratch::with(Purpose::Panel, cols, |decoded| {
-                    weight.panel_f32(row..row + 1, 0..cols, decoded);
-                    // SAFETY: one piece, one row.
-                    let to = unsafe { to.slice(row * outliers.len(), outliers.len()) };
-                    to.iter_mut().zip(outliers).for_each(|(to, &channel)| *to = decoded[channel as usize]);
-                });
-            });
-        }
         let (outliers, col_scales) = (outliers.to_vec(), padded_scales);
         Self {
             rows,
@@ -331,6 +346,11 @@ impl Int8Matrix {
             row_offsets,
             col_offsets,
         }
+    }
+
+    /// Its memory, for another one.
+    pub fn into_memory(self) -> Vec<i8> {
+        self.values
     }
 
     /// Number of rows (output features).
@@ -435,19 +455,19 @@ multiversion! {
     }
 }
 
-/// Quantizes one row of a weight into its panel; returns what gives the row's offset for a run of columns.
+/// Quantizes one row of a weight into integers, filled up with zeros, and shows its values to `also`; returns its scale.
 fn quantize_row(
     weight: &dyn PanelSource,
     row: usize,
     inverse: Option<&[f32]>,
-    panel: &mut [i8],
-    scale: &mut f32,
-) -> impl Fn(Range<usize>) -> i32 {
+    integers: &mut [i8],
+    also: impl FnOnce(&[f32]),
+) -> f32 {
     let cols = weight.cols();
-    let place = row % PANEL * 4;
     scratch::with(Purpose::Panel, 2 * cols, |memory| {
         let (decoded, scaled) = memory.split_at_mut(cols);
         weight.panel_f32(row..row + 1, 0..cols, decoded);
+        also(decoded);
         let values = match inverse {
             Some(inverse) => {
                 multiply(decoded, inverse, scaled);
@@ -455,23 +475,49 @@ fn quantize_row(
             }
             None => &*decoded,
         };
-        let mut quantized = [OFFSET; PANEL];
         // The scale is the whole row's: both directions use it.
-        let inverse;
-        (*scale, inverse) = scale_of(largest(values));
-        for (values, groups) in values.chunks(PANEL).zip(panel.chunks_exact_mut(PANEL / 4 * GROUP)) {
-            quantized.fill(OFFSET);
-            round_to(values, inverse, &mut quantized);
-            for (four, group) in quantized.as_chunks::<4>().0.iter().zip(groups.chunks_exact_mut(GROUP)) {
-                group[place..place + 4].copy_from_slice(&four.map(|v| (v ^ OFFSET) as i8));
-            }
+        let (scale, inverse) = scale_of(largest(values));
+        let (to, padding) = integers.split_at_mut(cols);
+        round_signed(values, inverse, to);
+        padding.fill(0);
+        scale
+    })
+}
+
+/// What the offset of the left operand adds to a sum of products with integers that add up to `sum`, negated.
+fn offset_of(sum: i32) -> i32 {
+    -i32::from(OFFSET) * sum
+}
+
+multiversion! {
+    fn round_signed(x: &[f32], inverse: f32, to: &mut [i8]) {
+        for (to, v) in to.iter_mut().zip(x) {
+            *to = (v * inverse + ROUND).to_bits() as i8;
         }
-    });
-    let panel = &*panel;
-    move |run: Range<usize>| {
-        let groups = panel[run.start / 4 * GROUP..run.end.div_ceil(4) * GROUP].chunks_exact(GROUP);
-        let sum: i32 = groups.flat_map(|group| &group[place..place + 4]).map(|&v| i32::from(v)).sum();
-        -i32::from(OFFSET) * sum
+    }
+}
+
+multiversion! {
+    fn sum(values: &[i8]) -> i32 {
+        values.iter().map(|&v| i32::from(v)).sum()
+    }
+}
+
+multiversion! {
+    fn add_to(sums: &mut [i32], values: &[i8]) {
+        for (sum, &v) in sums.iter_mut().zip(values) {
+            *sum += i32::from(v);
+        }
+    }
+}
+
+/// Turns 64 columns of [64 rows][`stride` columns] into [16 groups of four columns][64 rows][4 columns].
+fn to_groups(rows: &[i8], stride: usize, to: &mut [i8]) {
+    let (from, to) = (rows.as_chunks::<4>().0, to.as_chunks_mut::<4>().0);
+    for (group, to) in to.chunks_exact_mut(PANEL).enumerate() {
+        for (row, to) in to.iter_mut().enumerate() {
+            *to = from[row * (stride / 4) + group];
+        }
     }
 }
 

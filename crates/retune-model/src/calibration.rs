@@ -66,6 +66,8 @@ type Candidates = Vec<Choice>;
 #[derive(Default)]
 pub(crate) struct Calibration {
     linears: BTreeMap<String, Candidates>,
+    /// Of the weight in 8 bits that was tried last.
+    memory: Vec<i8>,
 }
 
 impl Calibration {
@@ -86,9 +88,11 @@ impl Calibration {
         for (exponent, count) in TRIED {
             let outliers = largest(&inputs, count);
             let factors = (exponent > 0.0).then(|| smoothing(&inputs, &weights, exponent));
-            let weight = Int8Matrix::new(matrix, factors.as_deref(), &outliers);
+            let memory = std::mem::take(&mut self.memory);
+            let weight = Int8Matrix::in_memory(memory, matrix, factors.as_deref(), &outliers);
             quantized.quantize_input(&rows, &weight);
             gemm(m, n, &[Term::int8(&quantized, &weight)], Out::set(&mut y, n));
+            self.memory = weight.into_memory();
             let forward_error = relative_error(&y, &expected, n);
             let name = linear.name.clone();
             candidates.push(Choice {
@@ -116,9 +120,11 @@ impl Calibration {
         gemm(m, k, &[Term::new(n, MatRef::rows(&rows, n), Rhs::Plain(matrix))], Out::set(&mut expected, k));
         let mut quantized = Int8Rows::default();
         for choice in candidates {
-            let weight = Int8Matrix::new(matrix, choice.factors.as_deref(), &choice.outliers);
+            let memory = std::mem::take(&mut self.memory);
+            let weight = Int8Matrix::in_memory(memory, matrix, choice.factors.as_deref(), &choice.outliers);
             quantized.quantize_gradient(&rows, &weight, linear.gradient_rounding);
             gemm(m, k, &[Term::int8_plain(&quantized, &weight)], Out::set(&mut dx, k));
+            self.memory = weight.into_memory();
             choice.backward_error = Some(relative_error(&dx, &expected, k));
         }
     }
