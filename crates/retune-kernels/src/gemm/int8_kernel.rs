@@ -1,7 +1,7 @@
 //! The register tile of the product of 8-bit integers, written once over a vector type and compiled for each instruction set. The sums
 //! are exact, so they are equal on all of them.
 
-use super::kernel::{MR, Portable, Segment, Target, Vector, accumulate, fetch, finish};
+use super::kernel::{MR, Portable, Segment, TOGETHER, Target, Vector, accumulate, fetch, finish};
 use crate::int8::GROUP;
 use crate::isa::Int8Isa;
 
@@ -41,6 +41,29 @@ pub struct Int8Tile<'a> {
     pub to: Target,
 }
 
+/// Adds a group of four of the contraction.
+#[inline(always)]
+unsafe fn add_group<S: Sums, const ROWS: usize, const VECTORS: usize>(
+    acc: &mut [[S; VECTORS]; ROWS],
+    a: *const u8,
+    a_stride: usize,
+    b: *const i8,
+) {
+    // SAFETY: as in `tile`.
+    unsafe {
+        let mut columns = [S::right(b); VECTORS];
+        for (j, column) in columns.iter_mut().enumerate() {
+            *column = S::right(b.add(4 * j * S::Float::LANES));
+        }
+        for (i, row) in acc.iter_mut().enumerate() {
+            let value = S::left(a.add(i * a_stride));
+            for (sums, &column) in row.iter_mut().zip(&columns) {
+                *sums = sums.add_dots(value, column);
+            }
+        }
+    }
+}
+
 #[inline(always)]
 unsafe fn tile<S: Sums, const ROWS: usize, const VECTORS: usize>(t: &Int8Tile) {
     // SAFETY (whole body): the caller of `run` promises that the tile's pointers cover its shape.
@@ -54,17 +77,15 @@ unsafe fn tile<S: Sums, const ROWS: usize, const VECTORS: usize>(t: &Int8Tile) {
             }
         }
         let (mut a, mut b) = (t.a, t.b);
-        for _ in 0..t.groups {
-            let mut columns = [S::right(b); VECTORS];
-            for (j, column) in columns.iter_mut().enumerate() {
-                *column = S::right(b.add(4 * j * lanes));
+        for _ in 0..t.groups / TOGETHER {
+            for group in 0..TOGETHER {
+                add_group(&mut acc, a.add(4 * group), t.a_stride, b.add(GROUP * group));
             }
-            for (i, row) in acc.iter_mut().enumerate() {
-                let value = S::left(a.add(i * t.a_stride));
-                for (sums, &column) in row.iter_mut().zip(&columns) {
-                    *sums = sums.add_dots(value, column);
-                }
-            }
+            a = a.add(4 * TOGETHER);
+            b = b.add(GROUP * TOGETHER);
+        }
+        for _ in 0..t.groups % TOGETHER {
+            add_group(&mut acc, a, t.a_stride, b);
             a = a.add(4);
             b = b.add(GROUP);
         }

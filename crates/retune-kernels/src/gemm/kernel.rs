@@ -13,6 +13,9 @@ const LONG: usize = 64;
 /// does not do so by itself.
 pub(super) const AHEAD: usize = 16;
 
+/// Steps of a contraction that are added between two steps of the operands' addresses, which would take turns with products on their ports.
+pub(super) const TOGETHER: usize = 4;
+
 /// A SIMD vector of f32.
 pub(super) trait Vector: Copy {
     const LANES: usize;
@@ -104,6 +107,54 @@ pub(super) fn fetch<V: Vector, const ROWS: usize, const VECTORS: usize>(to: &Tar
     }
 }
 
+/// Adds one step of a contraction.
+#[inline(always)]
+unsafe fn step<V: Vector, const ROWS: usize, const VECTORS: usize>(
+    acc: &mut [[V; VECTORS]; ROWS],
+    a: *const f32,
+    a_row_stride: usize,
+    b: *const f32,
+) {
+    // SAFETY: passed on from the caller.
+    unsafe {
+        let mut columns = [V::zero(); VECTORS];
+        for (j, column) in columns.iter_mut().enumerate() {
+            *column = V::load(b.add(j * V::LANES));
+        }
+        for (i, row) in acc.iter_mut().enumerate() {
+            let value = V::splat(*a.add(i * a_row_stride));
+            for (sum, &column) in row.iter_mut().zip(&columns) {
+                *sum = sum.add_product(value, column);
+            }
+        }
+    }
+}
+
+/// All steps of a segment whose right operand is packed.
+#[inline(always)]
+unsafe fn packed_steps<V: Vector, const ROWS: usize, const VECTORS: usize, const A_K_STRIDE: usize>(
+    acc: &mut [[V; VECTORS]; ROWS],
+    segment: &Segment,
+) {
+    let b_stride = VECTORS * V::LANES;
+    let (mut a, mut b) = (segment.a, segment.b);
+    // SAFETY: passed on from the caller.
+    unsafe {
+        for _ in 0..segment.k / TOGETHER {
+            for i in 0..TOGETHER {
+                step(acc, a.add(A_K_STRIDE * i), segment.a_row_stride, b.add(b_stride * i));
+            }
+            a = a.add(A_K_STRIDE * TOGETHER);
+            b = b.add(b_stride * TOGETHER);
+        }
+        for _ in 0..segment.k % TOGETHER {
+            step(acc, a, segment.a_row_stride, b);
+            a = a.add(A_K_STRIDE);
+            b = b.add(b_stride);
+        }
+    }
+}
+
 /// Adds the products of `segments` to a tile's sums.
 ///
 /// # Safety
@@ -116,26 +167,23 @@ pub(super) unsafe fn accumulate<V: Vector, const ROWS: usize, const VECTORS: usi
     // SAFETY (whole body): the caller of `run` promises that the segments' pointers cover the tile's shape.
     unsafe {
         for segment in segments {
-            let (mut a, mut b) = (segment.a, segment.b);
-            let unpacked = segment.b_stride > VECTORS * V::LANES;
-            for _ in 0..segment.k {
-                if unpacked {
-                    for j in 0..VECTORS {
-                        prefetch(b.wrapping_add(AHEAD * segment.b_stride + j * V::LANES));
+            // Where the right operand is packed and the left one lies in rows, or is packed too, addresses are constants.
+            match (segment.b_stride == VECTORS * V::LANES, segment.a_k_stride) {
+                (true, 1) => packed_steps::<V, ROWS, VECTORS, 1>(acc, segment),
+                (true, MR) => packed_steps::<V, ROWS, VECTORS, MR>(acc, segment),
+                (packed, _) => {
+                    let (mut a, mut b) = (segment.a, segment.b);
+                    for _ in 0..segment.k {
+                        if !packed {
+                            for j in 0..VECTORS {
+                                prefetch(b.wrapping_add(AHEAD * segment.b_stride + j * V::LANES));
+                            }
+                        }
+                        step(acc, a, segment.a_row_stride, b);
+                        a = a.add(segment.a_k_stride);
+                        b = b.add(segment.b_stride);
                     }
                 }
-                let mut columns = [V::zero(); VECTORS];
-                for (j, column) in columns.iter_mut().enumerate() {
-                    *column = V::load(b.add(j * V::LANES));
-                }
-                for (i, row) in acc.iter_mut().enumerate() {
-                    let value = V::splat(*a.add(i * segment.a_row_stride));
-                    for (sum, &column) in row.iter_mut().zip(&columns) {
-                        *sum = sum.add_product(value, column);
-                    }
-                }
-                a = a.add(segment.a_k_stride);
-                b = b.add(segment.b_stride);
             }
         }
     }
