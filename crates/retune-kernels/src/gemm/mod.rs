@@ -43,6 +43,8 @@ const WIDE_GROUP_COLS: usize = 256;
 const GROUP_BYTES: usize = 768 << 10;
 /// Bytes of rows that stay in a second-level cache.
 const CACHED: usize = 512 << 10;
+/// The same of a weight in 8 bits, of a few runs.
+const INT8_RUN_BYTES: usize = 1 << 20;
 /// Tiles of a run of quantized rows that do.
 const INT8_TILES: usize = 96;
 
@@ -451,7 +453,7 @@ impl Job<'_> {
     }
 
     /// A weight in 8 bits lies ready for the product with its transpose; for the other one panels of its columns are turned first. Some rows
-    /// of A pass by all panels of the group before the next ones do, so that a run of them is read from the second-level cache.
+    /// of A pass by all panels of a few runs before the next ones do, so that a run of them, and the sums, are in the second-level cache.
     #[allow(clippy::too_many_arguments)]
     fn int8_term(
         &self,
@@ -463,28 +465,42 @@ impl Job<'_> {
         first: bool,
         small: &PackedTerms,
     ) {
-        for (index, run) in runs(a.cols()).enumerate() {
-            let none = PackedTerms::default();
-            let small = if run.end == a.cols() { small } else { &none };
-            let panel_bytes = run.len().next_multiple_of(PANEL) / 4 * GROUP;
-            let panels = || columns.clone().step_by(PANEL).enumerate();
-            let packed_bytes = if side == Side::Plain { panels().len() * panel_bytes } else { 0 };
+        let none = PackedTerms::default();
+        let starts = || columns.clone().step_by(PANEL);
+        // Every run but the last is as long as the first.
+        let longest = runs(a.cols()).next().map_or(0, |run| run.len());
+        let panel_bytes = longest.next_multiple_of(PANEL) / 4 * GROUP;
+        let run_bytes = starts().len() * panel_bytes;
+        let together = (INT8_RUN_BYTES / run_bytes.max(1)).max(1);
+        let count = runs(a.cols()).count();
+        for group in (0..count).step_by(together).map(|index| index..(index + together).min(count)) {
+            let runs = || group.clone().zip(runs(a.cols()).skip(group.start));
+            let packed_bytes = if side == Side::Plain { group.len() * run_bytes } else { 0 };
             scratch::with_bytes(Purpose::PackedB, packed_bytes, |packed| {
                 if side == Side::Plain {
-                    for ((_, start), to) in panels().zip(packed.chunks_exact_mut(panel_bytes)) {
-                        w.cols_panel(run.clone(), start, to);
+                    for ((_, run), packed) in runs().zip(packed.chunks_exact_mut(run_bytes)) {
+                        let used = run.len().next_multiple_of(PANEL) / 4 * GROUP;
+                        for (start, to) in starts().zip(packed.chunks_exact_mut(panel_bytes)) {
+                            w.cols_panel(run.clone(), start, &mut to[..used]);
+                        }
                     }
                 }
                 for part in tiles.clone().step_by(INT8_TILES) {
                     let part = part..(part + INT8_TILES).min(tiles.end);
-                    for (panel, start) in panels() {
-                        let (b, epilogue) = match side {
-                            Side::Transposed => (w.rows_panel(start, run.start), w.rows_epilogue(start, index)),
-                            Side::Plain => (&packed[panel * panel_bytes..], w.cols_epilogue(start, index)),
-                        };
-                        let cols = start..(start + PANEL).min(columns.end);
-                        let first = first && index == 0;
-                        self.int8_tiles(a, index, run.clone(), b, epilogue, cols, part.clone(), first, small);
+                    for (place, (index, run)) in runs().enumerate() {
+                        let small = if run.end == a.cols() { small } else { &none };
+                        for (panel, start) in starts().enumerate() {
+                            let (b, epilogue) = match side {
+                                Side::Transposed => (w.rows_panel(start, run.start), w.rows_epilogue(start, index)),
+                                Side::Plain => {
+                                    let packed = &packed[place * run_bytes + panel * panel_bytes..];
+                                    (packed, w.cols_epilogue(start, index))
+                                }
+                            };
+                            let cols = start..(start + PANEL).min(columns.end);
+                            let first = first && index == 0;
+                            self.int8_tiles(a, index, run.clone(), b, epilogue, cols, part.clone(), first, small);
+                        }
                     }
                 }
             });
