@@ -399,7 +399,8 @@ pub fn largest_pass(
     size
 }
 
-/// The summed loss over the label tokens of `examples`, and their number, pass by pass in `pass`. `done` is told the number of examples scored so far.
+/// The summed loss over the label tokens of `examples`, and their number, pass by pass in `pass`. `done` is told the number of examples
+/// scored so far.
 ///
 /// # Errors
 /// A loss that is not finite, with its row.

@@ -1,4 +1,5 @@
-//! A step like those before it allocates nothing: what a step needs is kept from the first ones.
+//! A step like those before it allocates nothing: what a step needs is kept from the first ones. No other test may be here: allocations of
+//! the whole process are counted.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::path::Path;
@@ -10,10 +11,10 @@ use retune_kernels::scratch::{self, Purpose};
 use retune_model::adapter::AdapterPlan;
 use retune_model::checkpoint::Checkpoint;
 use retune_model::model::{Model, Trainable};
-use retune_model::pass::{Pass, PassSize};
+use retune_model::pass::Pass;
 use retune_train::data::{Example, steps_per_epoch};
 use retune_train::run_config::RunConfig;
-use retune_train::trainer::{Passes, Trainer, fill_pass, largest_pass};
+use retune_train::trainer::{Passes, Trainer, fill_pass};
 use serde_json::json;
 
 const ROWS_PER_STEP: usize = 3;
@@ -149,31 +150,4 @@ fn a_step_like_those_before_it_allocates_nothing() {
             assert_eq!(counts[1..], [0, 0, 0], "{what}");
         }
     }
-}
-
-#[test]
-fn the_largest_pass_holds_the_fullest_of_training_and_scoring() {
-    let example =
-        |row, trained: usize| Example { row, ids: vec![1; 20], trained: (0..20).map(|i| i >= 20 - trained).collect() };
-    // Steps of three rows, passes of at most 60 tokens: rows 0 to 2, then 3 and 4.
-    let train: Vec<Example> = [1, 2, 3, 9, 10].into_iter().enumerate().map(|(i, n)| example(i, n)).collect();
-    let run = json!({
-        "model": "base", "output_dir": "out", "adapter": {}, "data": { "train": "train.jsonl", "max_length": 60 },
-        "training": { "batch_size": ROWS_PER_STEP, "tokens_per_pass": TOKENS_PER_PASS },
-    });
-    let config = RunConfig::parse(&run.to_string(), "the run", &[]).unwrap().training;
-    let largest = |tokens, share_prefixes, eval: &[Example]| {
-        let passes = Passes { tokens, keep: retune_model::workspace::Keep::Inputs, share_prefixes };
-        largest_pass(&config, passes, false, &train, eval)
-    };
-    let size = |tokens, row_tokens, labels| PassSize { tokens, row_tokens, labels, is_shared: row_tokens > tokens };
-    assert_eq!(largest(60, false, &[]), size(60, 60, 19));
-    assert_eq!(largest(30, false, &[]), size(20, 20, 10));
-    // The rows are all alike: the second and third of a pass have one token of their own.
-    assert_eq!(largest(30, true, &[]), size(22, 60, 19));
-    let eval = [example(0, 12), example(1, 11), example(2, 0), example(3, 1)];
-    assert_eq!(largest(60, false, &eval), size(60, 60, 23));
-    // Scoring lays more than a step's rows together. What is attended to is limited too.
-    let many: Vec<Example> = (0..40).map(|row| example(row, 1)).collect();
-    assert_eq!(largest(60, true, &many), size(31, 4 * 60, 19));
 }

@@ -11,6 +11,7 @@ mod gradient;
 mod int8_kernel;
 mod kernel;
 mod pack;
+mod small;
 
 use std::ops::Range;
 
@@ -24,6 +25,7 @@ use int8_kernel::Int8Tile;
 use kernel::{MR, Segment, Target};
 pub use pack::transpose_rows;
 use pack::{pack_b, pack_columns, pack_panel, packed_width};
+use small::{PackedTerms, SmallTerms};
 
 /// Longest run of the contraction between two visits of a tile of C.
 const KC: usize = 1536;
@@ -33,8 +35,6 @@ const FEW_ROWS: usize = 8 * MR;
 const IN_PLACE_KC: usize = 96;
 /// Longest contraction of a term in f32 that is summed up with the term before it while a tile is in registers.
 const SMALL_K: usize = 64;
-/// How many terms at most are summed up with one before them.
-const MOST_SMALL: usize = 2;
 /// Least number of columns that one piece of work packs and multiplies.
 const GROUP_COLS: usize = 64;
 /// The same where quantized rows of more than [`CACHED`] bytes would be read from memory again for each of those.
@@ -347,7 +347,7 @@ impl Job<'_> {
             while let [Term::F32 { k, a, b, scale }, rest @ ..] = terms
                 && *k <= SMALL_K
                 && a.col_stride == 1
-                && small.count < MOST_SMALL
+                && !small.is_full()
             {
                 small.push(*k, *a, *b, *scale);
                 terms = rest;
@@ -561,74 +561,6 @@ impl Job<'_> {
 enum Left<'a> {
     Rows(MatRef<'a>),
     Packed { data: &'a [f32], k: usize },
-}
-
-/// Terms in f32 with a short contraction, which are summed up with the one before them.
-#[derive(Default)]
-struct SmallTerms<'a> {
-    terms: [Option<(usize, MatRef<'a>, Rhs<'a>, f32)>; MOST_SMALL],
-    count: usize,
-}
-
-impl<'a> SmallTerms<'a> {
-    fn push(&mut self, k: usize, a: MatRef<'a>, b: Rhs<'a>, scale: f32) {
-        self.terms[self.count] = Some((k, a, b, scale));
-        self.count += 1;
-    }
-
-    /// The contractions' lengths together.
-    fn depth(&self) -> usize {
-        self.terms.iter().flatten().map(|(k, ..)| k).sum()
-    }
-
-    /// Packs the right operands' columns into panels of `panel`.
-    fn pack<'b>(&self, columns: Range<usize>, panel: usize, mut memory: &'b mut [f32]) -> PackedTerms<'b>
-    where
-        'a: 'b,
-    {
-        let mut terms = [None; MOST_SMALL];
-        for (term, to) in self.terms.iter().flatten().zip(&mut terms) {
-            let (k, a, b, scale) = *term;
-            let (packed, rest) = memory.split_at_mut(k * columns.len().next_multiple_of(panel));
-            memory = rest;
-            pack_b(b, scale, 0..k, columns.clone(), panel, packed);
-            *to = Some((k, a, &*packed));
-        }
-        PackedTerms { terms, columns: columns.start }
-    }
-}
-
-/// [`SmallTerms`] whose right operands are packed from the column `columns` on.
-#[derive(Default)]
-struct PackedTerms<'a> {
-    terms: [Option<(usize, MatRef<'a>, &'a [f32])>; MOST_SMALL],
-    columns: usize,
-}
-
-impl PackedTerms<'_> {
-    /// What is summed up for the tile that starts at `row` and has the columns `cols`, after `first`, and how many they are.
-    #[inline]
-    fn segments(&self, first: Option<Segment>, row: usize, cols: &Range<usize>) -> ([Segment; MOST_SMALL + 1], usize) {
-        let nothing =
-            Segment { k: 0, a: std::ptr::null(), a_row_stride: 0, a_k_stride: 0, b: std::ptr::null(), b_stride: 0 };
-        let (mut segments, mut count) = ([nothing; MOST_SMALL + 1], 0);
-        if let Some(first) = first {
-            segments[0] = first;
-            count = 1;
-        }
-        for (k, a, packed) in self.terms.iter().flatten() {
-            segments[count] = Segment {
-                k: *k,
-                a: a.data[row * a.row_stride..].as_ptr(),
-                a_row_stride: a.row_stride,
-                a_k_stride: 1,
-                b: packed[(cols.start - self.columns) * k..].as_ptr(),
-                b_stride: packed_width(cols.len()),
-            };
-            count += 1;
-        }
-        (segments, count)
-    }
 }
 
 /// `C[m, n] (+)= A[m, k] · B[k, n]` on the calling thread, for small operands that are read where they lie, whatever the strides of A. B's

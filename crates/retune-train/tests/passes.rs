@@ -1,0 +1,77 @@
+//! How a run's rows are put into passes.
+
+use std::path::Path;
+
+use retune_adapter::InitLoraWeights;
+use retune_model::adapter::AdapterPlan;
+use retune_model::checkpoint::Checkpoint;
+use retune_model::model::{Model, Trainable};
+use retune_model::pass::PassSize;
+use retune_model::workspace::Keep;
+use retune_train::data::Example;
+use retune_train::run_config::RunConfig;
+use retune_train::trainer::{Passes, Trainer, largest_pass};
+use serde_json::json;
+
+#[test]
+fn the_largest_pass_holds_the_fullest_of_training_and_scoring() {
+    let example =
+        |row, trained: usize| Example { row, ids: vec![1; 20], trained: (0..20).map(|i| i >= 20 - trained).collect() };
+    // Steps of three rows, passes of at most 60 tokens: rows 0 to 2, then 3 and 4.
+    let train: Vec<Example> = [1, 2, 3, 9, 10].into_iter().enumerate().map(|(i, n)| example(i, n)).collect();
+    let run = json!({
+        "model": "base", "output_dir": "out", "adapter": {}, "data": { "train": "train.jsonl", "max_length": 60 },
+        "training": { "batch_size": 3, "tokens_per_pass": 60 },
+    });
+    let config = RunConfig::parse(&run.to_string(), "the run", &[]).unwrap().training;
+    let largest = |tokens, share_prefixes, eval: &[Example]| {
+        let passes = Passes { tokens, keep: Keep::Inputs, share_prefixes };
+        largest_pass(&config, passes, false, &train, eval)
+    };
+    let size = |tokens, row_tokens, labels| PassSize { tokens, row_tokens, labels, is_shared: row_tokens > tokens };
+    assert_eq!(largest(60, false, &[]), size(60, 60, 19));
+    assert_eq!(largest(30, false, &[]), size(20, 20, 10));
+    // The rows are all alike: the second and third of a pass have one token of their own.
+    assert_eq!(largest(30, true, &[]), size(22, 60, 19));
+    let eval = [example(0, 12), example(1, 11), example(2, 0), example(3, 1)];
+    assert_eq!(largest(60, false, &eval), size(60, 60, 23));
+    // Scoring lays more than a step's rows together. What is attended to is limited too.
+    let many: Vec<Example> = (0..40).map(|row| example(row, 1)).collect();
+    assert_eq!(largest(60, true, &many), size(31, 4 * 60, 19));
+}
+
+/// Where rows share what they begin with in common, steps are the same but for rounding, and tokens are those of the rows.
+#[test]
+fn rows_share_their_beginnings_unless_told_otherwise_or_dropped() {
+    let goldens = Path::new(env!("CARGO_MANIFEST_DIR")).join("../retune-model/tests/goldens");
+    let checkpoint = Checkpoint::open(&goldens.join("gguf_llama/model.gguf")).unwrap();
+    let row = |row: usize| {
+        let first = |i: usize| if row.is_multiple_of(2) && i < 20 { 0 } else { 31 * row };
+        let ids = (0..40).map(|i| ((first(i) + 7 * i) % 288) as u32).collect();
+        Example { row, ids, trained: (0..40).map(|i| i > 0).collect() }
+    };
+    let examples: Vec<Example> = (0..6).map(row).collect();
+    let run = |share: bool, dropout: f64| {
+        let run = json!({
+            "model": "base", "output_dir": "out", "adapter": { "r": 4, "lora_dropout": dropout },
+            "data": { "train": "train.jsonl", "max_length": 60 },
+            "training": { "batch_size": examples.len(), "tokens_per_pass": 400, "share_prefixes": share },
+        });
+        let config = RunConfig::parse(&run.to_string(), "the run", &[]).unwrap();
+        let plan = AdapterPlan::new(config.adapter.as_ref().unwrap(), &checkpoint).unwrap();
+        let model = Model::load(&checkpoint, Trainable::Adapter(&plan)).unwrap();
+        let params = model.initial_params(&checkpoint, &InitLoraWeights::Kaiming, 0).unwrap();
+        let passes = Passes::resolve(&config.training, &model, false, 60);
+        assert_eq!(passes.share_prefixes, share && dropout == 0.0);
+        let size = largest_pass(&config.training, passes, false, &examples, &[]);
+        let report = Trainer::new(&model, &config.training, passes, false, &examples, &[], params).step().unwrap();
+        (report, size)
+    };
+    let ((with, shared), (without, whole)) = (run(true, 0.0), run(false, 0.0));
+    assert!(shared.is_shared && shared.tokens < whole.tokens && !whole.is_shared, "{shared:?} and {whole:?}");
+    assert_eq!((with.tokens, with.label_tokens), (without.tokens, without.label_tokens));
+    assert!((with.loss - without.loss).abs() < 1e-5 * without.loss, "{} and {}", with.loss, without.loss);
+    let (a, b) = (with.gradient_norm, without.gradient_norm);
+    assert!((a - b).abs() < 1e-4 * b, "{a} and {b}");
+    run(true, 0.1);
+}
