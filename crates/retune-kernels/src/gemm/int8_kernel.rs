@@ -68,7 +68,6 @@ unsafe fn add_group<S: Sums, const ROWS: usize, const VECTORS: usize>(
 unsafe fn tile<S: Sums, const ROWS: usize, const VECTORS: usize>(t: &Int8Tile) {
     // SAFETY (whole body): the caller of `run` promises that the tile's pointers cover its shape.
     unsafe {
-        fetch::<S::Float, ROWS, VECTORS>(&t.to);
         let lanes = S::Float::LANES;
         let mut acc = [[S::start(t.offsets); VECTORS]; ROWS];
         for row in &mut acc {
@@ -76,13 +75,18 @@ unsafe fn tile<S: Sums, const ROWS: usize, const VECTORS: usize>(t: &Int8Tile) {
                 *sums = S::start(t.offsets.add(j * lanes));
             }
         }
+        // A tile's target is fetched a row at a time: all of it at once would fill what the core keeps of lines on their way.
         let (mut a, mut b) = (t.a, t.b);
-        for _ in 0..t.groups / TOGETHER {
-            for group in 0..TOGETHER {
-                add_group(&mut acc, a.add(4 * group), t.a_stride, b.add(GROUP * group));
+        let steps = t.groups / TOGETHER;
+        for row in 0..ROWS {
+            fetch::<S::Float, VECTORS>(&t.to, row);
+            for _ in row * steps / ROWS..(row + 1) * steps / ROWS {
+                for group in 0..TOGETHER {
+                    add_group(&mut acc, a.add(4 * group), t.a_stride, b.add(GROUP * group));
+                }
+                a = a.add(4 * TOGETHER);
+                b = b.add(GROUP * TOGETHER);
             }
-            a = a.add(4 * TOGETHER);
-            b = b.add(GROUP * TOGETHER);
         }
         for _ in 0..t.groups % TOGETHER {
             add_group(&mut acc, a, t.a_stride, b);

@@ -77,7 +77,7 @@ unsafe fn tile<V: Vector, const ROWS: usize, const VECTORS: usize>(segments: &[S
     // SAFETY: passed on from the caller.
     unsafe {
         if segments[0].k >= LONG {
-            fetch::<V, ROWS, VECTORS>(to);
+            (0..ROWS).for_each(|row| fetch::<V, VECTORS>(to, row));
         }
         let mut acc = [[V::zero(); VECTORS]; ROWS];
         accumulate(&mut acc, segments);
@@ -97,13 +97,11 @@ pub(super) fn prefetch(at: *const f32) {
     let _ = at;
 }
 
-/// Has the cache lines of a tile's target fetched, so that they are there when its sums are.
+/// Has the cache lines of a row of a tile's target fetched, so that they are there when its sums are.
 #[inline(always)]
-pub(super) fn fetch<V: Vector, const ROWS: usize, const VECTORS: usize>(to: &Target) {
-    for i in 0..ROWS {
-        for j in 0..VECTORS {
-            prefetch(to.c.wrapping_add(i * to.stride + j * V::LANES));
-        }
+pub(super) fn fetch<V: Vector, const VECTORS: usize>(to: &Target, row: usize) {
+    for j in 0..VECTORS {
+        prefetch(to.c.wrapping_add(row * to.stride + j * V::LANES));
     }
 }
 
