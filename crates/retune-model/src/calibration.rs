@@ -59,7 +59,7 @@ pub struct Choice {
     pub factors: Option<Vec<f32>>,
 }
 
-/// What is known of one linear during a calibration: a choice for each exponent.
+/// What is known of one linear during a calibration: a choice for each entry of [`TRIED`].
 type Candidates = Vec<Choice>;
 
 /// Errors measured during a pass.
@@ -108,11 +108,15 @@ impl Calibration {
         self.linears.insert(linear.name.clone(), candidates);
     }
 
-    /// Measures a linear on the gradient `g: [T, out]` of its output.
+    /// Measures a linear on the gradient `g: [T, out]` of its output; the first time alone, as `forward`: a head sees a pass in several
+    /// blocks.
     pub(crate) fn backward(&mut self, linear: &Linear, g: &[f32]) {
         let (Weight::Frozen(matrix), Some(candidates)) = (&linear.weight, self.linears.get_mut(&linear.name)) else {
             return;
         };
+        if candidates.iter().any(|choice| choice.backward_error.is_some()) {
+            return;
+        }
         let (k, n) = (linear.in_features, linear.out_features);
         let rows = sample(g, n);
         let m = rows.len() / n;
@@ -131,6 +135,19 @@ impl Calibration {
 }
 
 impl Choice {
+    /// That of a linear of which nothing is known: f32.
+    fn unmeasured(name: &str) -> Self {
+        Self {
+            name: name.to_owned(),
+            int8: false,
+            exponent: 0.0,
+            outliers: Vec::new(),
+            forward_error: 0.0,
+            backward_error: None,
+            factors: None,
+        }
+    }
+
     /// The larger error of the two directions.
     fn error(&self) -> f64 {
         self.forward_error.max(self.backward_error.unwrap_or(0.0))
@@ -198,9 +215,12 @@ impl Model {
         let mut choices = Vec::new();
         self.for_each_int8_linear(|linear| {
             let candidates = linears.remove(&linear.name).into_iter().flatten();
-            let Some(mut choice) = candidates.min_by(|a, b| a.error().total_cmp(&b.error())) else { return Ok(()) };
-            choice.int8 = choice.error() <= limit;
-            choices.push(choice);
+            let best = candidates.min_by(|a, b| a.error().total_cmp(&b.error()));
+            choices.push(match best {
+                Some(choice) => Choice { int8: choice.error() <= limit, ..choice },
+                // The pass did not come by: a head where nothing is a label.
+                None => Choice::unmeasured(&linear.name),
+            });
             Ok(())
         })?;
         self.compute_as(&choices)?;
@@ -210,16 +230,21 @@ impl Model {
     /// Computes linears as an earlier calibration chose.
     ///
     /// # Errors
-    /// Choices that are not of this model.
+    /// Choices that are not of this model, or not of all its linears that can be computed in 8 bits.
     pub fn compute_as(&mut self, choices: &[Choice]) -> Result<(), Error> {
         let mut found = 0;
         self.for_each_int8_linear(|linear| {
-            let Some(choice) = choices.iter().find(|choice| choice.name == linear.name) else { return Ok(()) };
+            let Some(choice) = choices.iter().find(|choice| choice.name == linear.name) else {
+                return Err(Error::Calibration { cause: format!("it says nothing of {}", linear.name) });
+            };
             found += 1;
             let Weight::Frozen(matrix) = &linear.weight else { return Ok(()) };
             let outside = choice.outliers.iter().any(|&channel| channel as usize >= linear.in_features);
             if outside || choice.factors.as_ref().is_some_and(|factors| factors.len() != linear.in_features) {
                 return Err(Error::Calibration { cause: format!("{} has another number of channels", choice.name) });
+            }
+            if !choice.outliers.is_sorted_by(|a, b| a < b) {
+                return Err(Error::Calibration { cause: format!("the outliers of {} do not ascend", choice.name) });
             }
             linear.int8 =
                 choice.int8.then(|| Arc::new(Int8Matrix::new(matrix, choice.factors.as_deref(), &choice.outliers)));
@@ -293,6 +318,10 @@ pub fn read(path: &Path) -> Result<Vec<Choice>, Error> {
     let text = header.metadata().as_ref().and_then(|m| m.get(METADATA));
     let text = text.ok_or_else(|| damaged("it has no choices".to_owned()))?;
     let mut choices: Vec<Choice> = serde_json::from_str(text).map_err(|e| damaged(e.to_string()))?;
+    let smoothed = choices.iter().filter(|c| c.exponent > 0.0).count();
+    if tensors.len() != smoothed {
+        return Err(damaged(format!("it has factors of {} linears, and {smoothed} are said to have some", tensors.len())));
+    }
     for choice in choices.iter_mut().filter(|c| c.exponent > 0.0) {
         let view = tensors.tensor(&choice.name).map_err(|e| damaged(e.to_string()))?;
         let values: Vec<f32> = view.data().as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();

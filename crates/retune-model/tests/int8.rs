@@ -405,6 +405,9 @@ fn a_damaged_file_of_choices_is_refused() {
     refuses(&file("[{", LINEAR, Dtype::F32, &ones), &[]);
     refuses(&file(&text.replace("exponent", "power"), LINEAR, Dtype::F32, &ones), &["power"]);
     refuses(&file(&text, "model.layers.0.self_attn.q_proj", Dtype::F32, &ones), &[LINEAR, "not found"]);
+    let mut without = said(LINEAR);
+    without["exponent"] = json!(0.0);
+    refuses(&file(&json!([without]).to_string(), LINEAR, Dtype::F32, &ones), &["factors of 1 linears, and 0"]);
     for factor in [0.0, -1.0, f32::NAN, f32::INFINITY] {
         let mut factors = ones;
         factors[CHANNELS - 1] = factor;
@@ -419,18 +422,25 @@ fn a_damaged_file_of_choices_is_refused() {
 
 #[test]
 fn choices_of_another_model_are_refused() {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("calibration.safetensors");
-    let (mut model, _) = adapted(CASE);
-    let mut refuses = |linear: &str, factors: usize, words: &str| {
-        let text = json!([said(linear)]).to_string();
-        fs::write(&path, file(&text, linear, Dtype::F32, &vec![1.0; factors])).unwrap();
-        let choices = calibration::read(&path).unwrap();
+    let (mut model, params) = adapted(CASE);
+    let whole = model.calibrate(&params, &golden_pass(CASE), true, f64::INFINITY).unwrap();
+    let mut refuses = |change: &dyn Fn(&mut Vec<Choice>), words: &str| {
+        let mut choices = whole.clone();
+        change(&mut choices);
         let text = model.compute_as(&choices).unwrap_err().to_string();
         assert!(text.contains(words) && text.contains("restore it"), "`{words}` is not in: {text}");
     };
     for factors in [0, CHANNELS - 1, CHANNELS + 1] {
-        refuses(LINEAR, factors, &format!("{LINEAR} has another number of channels"));
+        let words = format!("{LINEAR} has another number of channels");
+        refuses(&|choices| find(choices, LINEAR).factors = Some(vec![1.0; factors]), &words);
     }
-    refuses("model.layers.2.self_attn.o_proj", CHANNELS, "1 of its linears are not in the model");
+    refuses(&|choices| find(choices, LINEAR).outliers = vec![CHANNELS as u32], "another number of channels");
+    refuses(&|choices| find(choices, LINEAR).outliers = vec![5, 5], &format!("outliers of {LINEAR} do not ascend"));
+    refuses(&|choices| choices.retain(|choice| choice.name != LINEAR), &format!("says nothing of {LINEAR}"));
+    refuses(&Vec::clear, "says nothing of");
+    let stranger = |choices: &mut Vec<Choice>| {
+        let copy = find(choices, LINEAR).clone();
+        choices.push(Choice { name: "model.layers.9.self_attn.o_proj".to_owned(), ..copy });
+    };
+    refuses(&stranger, "1 of its linears are not in the model");
 }

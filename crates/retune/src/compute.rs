@@ -58,8 +58,11 @@ pub fn describe(choices: &[Choice]) -> Vec<String> {
     if choices.is_empty() {
         return vec!["f32".to_owned()];
     }
-    let mut lines =
-        vec![format!("int8 ({}) in {} of {} linears, the others in f32", int8_isa(), int8.len(), choices.len())];
+    let mut lines = vec![if int8.is_empty() {
+        format!("f32 in all {} linears", choices.len())
+    } else {
+        format!("int8 ({}) in {} of {} linears, the others in f32", int8_isa(), int8.len(), choices.len())
+    }];
     let largest = |error: fn(&Choice) -> Option<f64>| {
         let with = int8.iter().filter_map(|choice| Some((error(choice)?, &choice.name)));
         with.max_by(|a, b| a.0.total_cmp(&b.0))

@@ -117,7 +117,8 @@ fn train(args: &BenchTrainArgs) -> Result<()> {
     let times: Vec<f64> = profile::seconds().into_iter().map(|(_, s)| s / counted.len() as f64).collect();
     let mean = measured / counted.len() as f64;
     counted.sort_by(f64::total_cmp);
-    let median = counted[counted.len() / 2];
+    let middle = counted.len() / 2;
+    let median = if counted.len() % 2 == 1 { counted[middle] } else { (counted[middle - 1] + counted[middle]) / 2.0 };
     let tokens_per_second = (args.seq * args.batch) as f64 / median;
     // Before the machine's own speed is measured, which takes memory too.
     let peak = memory::peak_resident();

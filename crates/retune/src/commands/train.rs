@@ -288,16 +288,20 @@ impl Run<'_> {
         let Run { config, folder, data, .. } = self;
         let (mut model, params) = self.model()?;
         self.print_start(&model);
-        self.check_memory(&model)?;
+        self.check_memory(&model, self.computes_int8())?;
         let _lock = folder.prepare(&self.record, config, self.args)?;
         let choices = self.choose_compute(&mut model, &params)?;
+        let int8 = choices.iter().any(|choice| choice.int8);
+        if int8 != self.computes_int8() {
+            self.check_memory(&model, int8)?;
+        }
         watch_interrupts()?;
 
         let eval = data.eval.as_ref().map_or(&[][..], |e| &e.examples);
         let training = &config.training;
         // What is kept in 8 bits is not read from the files any more.
         self.checkpoint.release();
-        let passes = self.choose_passes(&model, choices.iter().any(|choice| choice.int8))?;
+        let passes = self.choose_passes(&model, int8)?;
         let mut trainer =
             Trainer::new(&model, training, passes, config.data.shuffle, &data.train.examples, eval, params);
         if self.args.resume {
@@ -384,13 +388,22 @@ impl Run<'_> {
 
     /// Decides in what pieces the run computes, or does as was decided when it began.
     fn choose_passes(&self, model: &Model, int8: bool) -> Result<Passes> {
-        let path = self.folder.passes();
+        let (path, passes) = (self.folder.passes(), self.passes(model, int8));
         if self.decided(&path)? {
             let text = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
-            return serde_json::from_slice(&text)
-                .with_context(|| format!("{} is damaged; start anew with --overwrite", path.display()));
+            let decided: Passes = serde_json::from_slice(&text)
+                .with_context(|| format!("{} is damaged; start anew with --overwrite", path.display()))?;
+            if decided != passes {
+                bail!(
+                    "{} says {}, but this run computes with {}: the file was changed, or another version of retune wrote it; start anew \
+                     with --overwrite",
+                    path.display(),
+                    json!(decided),
+                    json!(passes)
+                );
+            }
+            return Ok(passes);
         }
-        let passes = self.passes(model, int8);
         atomic::write(&path, format!("{:#}\n", serde_json::to_value(passes)?).as_bytes())?;
         Ok(passes)
     }
@@ -400,7 +413,14 @@ impl Run<'_> {
         let path = self.folder.calibration();
         let choices = if self.decided(&path)? {
             let choices = calibration::read(&path)?;
-            model.compute_as(&choices)?;
+            if self.computes_int8() {
+                model.compute_as(&choices)?;
+            } else if !choices.is_empty() {
+                bail!(
+                    "{} is of a run in int8, this one computes in f32; start anew with --overwrite",
+                    path.display()
+                );
+            }
             choices
         } else {
             let pass = compute::calibration_pass(&self.data.train.examples);
@@ -457,28 +477,28 @@ impl Run<'_> {
         Passes::resolve(&self.config.training, model, int8, self.longest_row())
     }
 
-    /// Says what the run will take, and warns when that is more than is free.
-    fn check_memory(&self, model: &Model) -> Result<()> {
+    /// Says what the run will take with its base in 8 bits or in f32, and warns when that is more than is free.
+    fn check_memory(&self, model: &Model, int8: bool) -> Result<()> {
         let training = &self.config.training;
-        let passes = self.passes(model, self.computes_int8());
+        let passes = self.passes(model, int8);
         let eval = self.data.eval.as_ref().map_or(&[][..], |eval| &eval.examples);
         let size = largest_pass(training, passes, self.config.data.shuffle, &self.data.train.examples, eval);
         let file = self.checkpoint.file_bytes() as usize;
         let (trained, optimizer) = (2 * 4 * model.layout.len(), 2 * 4 * model.layout.len());
-        let activations = Workspace::planned_bytes(model, passes.keep, self.computes_int8(), size);
-        let (base, int8) = if self.computes_int8() {
+        let activations = Workspace::planned_bytes(model, passes.keep, int8, size);
+        let (base, quantized) = if int8 {
             // The whole file is read while the steps' memory is not in use: by the calibration before them and for the answers after them.
             let kept = model.stored_bytes_beside_int8();
             (kept.max(file.saturating_sub(activations + optimizer)), model.planned_int8_bytes())
         } else {
             (file, 0)
         };
-        let total = (base + int8 + trained + optimizer + activations + PROGRAM_BYTES) as u64;
+        let total = (base + quantized + trained + optimizer + activations + PROGRAM_BYTES) as u64;
         note!(
             "memory   {} planned: base {}, in int8 {}, {} with its gradient {}, optimizer {}, activations {} for passes of {} tokens",
             human(total),
             human(base as u64),
-            human(int8 as u64),
+            human(quantized as u64),
             if self.config.method == Method::Full { "model" } else { "adapter" },
             human(trained as u64),
             human(optimizer as u64),
