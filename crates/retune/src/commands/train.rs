@@ -69,10 +69,15 @@ impl RunFolder {
 
     /// Makes the folder ready for a run that starts (or, with `resume`, goes on) and keeps other processes out of it for as long as the
     /// result lives: refuses to mix runs.
-    fn prepare(&self, run: &Value, config: &RunConfig, args: &TrainArgs) -> Result<File> {
+    fn prepare(&self, run: &Value, config: &RunConfig, args: &TrainArgs) -> Result<Option<File>> {
         let root = self.root.display();
+        if !self.holds_a_run() {
+            self.check_free(args)?;
+            fs::create_dir_all(&self.root).with_context(|| format!("cannot create {root}; set another output_dir"))?;
+        }
+        let lock = self.lock()?;
+        // Asked again: before the lock another process may have begun a run here, and ended it.
         if self.holds_a_run() {
-            let lock = self.lock()?;
             if args.overwrite {
                 self.clear(config)?;
             } else if args.resume {
@@ -84,28 +89,32 @@ impl RunFolder {
                     "{root} holds a run already: go on with --resume, start anew with --overwrite, or set another output_dir"
                 );
             }
-        } else {
-            // What a kill at the very start can leave does not count.
-            let mut entries = fs::read_dir(&self.root).into_iter().flatten().flatten();
-            let is_empty = entries.all(|entry| entry.file_name() == ".run.json.tmp");
-            if !is_empty && !args.overwrite {
-                bail!(
-                    "{root} exists and is not empty, but holds no run of retune's (run.json): set another output_dir, or use --overwrite to \
-                     put the run among its files"
-                );
-            }
-            // Without run.json these are somebody else's, whatever their names.
-            let folders = [self.checkpoints(), self.result(Method::Lora), self.result(Method::Full)];
-            if let Some(folder) = folders.iter().find(|folder| folder.exists()) {
-                bail!(
-                    "{} is there, but {root} holds no run of retune's (run.json): move it, or set another output_dir",
-                    folder.display()
-                );
-            }
         }
-        fs::create_dir_all(&self.root).with_context(|| format!("cannot create {root}; set another output_dir"))?;
         atomic::write(&self.config(), format!("{run:#}\n").as_bytes())?;
-        self.lock()
+        Ok(lock)
+    }
+
+    /// Refuses a folder that is somebody else's.
+    fn check_free(&self, args: &TrainArgs) -> Result<()> {
+        let root = self.root.display();
+        // What a kill at the very start can leave does not count.
+        let mut entries = fs::read_dir(&self.root).into_iter().flatten().flatten();
+        let is_empty = entries.all(|entry| entry.file_name() == ".run.json.tmp");
+        if !is_empty && !args.overwrite {
+            bail!(
+                "{root} exists and is not empty, but holds no run of retune's (run.json): set another output_dir, or use --overwrite to \
+                 put the run among its files"
+            );
+        }
+        // Without run.json these are somebody else's, whatever their names.
+        let folders = [self.checkpoints(), self.result(Method::Lora), self.result(Method::Full)];
+        if let Some(folder) = folders.iter().find(|folder| folder.exists()) {
+            bail!(
+                "{} is there, but {root} holds no run of retune's (run.json): move it, or set another output_dir",
+                folder.display()
+            );
+        }
+        Ok(())
     }
 
     /// Whether there is a run.json of retune's, damaged or not: another program's of that name says nothing of what lies beside it.
@@ -115,15 +124,15 @@ impl RunFolder {
         self.config().exists() && !strange
     }
 
-    fn lock(&self) -> Result<File> {
-        let path = self.config();
-        let file = File::open(&path).with_context(|| format!("cannot open {}", path.display()))?;
-        match file.try_lock() {
+    /// Keeps other processes out. The folder itself is locked, for a file in it can be replaced while somebody holds the old one.
+    fn lock(&self) -> Result<Option<File>> {
+        // A system that opens no folders, or a file system without locks, keeps nobody out, and is no reason not to train.
+        let Ok(folder) = File::open(&self.root) else { return Ok(None) };
+        match folder.try_lock() {
             Err(TryLockError::WouldBlock) => {
                 bail!("another retune is training in {}: wait for it, or set another output_dir", self.root.display())
             }
-            // A file system without locks keeps nobody out, and is no reason not to train.
-            Ok(()) | Err(TryLockError::Error(_)) => Ok(file),
+            Ok(()) | Err(TryLockError::Error(_)) => Ok(Some(folder)),
         }
     }
 
