@@ -320,7 +320,10 @@ pub fn read(path: &Path) -> Result<Vec<Choice>, Error> {
     let mut choices: Vec<Choice> = serde_json::from_str(text).map_err(|e| damaged(e.to_string()))?;
     let smoothed = choices.iter().filter(|c| c.exponent > 0.0).count();
     if tensors.len() != smoothed {
-        return Err(damaged(format!("it has factors of {} linears, and {smoothed} are said to have some", tensors.len())));
+        return Err(damaged(format!(
+            "it has factors of {} linears, and {smoothed} are said to have some",
+            tensors.len()
+        )));
     }
     for choice in choices.iter_mut().filter(|c| c.exponent > 0.0) {
         let view = tensors.tensor(&choice.name).map_err(|e| damaged(e.to_string()))?;
@@ -331,4 +334,68 @@ pub fn read(path: &Path) -> Result<Vec<Choice>, Error> {
         choice.factors = Some(values);
     }
     Ok(choices)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use retune_kernels::int8::Rounding;
+    use retune_quant::{Format, Matrix, SharedBytes};
+
+    const IN: usize = 256;
+    const OUT: usize = 64;
+    /// As many channels as are multiplied in f32, spread over the input.
+    fn large() -> Vec<u32> {
+        (3..IN as u32).step_by(IN / MOST_OUTLIERS).collect()
+    }
+
+    /// Values in [−1, 1], always the same.
+    fn values(seed: u32, len: usize) -> Vec<f32> {
+        let hash = |i: u32| (i + seed).wrapping_mul(0x9E37_79B1) ^ (i + seed).wrapping_mul(0x85EB_CA77) >> 13;
+        (0..len as u32).map(|i| (hash(i) >> 8) as f32 / (1 << 23) as f32 - 1.0).collect()
+    }
+
+    fn linear() -> Linear {
+        let bytes = values(1, OUT * IN).into_iter().flat_map(f32::to_le_bytes).collect();
+        Linear {
+            name: "linear".to_owned(),
+            in_features: IN,
+            out_features: OUT,
+            weight: Weight::Frozen(Matrix::new(Format::F32, OUT, IN, SharedBytes::from_vec(bytes)).unwrap()),
+            bias: None,
+            lora: None,
+            int8: None,
+            gradient_rounding: Rounding::Nearest,
+        }
+    }
+
+    #[test]
+    fn the_largest_channels_are_tried_in_f32_and_take_the_error_away() {
+        let linear = linear();
+        let mut x = values(2, 20 * IN);
+        x.chunks_mut(IN).for_each(|row| large().iter().for_each(|&channel| row[channel as usize] *= 80.0));
+        let mut calibration = Calibration::default();
+        calibration.forward(&linear, &x);
+        let candidates = &calibration.linears["linear"];
+        for (choice, (_, count)) in candidates.iter().zip(TRIED) {
+            assert_eq!(choice.outliers, if count == 0 { Vec::new() } else { large() });
+        }
+        let (plain, split) = (candidates[0].forward_error, candidates[2].forward_error);
+        assert!(split < plain / 4.0, "{split} against {plain}");
+    }
+
+    #[test]
+    fn a_linear_that_comes_by_again_is_not_measured_again() {
+        let linear = linear();
+        let mut calibration = Calibration::default();
+        calibration.forward(&linear, &values(2, 20 * IN));
+        calibration.backward(&linear, &values(3, 20 * OUT));
+        let first = calibration.linears["linear"].clone();
+        assert!(first.iter().all(|choice| choice.backward_error.is_some_and(|error| error > 0.0)));
+        // As different as can be: one value alone is not zero.
+        let alone = |len: usize| (0..20 * len).map(|i| f32::from(u8::from(i % len == 0))).collect::<Vec<f32>>();
+        calibration.forward(&linear, &alone(IN));
+        calibration.backward(&linear, &alone(OUT));
+        assert_eq!(calibration.linears["linear"], first);
+    }
 }

@@ -425,10 +425,7 @@ impl Run<'_> {
             if self.computes_int8() {
                 model.compute_as(&choices)?;
             } else if !choices.is_empty() {
-                bail!(
-                    "{} is of a run in int8, this one computes in f32; start anew with --overwrite",
-                    path.display()
-                );
+                bail!("{} is of a run in int8, this one computes in f32; start anew with --overwrite", path.display());
             }
             choices
         } else {
