@@ -117,21 +117,6 @@ fn a_run_with_checkpoints_does_not_go_on_without_what_says_how_it_computes() {
 }
 
 #[test]
-fn a_resumed_run_computes_in_the_pieces_it_began_with() {
-    let (folder, _) = unfinished();
-    let mut passes: Value = serde_json::from_slice(&folder.read("out/passes.json")).unwrap();
-    assert_eq!(passes["keep"], "rounded_activations");
-    // Gradients from activations in f32 are others.
-    passes["keep"] = json!("activations");
-    let (other, adapter) = unfinished();
-    folder.write("out/passes.json", passes.to_string());
-    resumed(&folder);
-    resumed(&other);
-    assert!(other.tree("out/adapter") == adapter);
-    assert!(folder.tree("out/adapter") != adapter, "passes.json was not read");
-}
-
-#[test]
 fn a_run_started_anew_measures_anew() {
     let (folder, _) = unfinished();
     let changed = with_choices(&folder.read(CALIBRATION), |choices| find(choices, LINEAR)["int8"] = json!(false));
@@ -154,12 +139,15 @@ fn a_damaged_calibration_is_refused_with_what_to_do() {
     }
     refuses(b"{}", &[CALIBRATION, "damaged"]);
     refuses(&folder.read("out/adapter/adapter_model.safetensors"), &[CALIBRATION, "it has no choices"]);
-    let of_another = with_choices(&whole, |choices| {
-        let choice = find(choices, LINEAR);
+    let stranger = |choices: &mut Vec<Value>| {
+        let mut choice = find(choices, LINEAR).clone();
         choice["name"] = json!("model.layers.9.mlp.down_proj");
         choice["exponent"] = json!(0.0);
-    });
-    refuses(&of_another, &["1 of its linears are not in the model"]);
+        choices.push(choice);
+    };
+    refuses(&with_choices(&whole, stranger), &["1 of its linears are not in the model"]);
+    let unsmoothed = with_choices(&whole, |choices| find(choices, LINEAR)["exponent"] = json!(0.0));
+    refuses(&unsmoothed, &[CALIBRATION, "damaged", "are said to have some"]);
     folder.write(CALIBRATION, whole);
     resumed(&folder);
     assert!(folder.tree("out/adapter") == adapter);

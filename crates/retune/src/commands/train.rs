@@ -395,7 +395,7 @@ impl Run<'_> {
         Ok(self.args.resume && path.exists())
     }
 
-    /// Decides in what pieces the run computes, or does as was decided when it began.
+    /// Decides in what pieces the run computes: the same as when it began, or it does not go on.
     fn choose_passes(&self, model: &Model, int8: bool) -> Result<Passes> {
         let (path, passes) = (self.folder.passes(), self.passes(model, int8));
         if self.decided(&path)? {
