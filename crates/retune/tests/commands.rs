@@ -263,19 +263,6 @@ fn train_says_what_it_wrote_and_gained() {
 /// What a person reads at the end of a run, and the commands that it offers, pasted.
 #[cfg(unix)]
 #[test]
-fn auto_computes_in_8_bits_where_the_machine_is_fast_at_it() {
-    let folder = Folder::with_run();
-    let args = ["train", "run.yaml", "--json", "--overwrite", "--set", "training.max_steps=1"];
-    let fast = retune_kernels::isa::int8_isa().is_fast();
-    let compute = folder.succeeds(&args).json()["compute"].clone();
-    assert_eq!(compute["arithmetic"], if fast { "int8" } else { "f32" });
-    assert_eq!(compute["int8_linears"].as_u64().unwrap() > 0, fast);
-    let mut command = folder.command(&args);
-    command.env("RETUNE_ISA", "portable");
-    assert_eq!(common::run(command).json()["compute"]["arithmetic"], "f32");
-}
-
-#[test]
 fn train_ends_with_what_was_gained_and_commands_that_work() {
     let folder = Folder::with_run();
     // A name that a shell would take apart.

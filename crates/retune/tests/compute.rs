@@ -5,7 +5,8 @@ mod common;
 use std::fs;
 use std::path::Path;
 
-use common::{Folder, MODEL, golden, joined, with_header};
+use common::{Folder, MODEL, golden, joined, run, with_header};
+use retune_kernels::isa::{int8_isa, isa};
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
 
@@ -82,6 +83,18 @@ fn a_run_says_and_records_how_it_computes() {
 }
 
 #[test]
+fn auto_is_int8_where_the_machine_is_fast_at_it() {
+    let folder = Folder::with_run();
+    let compute_on = |isa: Option<&str>| {
+        let mut command = folder.command(&joined(&[&TRAIN, &["--json", "--overwrite"]]));
+        command.envs(isa.map(|isa| ("RETUNE_ISA", isa)));
+        run(command).json()["compute"].clone()
+    };
+    assert_eq!(compute_on(None)["arithmetic"], if int8_isa().is_fast() { "int8" } else { "f32" });
+    assert_eq!(compute_on(Some("portable")), all_f32());
+}
+
+#[test]
 fn a_resumed_run_in_int8_gives_the_same_bytes() {
     let (folder, adapter) = unfinished();
     let calibration = folder.read(CALIBRATION);
@@ -111,6 +124,40 @@ fn a_run_with_checkpoints_does_not_go_on_without_what_says_how_it_computes() {
         fs::remove_file(folder.path(file)).unwrap();
         folder.refuses(&joined(&[&TRAIN, &INT8, &["--resume"]]), &[file, "is missing", "--overwrite"]);
         folder.write(file, content);
+    }
+    resumed(&folder);
+    assert!(folder.tree("out/adapter") == adapter);
+}
+
+#[test]
+fn a_run_does_not_go_on_in_other_pieces_or_with_other_instructions() {
+    let (folder, adapter) = unfinished();
+    let args = joined(&[&TRAIN, &INT8, &["--resume"]]);
+    let whole = folder.read("out/passes.json");
+    let changed = |key: &str, value: Value| {
+        let mut passes: Value = serde_json::from_slice(&whole).unwrap();
+        assert_ne!(passes[key], value);
+        passes[key] = value;
+        passes.to_string().into_bytes()
+    };
+    for passes in
+        [changed("keep", json!("nothing")), changed("keep", json!("activations")), changed("tokens", json!(100))]
+    {
+        folder.write("out/passes.json", passes);
+        folder.refuses(&args, &["passes.json says", "this run computes with", "--overwrite"]);
+    }
+    folder.write("out/passes.json", &whole[..whole.len() / 2]);
+    folder.refuses(&args, &["passes.json is damaged", "--overwrite"]);
+    folder.write("out/passes.json", &whole);
+
+    let here = isa().to_string();
+    if here != "portable" {
+        let mut command = folder.command(&args);
+        command.env("RETUNE_ISA", "portable");
+        let output = run(command);
+        assert_eq!(output.code, Some(1), "{}", output.stderr);
+        let words = format!("it computed with \"{here}\", now it would with \"portable\"");
+        assert!(output.stderr.contains(&words), "{}", output.stderr);
     }
     resumed(&folder);
     assert!(folder.tree("out/adapter") == adapter);
