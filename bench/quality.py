@@ -5,8 +5,8 @@
 
 For each data set and seed one `retune train` in f32 and one in --compute, alike in everything else: LoRA r 16 on all linears,
 batches of 8, learning rate 2e-4, linear schedule with 5 warm-up steps; the seed chooses the initial adapter and the order of
-the rows. Rows longer than the data set's limit are cut, in training and in scoring. The adapter trained in --compute is scored
-a second time in f32, as other software would compute it. Each run is appended to the --json file when it is done, and a run
+the rows. Rows longer than the data set's limit are cut, in training and in scoring. Held-out rows are scored in f32 by both, as other software
+would compute the adapter; the one trained in --compute is scored a second time in --compute. Each run is appended to the --json file when it is done, and a run
 that is there already is not repeated: after an interruption, start the same command again. Another build of retune needs
 another file. Prints a table of all runs and one of the means over the seeds. The seconds are those of the training steps,
 with nothing done about a machine that slows down: compare.py and epoch.py measure speed.
@@ -71,22 +71,22 @@ def run_file(args, name, seed, compute, folder):
 
 
 def measure(args, name, seed, compute, folder):
-    """Trains once; the loss in f32 of what was trained in another arithmetic is measured beside."""
+    """Trains once; how --compute itself scores what it trained is measured beside."""
     run = run_file(args, name, seed, compute, folder)
     path = folder / "run.yaml"
     path.write_text(json.dumps(run))
     result = comparison.run_retune(args, "train", path)
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
-    loss_in_f32 = result["held_out_loss_last"]
+    scored_alike = result["held_out_loss_last"]
     if compute != "f32":
-        score = comparison.run_retune(args, "eval", "--model", args.model, "--adapter", result["output"], "--compute", "f32",
+        score = comparison.run_retune(args, "eval", "--model", args.model, "--adapter", result["output"], "--compute", compute,
                                       "--data", run["data"]["eval"], "--max-length", run["data"]["max_length"])
-        loss_in_f32 = score["loss"]
+        scored_alike = score["loss"]
     return {
         "held_out_loss_before": result["held_out_loss_before"],
         "held_out_loss": result["held_out_loss_last"],
-        "held_out_loss_in_f32": loss_in_f32,
+        "held_out_loss_scored_alike": scored_alike,
         "seconds": sum(step["seconds"] for step in steps),
         "tokens": sum(step["tokens"] for step in steps),
         "losses": [step["loss"] for step in steps],
@@ -111,23 +111,23 @@ def difference(loss, reference):
 
 def print_tables(sets, seeds, compute, runs):
     """`runs` holds the results by (data set, seed, compute)."""
-    print(f"\n| data set | seed | untouched | f32 | {compute} | difference | {compute}, scored in f32 | difference "
+    print(f"\n| data set | seed | untouched | f32 | {compute} | difference | scored in {compute} | difference "
           f"| seconds, f32 | seconds, {compute} |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     for name, seed in product(sets, seeds):
         f32, other = runs[name, seed, "f32"], runs[name, seed, compute]
-        loss, ours, in_f32 = f32["held_out_loss"], other["held_out_loss"], other["held_out_loss_in_f32"]
+        loss, ours, alike = f32["held_out_loss"], other["held_out_loss"], other["held_out_loss_scored_alike"]
         print(f"| {name} | {seed} | {f32['held_out_loss_before']:.4f} | {loss:.5f} | {ours:.5f} | {difference(ours, loss)} "
-              f"| {in_f32:.5f} | {difference(in_f32, loss)} | {f32['seconds']:.0f} | {other['seconds']:.0f} |")
-    print(f"\n| data set, mean of {len(seeds)} seeds | f32 | {compute} | difference | {compute}, scored in f32 | difference "
+              f"| {alike:.5f} | {difference(alike, loss)} | {f32['seconds']:.0f} | {other['seconds']:.0f} |")
+    print(f"\n| data set, mean of {len(seeds)} seeds | f32 | {compute} | difference | scored in {compute} | difference "
           "| largest over smallest f32 |")
     print("|---|---|---|---|---|---|---|")
     for name in sets:
         of = lambda side, value: [runs[name, seed, side][value] for seed in seeds]
         losses = of("f32", "held_out_loss")
         loss, ours = mean(losses), mean(of(compute, "held_out_loss"))
-        in_f32 = mean(of(compute, "held_out_loss_in_f32"))
-        print(f"| {name} | {loss:.5f} | {ours:.5f} | {difference(ours, loss)} | {in_f32:.5f} | {difference(in_f32, loss)} "
+        alike = mean(of(compute, "held_out_loss_scored_alike"))
+        print(f"| {name} | {loss:.5f} | {ours:.5f} | {difference(ours, loss)} | {alike:.5f} | {difference(alike, loss)} "
               f"| {difference(max(losses), min(losses))} |")
 
 

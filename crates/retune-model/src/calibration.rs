@@ -256,6 +256,14 @@ impl Model {
         }
     }
 
+    /// The same model with all its linears in f32: as other software computes what was trained.
+    pub fn in_f32(&self) -> Self {
+        let mut model = self.clone();
+        model.layers.iter_mut().flat_map(crate::model::Layer::linears_mut).for_each(|linear| linear.int8 = None);
+        model.head.int8 = None;
+        model
+    }
+
     /// The linears that can be computed in 8 bits: those whose weight is frozen. The loss is not quantized, so that a head that trains
     /// anything of its own is left out.
     fn for_each_int8_linear(&mut self, mut f: impl FnMut(&mut Linear) -> Result<(), Error>) -> Result<(), Error> {

@@ -83,6 +83,7 @@ impl Layer {
 }
 
 /// A decoder-only transformer of the Llama family.
+#[derive(Clone)]
 pub struct Model {
     pub config: ModelConfig,
     pub embedding: Weight,

@@ -51,6 +51,8 @@ pub struct PassSize {
     /// Tokens of all rows, those they share counted for each.
     pub row_tokens: usize,
     pub labels: usize,
+    /// Labels of a pass that is scored and not trained on: in f32, whatever the others are computed in.
+    pub scored_labels: usize,
     /// Whether rows share tokens.
     pub is_shared: bool,
 }
@@ -58,7 +60,7 @@ pub struct PassSize {
 impl PassSize {
     /// Rows that share nothing, with a label on every token.
     pub fn dense(tokens: usize) -> Self {
-        Self { tokens, row_tokens: tokens, labels: tokens, is_shared: false }
+        Self { tokens, row_tokens: tokens, labels: tokens, ..Self::default() }
     }
 
     /// What holds either of two passes.
@@ -67,6 +69,7 @@ impl PassSize {
             tokens: self.tokens.max(other.tokens),
             row_tokens: self.row_tokens.max(other.row_tokens),
             labels: self.labels.max(other.labels),
+            scored_labels: self.scored_labels.max(other.scored_labels),
             is_shared: self.is_shared || other.is_shared,
         }
     }
@@ -91,7 +94,7 @@ impl Pass {
     /// How much it holds.
     pub fn size(&self) -> PassSize {
         let (tokens, row_tokens, labels) = (self.tokens(), self.row_tokens(), self.labels.len());
-        PassSize { tokens, row_tokens, labels, is_shared: self.is_shared() }
+        PassSize { tokens, row_tokens, labels, scored_labels: 0, is_shared: self.is_shared() }
     }
 
     /// Whether a token is part of several rows.

@@ -312,7 +312,7 @@ impl Workspace {
     /// Bytes that a training pass of this size will make the workspace take: the plan shown before training. `int8` says whether the
     /// base will be computed in 8 bits. Scratch memory of the kernels is included.
     pub fn planned_bytes(model: &Model, keep: Keep, int8: bool, size: PassSize) -> usize {
-        let PassSize { tokens, row_tokens, labels, is_shared } = size;
+        let PassSize { tokens, row_tokens, labels, scored_labels, is_shared } = size;
         let c = &model.config;
         let (q, k) = (c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim);
         let (d, f) = (c.hidden_size, c.intermediate_size);
@@ -332,7 +332,8 @@ impl Workspace {
         let whole = if is_shared { row_tokens * 4 * k } else { 0 };
         let int8 = int8 && !model.head.is_trainable();
         let rows = Self::most_head_rows(model, int8).min(labels);
-        let head = rows * (4 * d + c.vocab_size);
+        let scored_rows = Self::most_head_rows(model, false).min(scored_labels);
+        let head = rows.max(scored_rows) * (4 * d + c.vocab_size);
         // In 8 bits the head's gradient is quantized beside the logits.
         let quantized = if int8 { rows * c.vocab_size / 4 } else { 0 };
         let dropped = if model.has_dropout() { 2 * tokens * f.max(q).max(d) } else { 0 };

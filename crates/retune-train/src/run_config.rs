@@ -70,7 +70,8 @@ pub enum Method {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct BaseConfig {
-    /// The arithmetic of the products with the base model's weights.
+    /// The arithmetic of the products with the base model's weights in training. Held-out rows are always scored in f32, as other software
+    /// will compute what was trained.
     pub compute: Compute,
 }
 

@@ -112,6 +112,8 @@ pub enum Outcome {
 /// A run in memory.
 pub struct Trainer<'a> {
     model: &'a Model,
+    /// The same in f32, for the held-out rows: what is trained will be used so.
+    scored: Model,
     config: &'a TrainingConfig,
     passes: Passes,
     shuffle: bool,
@@ -168,6 +170,7 @@ impl<'a> Trainer<'a> {
         let schedule = Schedule { kind: config.lr_scheduler_type, warmup_steps, total_steps: total };
         Self {
             model,
+            scored: model.in_f32(),
             config,
             passes,
             shuffle,
@@ -333,7 +336,7 @@ impl<'a> Trainer<'a> {
 
     fn score(&mut self) -> Result<(f64, usize), Error> {
         let (limit, pass, workspace) = (self.workspace_tokens, &mut self.pass, &mut self.workspace);
-        let (sum, labels) = held_out_loss(self.model, &self.params, self.eval, limit, pass, workspace, |_| {})?;
+        let (sum, labels) = held_out_loss(&self.scored, &self.params, self.eval, limit, pass, workspace, |_| {})?;
         Ok((sum / labels.max(1) as f64, labels))
     }
 
@@ -385,7 +388,8 @@ pub fn largest_pass(
     };
     let scored: Vec<usize> = (0..eval.len()).collect();
     let limit = passes.tokens.min(largest_step(config, train));
-    let mut size = largest(eval, &scored, limit);
+    let scored = largest(eval, &scored, limit);
+    let mut size = PassSize { labels: 0, scored_labels: scored.labels, ..scored };
     let TrainingConfig { batch_size, gradient_accumulation_steps, seed, .. } = *config;
     let per_epoch = steps_per_epoch(train.len(), batch_size, gradient_accumulation_steps).max(1);
     let total = total_steps(config, train.len());

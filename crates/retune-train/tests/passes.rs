@@ -28,16 +28,22 @@ fn the_largest_pass_holds_the_fullest_of_training_and_scoring() {
         let passes = Passes { tokens, keep: Keep::Inputs, share_prefixes };
         largest_pass(&config, passes, false, &train, eval)
     };
-    let size = |tokens, row_tokens, labels| PassSize { tokens, row_tokens, labels, is_shared: row_tokens > tokens };
-    assert_eq!(largest(60, false, &[]), size(60, 60, 19));
-    assert_eq!(largest(30, false, &[]), size(20, 20, 10));
+    let size = |tokens, row_tokens, labels, scored_labels| PassSize {
+        tokens,
+        row_tokens,
+        labels,
+        scored_labels,
+        is_shared: row_tokens > tokens,
+    };
+    assert_eq!(largest(60, false, &[]), size(60, 60, 19, 0));
+    assert_eq!(largest(30, false, &[]), size(20, 20, 10, 0));
     // The rows are all alike: the second and third of a pass have one token of their own.
-    assert_eq!(largest(30, true, &[]), size(22, 60, 19));
+    assert_eq!(largest(30, true, &[]), size(22, 60, 19, 0));
     let eval = [example(0, 12), example(1, 11), example(2, 0), example(3, 1)];
-    assert_eq!(largest(60, false, &eval), size(60, 60, 23));
+    assert_eq!(largest(60, false, &eval), size(60, 60, 19, 23));
     // Scoring lays more than a step's rows together. What is attended to is limited too.
     let many: Vec<Example> = (0..40).map(|row| example(row, 1)).collect();
-    assert_eq!(largest(60, true, &many), size(31, 4 * 60, 19));
+    assert_eq!(largest(60, true, &many), size(31, 4 * 60, 19, 12));
 }
 
 /// Where rows share what they begin with in common, steps are the same but for rounding, and tokens are those of the rows.

@@ -5,7 +5,7 @@ use retune_kernels::isa::int8_isa;
 use retune_model::calibration::{Choice, ERROR_LIMIT};
 use retune_model::model::Model;
 use retune_model::pass::Pass;
-use retune_train::data::Example;
+use retune_train::data::{Example, order};
 use retune_train::run_config::Compute;
 use retune_train::trainer::fill_pass;
 use serde_json::{Value, json};
@@ -36,10 +36,10 @@ pub fn limit(compute: Compute) -> Option<f64> {
     }
 }
 
-/// The first rows of the data, as many as a calibration looks at.
+/// Rows from all over the data, for a file may be sorted; as many as a calibration looks at, and for the same data the same.
 pub fn calibration_pass(examples: &[Example]) -> Pass {
     let mut pass = Pass::default();
-    let rows: Vec<usize> = (0..examples.len()).collect();
+    let rows = order(0, 0, examples.len(), true);
     fill_pass(&mut pass, examples, &rows, 0, CALIBRATION_TOKENS);
     pass
 }
@@ -89,4 +89,24 @@ pub fn summary(choices: &[Choice]) -> Value {
         "int8_linears": choices.len() - f32.len(),
         "f32_for_their_error": f32,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_calibration_sees_rows_from_all_over_the_data() {
+        let examples: Vec<Example> =
+            (0..1000).map(|row| Example { row, ids: vec![row as u32; 16], trained: vec![true; 16] }).collect();
+        let rows = |pass: Pass| -> Vec<u64> { pass.sequences.iter().map(|sequence| sequence.row).collect() };
+        let chosen = rows(calibration_pass(&examples));
+        assert_eq!(chosen.len(), CALIBRATION_TOKENS / 16);
+        for quarter in 0..4 {
+            let there = chosen.iter().filter(|&&row| row / 250 == quarter).count();
+            assert!(there >= 2, "{there} of {chosen:?} in quarter {quarter}");
+        }
+        assert_eq!(rows(calibration_pass(&examples)), chosen);
+        assert_eq!(rows(calibration_pass(&examples[..1])), [0]);
+    }
 }

@@ -201,6 +201,28 @@ fn a_damaged_calibration_is_refused_with_what_to_do() {
 }
 
 #[test]
+fn held_out_rows_are_scored_in_f32_whatever_the_run_computes_in() {
+    let folder = Folder::with_run();
+    let scores = |compute: &str| {
+        let result = folder.succeeds(&joined(&[&TRAIN, &["--set", compute, "--json", "--overwrite"]])).json();
+        ["before", "last"].map(|when| result[format!("held_out_loss_{when}")].as_f64().unwrap())
+    };
+    let model = golden(MODEL);
+    let eval = |compute: &str| {
+        let adapter = ["--adapter", "out/adapter", "--data", "eval.jsonl", "--max-length", "192"];
+        let args = joined(&[&["eval", "--model", &model, "--json", "--compute", compute], &adapter]);
+        folder.succeeds(&args).json()["loss"].as_f64().unwrap()
+    };
+    let difference = |a: f64, b: f64| (a - b).abs() / b;
+    let [untrained, _] = scores("base.compute=f32");
+    let [before, after] = scores("base.compute=int8");
+    // Rounding of sums that are taken over other passes is all that may differ.
+    assert!(difference(before, untrained) < 1e-6, "{before} in a run in int8, {untrained} in one in f32");
+    assert!(difference(after, eval("f32")) < 1e-6, "{after} in training, {} in f32 after it", eval("f32"));
+    assert!(difference(after, eval("int8")) > 1e-5, "eval in int8 is in f32");
+}
+
+#[test]
 fn weights_that_are_trained_are_not_computed_in_int8() {
     let folder = Folder::with_run();
     let mut run: Value = serde_json::from_slice(&folder.read("run.yaml")).unwrap();

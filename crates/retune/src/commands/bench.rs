@@ -38,6 +38,7 @@ fn train(args: &BenchTrainArgs) -> Result<()> {
     }
     let start = Instant::now();
     let checkpoint = Checkpoint::open(&fetch::resolve(&args.model)?)?;
+    checkpoint.check_finite()?;
     let examples = sequences(&checkpoint, &args.data, args.seq, args.batch * args.steps)?;
     let config = LoraConfig {
         r: args.rank,

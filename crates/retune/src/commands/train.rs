@@ -213,6 +213,8 @@ fn first_difference(key: &str, earlier: &Value, now: &Value) -> Option<String> {
 
 /// Everything of a run that does not change while it trains.
 struct Run<'a> {
+    /// When the program was asked for it.
+    start: Instant,
     args: &'a TrainArgs,
     config: RunConfig,
     folder: RunFolder,
@@ -229,17 +231,18 @@ struct Run<'a> {
 
 /// Trains; `threads` says that the command line chose their number already.
 pub fn run(args: &TrainArgs, threads: Option<usize>) -> Result<()> {
+    let begin = Instant::now();
     let config = RunConfig::load(&args.run.path, &args.run.overrides)?;
     match (threads, config.threads) {
         (None, Some(n)) => {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(n).build()?;
-            pool.install(|| parallel::awake(|| start(args, config)))
+            pool.install(|| parallel::awake(|| start(args, config, begin)))
         }
-        _ => start(args, config),
+        _ => start(args, config, begin),
     }
 }
 
-fn start(args: &TrainArgs, config: RunConfig) -> Result<()> {
+fn start(args: &TrainArgs, config: RunConfig, start: Instant) -> Result<()> {
     let path = fetch::resolve_or_fetch(&config.model, &|message| note!("{message}"))?;
     let checkpoint = Checkpoint::open(&path)?;
     checkpoint.check_finite()?;
@@ -266,7 +269,7 @@ fn start(args: &TrainArgs, config: RunConfig) -> Result<()> {
     record["eval_rows_hash"] = json!(data.eval.as_ref().map(|eval| rows_hash(&eval.examples)));
     record["isa"] = json!(retune_kernels::isa::isa().to_string());
     let folder = RunFolder { root: config.output_dir.clone() };
-    Run { args, config, folder, checkpoint, tokenizer, data, adapter, initial, record }.train()
+    Run { start, args, config, folder, checkpoint, tokenizer, data, adapter, initial, record }.train()
 }
 
 /// A hash of an adapter's values.
@@ -318,7 +321,6 @@ impl Run<'_> {
         }
         let RunProgress { step, total_steps, .. } = trainer.progress;
         let mut progress = Progress::new(&folder.metrics(), step, total_steps)?;
-        let start = Instant::now();
         if trainer.progress.initial_loss.is_none() && !eval.is_empty() {
             progress.evaluation(&trainer.score_untrained()?)?;
         }
@@ -339,8 +341,8 @@ impl Run<'_> {
             state::read_best(&folder.checkpoints(), progress.best_step, &mut params)?;
         }
         let out = self.write_result(&model, &params, &progress, &choices)?;
-        let samples = self.samples(&model, &params, eval)?;
-        self.report(&model, &progress, &out, &samples, &choices, start.elapsed().as_secs_f64())
+        let samples = self.samples(&model.in_f32(), &params, eval)?;
+        self.report(&model, &progress, &out, &samples, &choices)
     }
 
     /// The model with what is to be trained, and its first parameters.
@@ -493,9 +495,11 @@ impl Run<'_> {
         let (trained, optimizer) = (2 * 4 * model.layout.len(), 2 * 4 * model.layout.len());
         let activations = Workspace::planned_bytes(model, passes.keep, int8, size);
         let (base, quantized) = if int8 {
-            // The whole file is read while the steps' memory is not in use: by the calibration before them and for the answers after them.
+            // Scoring reads the whole file beside what the steps keep; without it, it is read while their memory is not in use: by the
+            // calibration before them and for the answers after them.
             let kept = model.stored_bytes_beside_int8();
-            (kept.max(file.saturating_sub(activations + optimizer)), model.planned_int8_bytes())
+            let stored = if eval.is_empty() { kept.max(file.saturating_sub(activations + optimizer)) } else { file };
+            (stored, model.planned_int8_bytes())
         } else {
             (file, 0)
         };
@@ -623,8 +627,8 @@ impl Run<'_> {
         out: &Path,
         samples: &[Value],
         choices: &[Choice],
-        seconds: f64,
     ) -> Result<()> {
+        let seconds = self.start.elapsed().as_secs_f64();
         let size = folder_size(out);
         if self.args.json {
             print_json(&json!({
