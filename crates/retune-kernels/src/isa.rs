@@ -1,13 +1,13 @@
 //! The one place that decides which instruction set the kernels use.
 //!
-//! The choice is made once per process: the best the machine has, or what `RETUNE_ISA` forces (`portable`, `avx2`, `avx512`), so that
+//! The choice is made once per process: the best the machine has, or what `RETUNE_ISA` forces (`portable`, `avx2`, `avx512`, `neon`), so that
 //! tests can run every path a machine offers.
 
 use std::fmt;
 use std::sync::OnceLock;
 
 /// An instruction set with kernels of its own.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Isa {
     /// Plain Rust, whatever the compiler makes of it.
     Portable,
@@ -15,6 +15,34 @@ pub enum Isa {
     Avx2,
     /// x86-64 with AVX-512 F, BW, VL and DQ.
     Avx512,
+    /// AArch64 with NEON.
+    Neon,
+}
+
+impl Isa {
+    const ALL: [Self; 4] = [Self::Portable, Self::Avx2, Self::Avx512, Self::Neon];
+
+    /// Whether this machine has it.
+    pub fn is_available(self) -> bool {
+        match self {
+            Isa::Portable => true,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => {
+                is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
+            }
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => {
+                Isa::Avx2.is_available()
+                    && is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512vl")
+                    && is_x86_feature_detected!("avx512dq")
+            }
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => std::arch::is_aarch64_feature_detected!("neon"),
+            _ => false,
+        }
+    }
 }
 
 impl fmt::Display for Isa {
@@ -23,29 +51,14 @@ impl fmt::Display for Isa {
             Isa::Portable => "portable",
             Isa::Avx2 => "avx2",
             Isa::Avx512 => "avx512",
+            Isa::Neon => "neon",
         })
     }
 }
 
 /// The best instruction set of this machine.
 pub fn detect() -> Isa {
-    #[cfg(target_arch = "x86_64")]
-    {
-        let avx2 =
-            is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
-        if avx2
-            && is_x86_feature_detected!("avx512f")
-            && is_x86_feature_detected!("avx512bw")
-            && is_x86_feature_detected!("avx512vl")
-            && is_x86_feature_detected!("avx512dq")
-        {
-            return Isa::Avx512;
-        }
-        if avx2 {
-            return Isa::Avx2;
-        }
-    }
-    Isa::Portable
+    Isa::ALL.into_iter().rfind(|isa| isa.is_available()).unwrap_or(Isa::Portable)
 }
 
 /// Reads `RETUNE_ISA`.
@@ -57,17 +70,12 @@ pub fn from_env() -> Result<Isa, String> {
     let Some(name) = std::env::var_os("RETUNE_ISA") else {
         return Ok(best);
     };
-    let asked = match name.to_str() {
-        Some("portable") => Isa::Portable,
-        Some("avx2") => Isa::Avx2,
-        Some("avx512") => Isa::Avx512,
-        _ => {
-            return Err(format!(
-                "RETUNE_ISA is {name:?}; expected portable, avx2 or avx512: unset it to let retune choose"
-            ));
-        }
+    let Some(asked) = Isa::ALL.into_iter().find(|isa| name.to_str() == Some(&isa.to_string())) else {
+        return Err(format!(
+            "RETUNE_ISA is {name:?}; expected portable, avx2, avx512 or neon: unset it to let retune choose"
+        ));
     };
-    if asked > best {
+    if !asked.is_available() {
         return Err(format!(
             "RETUNE_ISA asks for {asked}, but this machine offers {best} at most: unset it to let retune choose"
         ));
@@ -94,12 +102,38 @@ pub enum Int8Isa {
     AvxVnni,
     /// 512-bit `vpdpbusd` (AVX-512 VNNI).
     Avx512Vnni,
+    /// 128-bit products of bytes in three steps (NEON).
+    Neon,
+    /// 128-bit `sdot` (AArch64's dot products).
+    NeonDotprod,
 }
 
 impl Int8Isa {
+    /// Each of them.
+    pub const ALL: [Self; 6] =
+        [Self::Portable, Self::Avx2, Self::AvxVnni, Self::Avx512Vnni, Self::Neon, Self::NeonDotprod];
+
+    /// Whether this machine has it.
+    pub fn is_available(self) -> bool {
+        match self {
+            Int8Isa::Portable => true,
+            #[cfg(target_arch = "x86_64")]
+            Int8Isa::Avx2 => Isa::Avx2.is_available(),
+            #[cfg(target_arch = "x86_64")]
+            Int8Isa::AvxVnni => Isa::Avx2.is_available() && is_x86_feature_detected!("avxvnni"),
+            #[cfg(target_arch = "x86_64")]
+            Int8Isa::Avx512Vnni => Isa::Avx512.is_available() && is_x86_feature_detected!("avx512vnni"),
+            #[cfg(target_arch = "aarch64")]
+            Int8Isa::Neon => Isa::Neon.is_available(),
+            #[cfg(target_arch = "aarch64")]
+            Int8Isa::NeonDotprod => Isa::Neon.is_available() && std::arch::is_aarch64_feature_detected!("dotprod"),
+            _ => false,
+        }
+    }
+
     /// Whether 8-bit products are several times as fast as f32's. A fixed rule, not a measurement, so that a run decides the same again.
     pub fn is_fast(self) -> bool {
-        matches!(self, Int8Isa::AvxVnni | Int8Isa::Avx512Vnni)
+        matches!(self, Int8Isa::AvxVnni | Int8Isa::Avx512Vnni | Int8Isa::NeonDotprod)
     }
 }
 
@@ -110,6 +144,8 @@ impl fmt::Display for Int8Isa {
             Int8Isa::Avx2 => "avx2",
             Int8Isa::AvxVnni => "avx-vnni",
             Int8Isa::Avx512Vnni => "avx512-vnni",
+            Int8Isa::Neon => "neon",
+            Int8Isa::NeonDotprod => "neon-dotprod",
         })
     }
 }
@@ -119,14 +155,13 @@ impl fmt::Display for Int8Isa {
 pub fn int8_isa() -> Int8Isa {
     static CHOSEN: OnceLock<Int8Isa> = OnceLock::new();
     *CHOSEN.get_or_init(|| {
-        #[cfg(target_arch = "x86_64")]
-        match isa() {
-            Isa::Avx512 if is_x86_feature_detected!("avx512vnni") => return Int8Isa::Avx512Vnni,
-            Isa::Avx512 | Isa::Avx2 if is_x86_feature_detected!("avxvnni") => return Int8Isa::AvxVnni,
-            Isa::Avx512 | Isa::Avx2 => return Int8Isa::Avx2,
-            Isa::Portable => {}
-        }
-        Int8Isa::Portable
+        let best_first: &[Int8Isa] = match isa() {
+            Isa::Portable => &[],
+            Isa::Avx2 => &[Int8Isa::AvxVnni, Int8Isa::Avx2],
+            Isa::Avx512 => &[Int8Isa::Avx512Vnni, Int8Isa::AvxVnni, Int8Isa::Avx2],
+            Isa::Neon => &[Int8Isa::NeonDotprod, Int8Isa::Neon],
+        };
+        best_first.iter().copied().find(|isa| isa.is_available()).unwrap_or(Int8Isa::Portable)
     })
 }
 
@@ -155,8 +190,13 @@ macro_rules! multiversion {
                     $crate::isa::Isa::Avx512 => return unsafe { avx512($($arg),*) },
                     // SAFETY: as above.
                     $crate::isa::Isa::Avx2 => return unsafe { avx2($($arg),*) },
-                    $crate::isa::Isa::Portable => {}
+                    $crate::isa::Isa::Portable | $crate::isa::Isa::Neon => {}
                 }
+            }
+            // NEON, fused operations among it, is part of what every AArch64 program is compiled for.
+            #[cfg(target_arch = "aarch64")]
+            if $crate::isa::isa() == $crate::isa::Isa::Neon {
+                return body::<true>($($arg),*);
             }
             body::<false>($($arg),*)
         }

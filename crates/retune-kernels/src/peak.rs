@@ -5,6 +5,7 @@ use std::hint::black_box;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
+use crate::isa::{Int8Isa, Isa, int8_isa, isa};
 use crate::parallel::{self, SharedMut};
 
 /// How often a speed is measured; the best counts, since whatever else runs can only slow it down.
@@ -31,37 +32,36 @@ fn on_all_threads(work: impl Fn() -> usize + Sync) -> usize {
 /// Multiplications and additions of f32 a second, on all threads of the pool, by the instruction set in use; `None` where that has no
 /// instruction of its own for them.
 pub fn f32_operations() -> Option<f64> {
-    #[cfg(target_arch = "x86_64")]
-    {
-        use crate::isa::{Isa, isa};
-        let work: fn() -> usize = match isa() {
-            // SAFETY (both): `isa` returns a variant only when the machine has its features.
-            Isa::Avx512 => || unsafe { x86::fma_512() },
-            Isa::Avx2 => || unsafe { x86::fma_256() },
-            Isa::Portable => return None,
-        };
-        Some(rate(|| on_all_threads(work)))
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    None
+    let work: fn() -> usize = match isa() {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY (all): `isa` returns a variant only when the machine has its features.
+        Isa::Avx512 => || unsafe { x86::fma_512() },
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => || unsafe { x86::fma_256() },
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => || unsafe { neon::fma() },
+        _ => return None,
+    };
+    Some(rate(|| on_all_threads(work)))
 }
 
 /// The same in products of 8-bit integers.
 pub fn int8_operations() -> Option<f64> {
-    #[cfg(target_arch = "x86_64")]
-    {
-        use crate::isa::{Int8Isa, int8_isa};
-        let work: fn() -> usize = match int8_isa() {
-            // SAFETY (all): `int8_isa` returns a variant only when the machine has its features.
-            Int8Isa::Avx512Vnni => || unsafe { x86::dots_512() },
-            Int8Isa::AvxVnni => || unsafe { x86::dots_256() },
-            Int8Isa::Avx2 => || unsafe { x86::two_step_dots_256() },
-            Int8Isa::Portable => return None,
-        };
-        Some(rate(|| on_all_threads(work)))
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    None
+    let work: fn() -> usize = match int8_isa() {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY (all): `int8_isa` returns a variant only when the machine has its features.
+        Int8Isa::Avx512Vnni => || unsafe { x86::dots_512() },
+        #[cfg(target_arch = "x86_64")]
+        Int8Isa::AvxVnni => || unsafe { x86::dots_256() },
+        #[cfg(target_arch = "x86_64")]
+        Int8Isa::Avx2 => || unsafe { x86::two_step_dots_256() },
+        #[cfg(target_arch = "aarch64")]
+        Int8Isa::NeonDotprod => || unsafe { neon::dots() },
+        #[cfg(target_arch = "aarch64")]
+        Int8Isa::Neon => || unsafe { neon::three_step_dots() },
+        _ => return None,
+    };
+    Some(rate(|| on_all_threads(work)))
 }
 
 /// Bytes a second, those read and those written, of copying `bytes` bytes on all threads, over and over: what lies in a cache stays there.
@@ -86,34 +86,36 @@ pub fn copied_bytes(bytes: usize) -> f64 {
     })
 }
 
+/// Long enough that starting the threads does not count.
+const STEPS: usize = 1 << 18;
+
+/// A loop over `SUMS` independent sums in registers; what it returns is how many operations it did, `$operations` an instruction.
+macro_rules! register_loop {
+    ($name:ident, $features:literal, $operations:literal, $start:expr, $operand:expr, $step:expr) => {
+        #[target_feature(enable = $features)]
+        pub fn $name() -> usize {
+            // Unknown to the compiler and all different, so that it neither computes ahead nor merges sums.
+            let mut sums: [_; SUMS] = std::array::from_fn(|i| $start(black_box(i as i32)));
+            let (a, b) = ($operand(black_box(3)), $operand(black_box(5)));
+            for _ in 0..STEPS {
+                for sum in &mut sums {
+                    *sum = $step(*sum, a, b);
+                }
+            }
+            black_box(sums);
+            $operations * SUMS * STEPS
+        }
+    };
+}
+
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use std::arch::x86_64::*;
-    use std::hint::black_box;
+
+    use super::{STEPS, black_box};
 
     /// Independent sums: enough to hide the latency of two instructions a cycle, few enough for 16 registers.
     const SUMS: usize = 12;
-    /// Long enough that starting the threads does not count.
-    const STEPS: usize = 1 << 18;
-
-    /// A loop over independent sums in registers; what it returns is how many operations it did, `$operations` an instruction.
-    macro_rules! register_loop {
-        ($name:ident, $features:literal, $operations:literal, $start:expr, $operand:expr, $step:expr) => {
-            #[target_feature(enable = $features)]
-            pub fn $name() -> usize {
-                // Unknown to the compiler and all different, so that it neither computes ahead nor merges sums.
-                let mut sums: [_; SUMS] = std::array::from_fn(|i| $start(black_box(i as i32)));
-                let (a, b) = ($operand(black_box(3)), $operand(black_box(5)));
-                for _ in 0..STEPS {
-                    for sum in &mut sums {
-                        *sum = $step(*sum, a, b);
-                    }
-                }
-                black_box(sums);
-                $operations * SUMS * STEPS
-            }
-        };
-    }
 
     register_loop!(
         fma_512,
@@ -159,6 +161,48 @@ mod x86 {
             _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
         }
     );
+}
+
+#[cfg(target_arch = "aarch64")]
+mod neon {
+    use std::arch::aarch64::*;
+    use std::arch::asm;
+
+    use super::{STEPS, black_box};
+
+    /// Independent sums: enough to hide the latency of four instructions a cycle, few enough for 32 registers.
+    const SUMS: usize = 24;
+
+    register_loop!(fma, "neon", 8, |i| vdupq_n_f32(i as f32), |i| vdupq_n_f32(i as f32 / 16.0), |sum, a, b| vfmaq_f32(
+        sum, a, b
+    ));
+    register_loop!(
+        dots,
+        "neon,dotprod",
+        32,
+        |i| vdupq_n_s32(i),
+        |i| vdupq_n_s8(i as i8),
+        |sum: int32x4_t, a: int8x16_t, b: int8x16_t| {
+            let mut sum = sum;
+            // SAFETY: the function has the feature; nothing but registers is touched.
+            unsafe {
+                asm!(
+                    "sdot {sum:v}.4s, {a:v}.16b, {b:v}.16b",
+                    sum = inout(vreg) sum,
+                    a = in(vreg) a,
+                    b = in(vreg) b,
+                    options(pure, nomem, nostack, preserves_flags),
+                );
+            }
+            sum
+        }
+    );
+    // As the kernel does it; the operands change, or the compiler would multiply once.
+    register_loop!(three_step_dots, "neon", 32, |i| vdupq_n_s32(i), |i| vdupq_n_s8(i as i8), |sum, a, b| {
+        let a = veorq_s8(a, vreinterpretq_s8_s32(sum));
+        let (low, high) = (vmull_s8(vget_low_s8(a), vget_low_s8(b)), vmull_high_s8(a, b));
+        vaddq_s32(sum, vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high)))
+    });
 }
 
 #[cfg(test)]

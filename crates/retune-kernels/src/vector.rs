@@ -63,7 +63,7 @@ pub fn dot(a: &[f32], b: &[f32]) -> f32 {
         Isa::Avx512 => return unsafe { x86::dot_avx512(a, b) },
         // SAFETY: as above.
         Isa::Avx2 => return unsafe { x86::dot_avx2(a, b) },
-        Isa::Portable => {}
+        Isa::Portable | Isa::Neon => {}
     }
     let mut lanes = [0.0f32; LANES];
     let (a_blocks, b_blocks) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());

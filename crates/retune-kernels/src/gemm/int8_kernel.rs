@@ -128,7 +128,7 @@ unsafe fn rows<S: Sums, const VECTORS: usize>(t: &Int8Tile, mr: usize) {
 pub fn tile_width(isa: Int8Isa) -> usize {
     match isa {
         Int8Isa::Avx512Vnni => 64,
-        Int8Isa::AvxVnni | Int8Isa::Avx2 | Int8Isa::Portable => 16,
+        Int8Isa::AvxVnni | Int8Isa::Avx2 | Int8Isa::NeonDotprod | Int8Isa::Neon | Int8Isa::Portable => 16,
     }
 }
 
@@ -150,6 +150,12 @@ pub unsafe fn run(isa: Int8Isa, t: &Int8Tile, mr: usize) {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: as above.
         Int8Isa::Avx2 => unsafe { x86::avx2(t, mr) },
+        #[cfg(target_arch = "aarch64")]
+        // SAFETY: as above.
+        Int8Isa::NeonDotprod => unsafe { neon::dotprod(t, mr) },
+        #[cfg(target_arch = "aarch64")]
+        // SAFETY: as above.
+        Int8Isa::Neon => unsafe { neon::plain(t, mr) },
         // SAFETY: as above.
         _ => unsafe {
             match t.to.cols.div_ceil(8) {
@@ -197,6 +203,95 @@ impl Sums for [i32; 8] {
     #[inline(always)]
     unsafe fn to_float(self) -> Portable {
         Portable(self.map(|v| v as f32))
+    }
+}
+
+#[cfg(target_arch = "aarch64")]
+mod neon {
+    use super::{Int8Tile, Sums, rows};
+    use std::arch::aarch64::*;
+    use std::arch::asm;
+
+    #[target_feature(enable = "neon,dotprod")]
+    pub unsafe fn dotprod(t: &Int8Tile, mr: usize) {
+        // SAFETY: passed on from the caller.
+        unsafe {
+            match t.to.cols.div_ceil(4) {
+                1 => rows::<Four<true>, 1>(t, mr),
+                2 => rows::<Four<true>, 2>(t, mr),
+                3 => rows::<Four<true>, 3>(t, mr),
+                _ => rows::<Four<true>, 4>(t, mr),
+            }
+        }
+    }
+
+    #[target_feature(enable = "neon")]
+    pub unsafe fn plain(t: &Int8Tile, mr: usize) {
+        // SAFETY: passed on from the caller.
+        unsafe {
+            match t.to.cols.div_ceil(4) {
+                1 => rows::<Four<false>, 1>(t, mr),
+                2 => rows::<Four<false>, 2>(t, mr),
+                3 => rows::<Four<false>, 3>(t, mr),
+                _ => rows::<Four<false>, 4>(t, mr),
+            }
+        }
+    }
+
+    /// Four sums, added to by one instruction or by several.
+    #[derive(Clone, Copy)]
+    struct Four<const DOTPROD: bool>(int32x4_t);
+
+    // SAFETY: only reached from the functions above, whose callers have checked the features.
+    impl<const DOTPROD: bool> Sums for Four<DOTPROD> {
+        type Float = float32x4_t;
+        /// Signed: the instructions take two of them.
+        type Left = int8x16_t;
+        type Right = int8x16_t;
+
+        #[inline(always)]
+        unsafe fn start(_offsets: *const i32) -> Self {
+            unsafe { Self(vdupq_n_s32(0)) }
+        }
+
+        #[inline(always)]
+        unsafe fn left(from: *const u8) -> Self::Left {
+            unsafe {
+                let offset = vreinterpretq_s8_u32(vdupq_n_u32(from.cast::<u32>().read_unaligned()));
+                veorq_s8(offset, vdupq_n_s8(i8::MIN))
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn right(from: *const i8) -> Self::Right {
+            unsafe { vld1q_s8(from) }
+        }
+
+        #[inline(always)]
+        unsafe fn add_dots(self, left: Self::Left, right: Self::Right) -> Self {
+            unsafe {
+                if DOTPROD {
+                    let mut sums = self.0;
+                    // The function for it, `vdotq_s32`, is not stable yet.
+                    asm!(
+                        "sdot {sums:v}.4s, {left:v}.16b, {right:v}.16b",
+                        sums = inout(vreg) sums,
+                        left = in(vreg) left,
+                        right = in(vreg) right,
+                        options(pure, nomem, nostack, preserves_flags),
+                    );
+                    return Self(sums);
+                }
+                let low = vmull_s8(vget_low_s8(left), vget_low_s8(right));
+                let high = vmull_high_s8(left, right);
+                Self(vaddq_s32(self.0, vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high))))
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn to_float(self) -> float32x4_t {
+            unsafe { vcvtq_f32_s32(self.0) }
+        }
     }
 }
 
@@ -356,21 +451,7 @@ mod tests {
 
     /// Every way that this machine can multiply, whatever `RETUNE_ISA` says.
     fn available() -> Vec<Int8Isa> {
-        let mut all = vec![Int8Isa::Portable];
-        #[cfg(target_arch = "x86_64")]
-        {
-            let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
-            if avx2 {
-                all.push(Int8Isa::Avx2);
-            }
-            if avx2 && is_x86_feature_detected!("avxvnni") {
-                all.push(Int8Isa::AvxVnni);
-            }
-            if crate::isa::detect() == crate::isa::Isa::Avx512 && is_x86_feature_detected!("avx512vnni") {
-                all.push(Int8Isa::Avx512Vnni);
-            }
-        }
-        all
+        Int8Isa::ALL.into_iter().filter(|isa| isa.is_available()).collect()
     }
 
     /// Bytes over the whole range of [−127, 127], the ends more often than by chance: their products are what could saturate.

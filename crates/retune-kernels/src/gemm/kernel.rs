@@ -60,6 +60,7 @@ pub fn lanes(isa: Isa) -> usize {
     match isa {
         Isa::Avx512 => 16,
         Isa::Avx2 | Isa::Portable => 8,
+        Isa::Neon => 4,
     }
 }
 
@@ -69,6 +70,7 @@ pub fn panel_width(isa: Isa) -> usize {
         Isa::Avx512 => 16 * WIDE,
         Isa::Avx2 => 8 * NARROW,
         Isa::Portable => 8 * NARROW,
+        Isa::Neon => 4 * WIDE,
     }
 }
 
@@ -256,6 +258,9 @@ pub unsafe fn run(isa: Isa, segments: &[Segment], to: &Target, mr: usize) {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: as above.
         Isa::Avx2 => unsafe { x86::avx2(segments, to, mr) },
+        #[cfg(target_arch = "aarch64")]
+        // SAFETY: as above.
+        Isa::Neon => unsafe { neon::run(segments, to, mr) },
         // SAFETY: as above.
         _ => unsafe {
             match to.cols.div_ceil(8) {
@@ -324,6 +329,78 @@ impl Vector for Portable {
     #[inline(always)]
     unsafe fn times(self, other: Self) -> Self {
         Self(std::array::from_fn(|i| self.0[i] * other.0[i]))
+    }
+}
+
+#[cfg(target_arch = "aarch64")]
+mod neon {
+    use super::{Segment, Target, Vector, rows};
+    use std::arch::aarch64::*;
+
+    #[target_feature(enable = "neon")]
+    pub unsafe fn run(segments: &[Segment], to: &Target, mr: usize) {
+        // SAFETY: passed on from the caller.
+        unsafe {
+            match to.cols.div_ceil(4) {
+                1 => rows::<float32x4_t, 1>(segments, to, mr),
+                2 => rows::<float32x4_t, 2>(segments, to, mr),
+                3 => rows::<float32x4_t, 3>(segments, to, mr),
+                _ => rows::<float32x4_t, 4>(segments, to, mr),
+            }
+        }
+    }
+
+    // SAFETY: only reached from the function above, whose caller has checked the feature.
+    impl Vector for float32x4_t {
+        const LANES: usize = 4;
+
+        #[inline(always)]
+        unsafe fn zero() -> Self {
+            unsafe { vdupq_n_f32(0.0) }
+        }
+
+        #[inline(always)]
+        unsafe fn splat(value: f32) -> Self {
+            unsafe { vdupq_n_f32(value) }
+        }
+
+        #[inline(always)]
+        unsafe fn load(from: *const f32) -> Self {
+            unsafe { vld1q_f32(from) }
+        }
+
+        #[inline(always)]
+        unsafe fn load_first(from: *const f32, lanes: usize) -> Self {
+            let mut values = [0.0; 4];
+            unsafe {
+                std::ptr::copy_nonoverlapping(from, values.as_mut_ptr(), lanes);
+                vld1q_f32(values.as_ptr())
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn store(self, to: *mut f32) {
+            unsafe { vst1q_f32(to, self) }
+        }
+
+        #[inline(always)]
+        unsafe fn store_first(self, to: *mut f32, lanes: usize) {
+            let mut values = [0.0; 4];
+            unsafe {
+                vst1q_f32(values.as_mut_ptr(), self);
+                std::ptr::copy_nonoverlapping(values.as_ptr(), to, lanes);
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn add_product(self, a: Self, b: Self) -> Self {
+            unsafe { vfmaq_f32(self, a, b) }
+        }
+
+        #[inline(always)]
+        unsafe fn times(self, other: Self) -> Self {
+            unsafe { vmulq_f32(self, other) }
+        }
     }
 }
 
