@@ -46,6 +46,26 @@ fn the_largest_pass_holds_the_fullest_of_training_and_scoring() {
     assert_eq!(largest(60, true, &many), size(31, 4 * 60, 19, 12));
 }
 
+/// Passes hold fewer tokens where what is kept of them would take more than 2 GB, but never less than the longest row.
+#[test]
+fn passes_are_smaller_where_activations_would_be_too_large() {
+    let goldens = Path::new(env!("CARGO_MANIFEST_DIR")).join("../retune-model/tests/goldens");
+    let checkpoint = Checkpoint::open(&goldens.join("gguf_llama/model.gguf")).unwrap();
+    let mut model = Model::load(&checkpoint, Trainable::Nothing).unwrap();
+    let run = json!({
+        "model": "base", "output_dir": "out", "adapter": {}, "data": { "train": "train.jsonl" },
+    });
+    let config = RunConfig::parse(&run.to_string(), "the run", &[]).unwrap().training;
+    let tokens = |model: &Model, longest| Passes::resolve(&config, model, false, longest).tokens;
+    assert_eq!(tokens(&model, 60), 1280);
+    // Two layers that keep gate and up: 1.6 MB a token.
+    model.config.intermediate_size = 100_000;
+    assert_eq!(tokens(&model, 60), 640);
+    assert_eq!(tokens(&model, 900), 900);
+    model.config.intermediate_size = 400_000;
+    assert_eq!(tokens(&model, 60), 160);
+}
+
 /// Where rows share what they begin with in common, steps are the same but for rounding, and tokens are those of the rows.
 #[test]
 fn rows_share_their_beginnings_unless_told_otherwise_or_dropped() {

@@ -6,11 +6,11 @@ mod common;
 
 use std::fs;
 
-use common::{Folder, MODEL, Random, golden};
+use common::{Folder, MODEL, Output, Random, golden};
 use retune_quant::Format;
-use serde_json::json;
+use serde_json::{Value, json};
 
-/// Two hundred megabytes in f32, so that a base expanded to that would stand out; 28 in Q4_0.
+/// Layers that take two hundred megabytes in f32, so that a base expanded to that would stand out; 28 in Q4_0.
 const LAYERS: u64 = 8;
 const HIDDEN_SIZE: u64 = 768;
 const INTERMEDIATE_SIZE: u64 = 2048;
@@ -24,12 +24,12 @@ const VOCAB_SIZE: u64 = 288;
 const REST: f64 = 64e6;
 
 /// Names of tensors with their sizes in GGUF's order, columns first.
-fn tensors() -> Vec<(String, Vec<u64>)> {
+fn tensors(layers: u64) -> Vec<(String, Vec<u64>)> {
     let mut tensors = vec![
         ("token_embd.weight".to_owned(), vec![HIDDEN_SIZE, VOCAB_SIZE]),
         ("output_norm.weight".to_owned(), vec![HIDDEN_SIZE]),
     ];
-    for layer in 0..LAYERS {
+    for layer in 0..layers {
         for (part, sizes) in [
             ("attn_norm", vec![HIDDEN_SIZE]),
             ("attn_q", vec![HIDDEN_SIZE, HEADS * HEAD_DIM]),
@@ -70,13 +70,13 @@ fn values(sizes: &[u64], random: &mut Random) -> Vec<u8> {
 }
 
 /// A GGUF file: the tiny model's metadata with the sizes above, and tensors to go with them.
-fn q4_0_model() -> Vec<u8> {
+fn q4_0_model(layers: u64) -> Vec<u8> {
     const ALIGNMENT: usize = 32;
     let tiny = fs::read(golden(MODEL)).unwrap();
     // Behind the metadata come the tensors' names, each after its length in eight bytes.
     let mut file = tiny[..find(&tiny, b"token_embd.weight") - 8].to_vec();
     for (key, size) in [
-        ("llama.block_count", LAYERS),
+        ("llama.block_count", layers),
         ("llama.embedding_length", HIDDEN_SIZE),
         ("llama.feed_forward_length", INTERMEDIATE_SIZE),
         ("llama.attention.head_count", HEADS),
@@ -88,7 +88,7 @@ fn q4_0_model() -> Vec<u8> {
         let at = find(&file, &key) + key.len();
         file[at..at + 4].copy_from_slice(&(size as u32).to_le_bytes());
     }
-    let tensors = tensors();
+    let tensors = tensors(layers);
     file[8..16].copy_from_slice(&(tensors.len() as u64).to_le_bytes());
     let (mut data, mut random): (Vec<u8>, Random) = (Vec::new(), Random(1));
     for (name, sizes) in &tensors {
@@ -123,25 +123,47 @@ fn planned(messages: &str, what: &str) -> f64 {
     number.parse::<f64>().unwrap() * unit
 }
 
-#[test]
-fn a_quantized_base_is_never_expanded_as_a_whole() {
+/// A run of one step over a base in Q4_0: what it says, the most memory it took, and the size of the base.
+fn one_step(layers: u64, compute: &str, data: Value) -> (Output, f64, f64) {
     let folder = Folder::with_run();
-    let base = q4_0_model();
+    let base = q4_0_model(layers);
     folder.write("base.gguf", &base);
     let run = json!({
         "model": "base.gguf",
         "output_dir": "out",
-        "base": { "compute": "f32" },
+        "base": { "compute": compute },
         "adapter": { "r": 8 },
-        "data": { "train": "train.jsonl", "eval_fraction": 0.0, "max_length": 192 },
+        "data": data,
         "training": { "max_steps": 1, "batch_size": 2 },
     });
     folder.write("run.yaml", run.to_string());
     let output = folder.succeeds(&["train", "run.yaml", "--json"]);
-    let parts = ["base", "gradient", "optimizer", "activations"].map(|part| planned(&output.stderr, part));
-    let size = base.len() as f64;
-    assert!((parts[0] - size).abs() < 0.05 * size, "the plan counts {} for a base of {size} bytes", parts[0]);
     let peak = output.json()["peak_rss_bytes"].as_f64().unwrap();
+    (output, peak, base.len() as f64)
+}
+
+#[test]
+fn a_quantized_base_is_never_expanded_as_a_whole() {
+    let data = json!({ "train": "train.jsonl", "eval_fraction": 0.0, "max_length": 192 });
+    let (output, peak, size) = one_step(LAYERS, "f32", data);
+    let parts = ["base", "gradient", "optimizer", "activations"].map(|part| planned(&output.stderr, part));
+    assert!((parts[0] - size).abs() < 0.05 * size, "the plan counts {} for a base of {size} bytes", parts[0]);
     let most = size + parts[1..].iter().sum::<f64>() + REST;
+    assert!(peak < most, "{peak} bytes at most, more than {most}: {}", output.stderr);
+}
+
+/// In 8 bits the base is there twice while held-out rows are scored in f32: as it is stored and as integers, and the plan says so.
+#[test]
+fn a_base_in_8_bits_takes_a_byte_for_each_weight_beside_what_is_stored() {
+    let data = json!({ "train": "train.jsonl", "eval": "eval.jsonl", "max_length": 192 });
+    // Fewer layers: each weight is quantized nine times.
+    let (output, peak, size) = one_step(2, "int8", data);
+    let parts = ["base", "in int8", "gradient", "optimizer", "activations"].map(|part| planned(&output.stderr, part));
+    let weights: u64 =
+        tensors(2).iter().filter(|(_, sizes)| sizes.len() > 1).map(|(_, sizes)| sizes.iter().product::<u64>()).sum();
+    let (weights, int8) = (weights as f64, parts[1]);
+    assert!((parts[0] - size).abs() < 0.05 * size, "the plan counts {} for a base of {size} bytes", parts[0]);
+    assert!(int8 > weights && int8 < 1.2 * weights, "the plan counts {int8} for {weights} weights");
+    let most = parts.iter().sum::<f64>() + REST;
     assert!(peak < most, "{peak} bytes at most, more than {most}: {}", output.stderr);
 }
