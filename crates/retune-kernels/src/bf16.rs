@@ -6,14 +6,24 @@ use crate::parallel::{self, SharedMut};
 /// Elements of a parallel piece.
 const PIECE: usize = 1 << 15;
 
+/// To the nearest, ties to even. A NaN must not round to an infinity: it keeps its upper half, made quiet.
+#[inline(always)]
+pub(crate) fn rounded(value: f32) -> u16 {
+    let bits = value.to_bits();
+    let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
+    let nan = bits >> 16 | 0x40;
+    (if bits & 0x7fff_ffff > 0x7f80_0000 { nan } else { rounded }) as u16
+}
+
+#[inline(always)]
+pub(crate) fn widened(value: u16) -> f32 {
+    f32::from_bits(u32::from(value) << 16)
+}
+
 multiversion! {
     fn round_piece(x: &[f32], to: &mut [u16]) {
         for (to, v) in to.iter_mut().zip(x) {
-            let bits = v.to_bits();
-            // To the nearest, ties to even. A NaN must not round to an infinity: it keeps its upper half, made quiet.
-            let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
-            let nan = bits >> 16 | 0x40;
-            *to = if bits & 0x7fff_ffff > 0x7f80_0000 { nan } else { rounded } as u16;
+            *to = rounded(*v);
         }
     }
 }
@@ -21,7 +31,7 @@ multiversion! {
 multiversion! {
     fn widen_piece(x: &[u16], to: &mut [f32]) {
         for (to, v) in to.iter_mut().zip(x) {
-            *to = f32::from_bits(u32::from(*v) << 16);
+            *to = widened(*v);
         }
     }
 }
@@ -53,23 +63,24 @@ pub fn widen(x: &[u16], to: &mut [f32]) {
 }
 
 multiversion! {
-    fn round_in_place_piece(x: &mut [f32]) {
-        for v in x.iter_mut() {
-            let bits = v.to_bits();
-            let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) & 0xffff_0000;
-            *v = if bits & 0x7fff_ffff > 0x7f80_0000 { *v } else { f32::from_bits(rounded) };
+    fn round_both_piece(x: &mut [f32], to: &mut [u16]) {
+        for (v, to) in x.iter_mut().zip(to) {
+            *to = rounded(*v);
+            *v = widened(*to);
         }
     }
 }
 
-/// Rounds `x` where it is, on all threads.
-pub fn round_in_place(x: &mut [f32]) {
+/// Rounds `x` to `to`, of the same length, and where it is, on all threads.
+pub fn round_both(x: &mut [f32], to: &mut [u16]) {
+    debug_assert_eq!(x.len(), to.len());
     let len = x.len();
-    let shared = SharedMut::new(x);
+    let (x, to) = (SharedMut::new(x), SharedMut::new(to));
     parallel::for_each(len.div_ceil(PIECE), |piece| {
         let start = piece * PIECE;
+        let n = PIECE.min(len - start);
         // SAFETY: pieces are disjoint.
-        round_in_place_piece(unsafe { shared.slice(start, PIECE.min(len - start)) });
+        unsafe { round_both_piece(x.slice(start, n), to.slice(start, n)) };
     });
 }
 
@@ -93,8 +104,9 @@ mod tests {
         assert!(rounded == expected);
         let mut back = vec![0.0; x.len()];
         widen(&rounded, &mut back);
-        round_in_place(&mut x);
-        assert!(x == back);
+        let mut again = vec![0; x.len()];
+        round_both(&mut x, &mut again);
+        assert!(x == back && again == expected);
         assert!(back.iter().zip(&expected).all(|(v, e)| *v == half::bf16::from_bits(*e).to_f32()));
     }
 

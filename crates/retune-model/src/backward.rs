@@ -2,14 +2,14 @@
 
 use retune_kernels::attention::{self, Saved};
 use retune_kernels::gemm::Out;
-use retune_kernels::{cross_entropy, embedding, rms_norm, rope, swiglu, vector};
+use retune_kernels::{bf16, cross_entropy, embedding, rms_norm, rope, swiglu, vector};
 
-use crate::forward::{Context, whole_rows};
+use crate::forward::{Context, Kept, whole_rows};
 use crate::linear::{self, Branch, Dropout, Input};
 use crate::model::{Layer, Model};
 use crate::pass::{Label, Pass};
 use crate::profile::{Operation, span};
-use crate::workspace::{HeadBuffers, Keep, LayerSaved, Temporary, Workspace, grow};
+use crate::workspace::{HeadBuffers, Keep, Temporary, Workspace, grow};
 
 impl Model {
     /// The summed loss over the labels of a pass, in nats; each label's own is left in [`Workspace::losses`].
@@ -181,18 +181,16 @@ impl Model {
         let embedding_range = self.embedding.range();
         for (l, layer) in self.layers.iter().enumerate().skip(lowest).rev() {
             let (input, saved) = (workspace.input(l, true), workspace.saved(l, true));
-            {
-                let _span = span(Operation::SavedActivations);
-                workspace.restore_rounded(l, input, saved, tokens * d, tokens);
-            }
-            let Workspace { x, layers, temporary, rope, keep, .. } = workspace;
-            let context = Context { model: self, params, pass, rope, dropout, rounds: false };
-            let x = &x[input][..tokens * d];
+            let Workspace { x, layers, rounded, temporary, rope, keep, .. } = workspace;
+            let context = Context { model: self, params, pass, rope, dropout };
+            let x = &mut x[input][..tokens * d];
+            let saved = &mut layers[saved];
             if *keep == Keep::Inputs {
-                layer.forward(&context, x, &mut layers[saved], temporary, None, None);
+                layer.forward(&context, x, Kept { saved, rounded: None }, temporary, None, None);
             }
             let needs_input = l > lowest || embedding_range.is_some();
-            layer.backward(&context, grads, x, &mut layers[saved], temporary, needs_input);
+            let kept = Kept { saved, rounded: rounded.get_mut(l) };
+            layer.backward(&context, grads, x, kept, temporary, needs_input);
         }
         if let Some(range) = embedding_range {
             let _span = span(Operation::Embedding);
@@ -217,13 +215,13 @@ impl Model {
 
 impl Layer {
     /// Turns the gradient of the layer's output, in `temporary.dx: [T, D]`, into that of its input, and adds the gradients of what is
-    /// trained to `grads`. `saved` is used up.
+    /// trained to `grads`. What the forward saved is used up; what it kept rounded is put back in its place, `x: [T, D]` too, as it is needed.
     fn backward(
         &self,
         context: &Context,
         grads: &mut [f32],
-        x: &[f32],
-        saved: &mut LayerSaved,
+        x: &mut [f32],
+        Kept { saved, rounded }: Kept,
         temporary: &mut Temporary,
         needs_input: bool,
     ) {
@@ -235,6 +233,13 @@ impl Layer {
         let Temporary { norm, hidden, dx, dnorm, dattention, dq, dk, dv, linear: scratch, segments, whole, dwhole } =
             temporary;
         let (norm, dx, dnorm) = (&mut norm[..tokens * d], &mut dx[..tokens * d], &mut dnorm[..tokens * d]);
+        let rounded = rounded.as_deref();
+        if let Some(rounded) = rounded {
+            for ((u, from), shared) in saved.u.iter_mut().zip(&rounded.u).zip(Self::SHARED_INPUTS) {
+                let ranks = linear::ranks(self.linears()[shared].iter().copied());
+                restore(&mut u[..tokens * ranks], Some(from));
+            }
+        }
         let [u_qkv, u_o, u_gate_up, u_down] = &saved.u;
 
         // MLP: dx is the gradient of the down projection's output as well as of the residual stream.
@@ -245,7 +250,8 @@ impl Layer {
         linear::input_gradient(&branch, params, tokens, dropout, scratch, hidden);
         {
             let _span = span(Operation::Activation);
-            swiglu::backward(gate, up, hidden);
+            let kept = rounded.map(|rounded| [&rounded.gate[..tokens * f], &rounded.up[..tokens * f]]);
+            swiglu::backward(gate, up, hidden, kept);
         }
         // The activation has just been recomputed into the place of its gradient.
         linear::parameter_gradients(&branch, grads, Input { x: hidden, u: u_down }, dropout, scratch);
@@ -254,7 +260,9 @@ impl Layer {
         if !further && !self.gate.is_trainable() && !self.up.is_trainable() {
             return;
         }
-        let residual = &saved.residual[..tokens * d];
+        let residual = &mut saved.residual[..tokens * d];
+        restore(residual, rounded.map(|rounded| &rounded.residual));
+        let residual = &*residual;
         {
             let _span = span(Operation::Norm);
             rms_norm::forward(residual, self.post_norm.values(params), eps, norm);
@@ -276,7 +284,9 @@ impl Layer {
 
         // Attention.
         let further = needs_input || self.trains_attention_input();
-        let attention = &saved.attention[..tokens * wide];
+        let attention = &mut saved.attention[..tokens * wide];
+        restore(attention, rounded.map(|rounded| &rounded.attention));
+        let attention = &*attention;
         let dattention = &mut dattention[..tokens * wide];
         let branch = Branch { linear: &self.o, g: dx };
         let to_attention = further.then_some(&mut *dattention);
@@ -286,6 +296,13 @@ impl Layer {
             return;
         }
         let (dq, dk, dv) = (&mut dq[..tokens * wide], &mut dk[..tokens * narrow], &mut dv[..tokens * narrow]);
+        if let Some(rounded) = rounded {
+            restore(&mut saved.q[..tokens * wide], Some(&rounded.q));
+            restore(&mut saved.k[..tokens * narrow], Some(&rounded.k));
+            restore(&mut saved.v[..tokens * narrow], Some(&rounded.v));
+            let lse = &mut saved.lse[..tokens * c.num_attention_heads];
+            lse.copy_from_slice(&rounded.lse[..lse.len()]);
+        }
         {
             let _span = span(Operation::AttentionBackward);
             let [keys, values] = whole;
@@ -310,6 +327,8 @@ impl Layer {
             rope::backward(dq, &pass.positions, rope);
             rope::backward(dk, &pass.positions, rope);
         }
+        restore(x, rounded.map(|rounded| &rounded.x));
+        let x = &*x;
         {
             let _span = span(Operation::Norm);
             rms_norm::forward(x, self.input_norm.values(params), eps, norm);
@@ -325,5 +344,13 @@ impl Layer {
             let weight = self.input_norm.values(params);
             rms_norm::backward(x, weight, eps, dnorm, dx, self.input_norm.gradient(grads));
         }
+    }
+}
+
+/// Puts back what was kept rounded, where it was.
+fn restore(x: &mut [f32], from: Option<&Vec<u16>>) {
+    if let Some(from) = from {
+        let _span = span(Operation::SavedActivations);
+        bf16::widen(&from[..x.len()], x);
     }
 }

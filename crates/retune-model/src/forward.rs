@@ -9,7 +9,7 @@ use crate::linear::{self, Dropout};
 use crate::model::{Layer, Model};
 use crate::pass::Pass;
 use crate::profile::{Operation, span};
-use crate::workspace::{Keep, LayerSaved, Temporary, Workspace, grow};
+use crate::workspace::{LayerSaved, RoundedLayer, Temporary, Workspace, grow};
 
 /// What all layers of a pass share.
 pub(crate) struct Context<'a> {
@@ -18,8 +18,13 @@ pub(crate) struct Context<'a> {
     pub pass: &'a Pass,
     pub rope: &'a rope::Table,
     pub dropout: Option<Dropout<'a>>,
-    /// Whether what is saved will be rounded to bfloat16.
-    pub rounds: bool,
+}
+
+/// Where a layer leaves what its backward reads.
+pub(crate) struct Kept<'a> {
+    pub saved: &'a mut LayerSaved,
+    /// The same rounded, where that is what lasts.
+    pub rounded: Option<&'a mut RoundedLayer>,
 }
 
 impl Model {
@@ -48,19 +53,16 @@ impl Model {
         for (l, layer) in self.layers.iter().enumerate() {
             let (from, to) = (workspace.input(l, backward), workspace.input(l + 1, backward));
             let saved = workspace.saved(l, backward);
-            let Workspace { x, layers, temporary, rope, keep, .. } = workspace;
-            let rounds = backward && *keep == Keep::RoundedActivations;
-            let context = Context { model: self, params, pass, rope, dropout, rounds };
+            let Workspace { x, layers, rounded, temporary, rope, .. } = workspace;
+            let context = Context { model: self, params, pass, rope, dropout };
+            let rounded = if backward { rounded.get_mut(l) } else { None };
+            let kept = Kept { saved: &mut layers[saved], rounded };
             // Input and output are two different buffers of `x`.
             let mut output = std::mem::take(&mut x[to]);
             let cache = cache.as_mut().map(|c| &mut c[l]);
             let input = &x[from][..tokens * d];
-            layer.forward(&context, input, &mut layers[saved], temporary, Some(&mut output[..tokens * d]), cache);
+            layer.forward(&context, input, kept, temporary, Some(&mut output[..tokens * d]), cache);
             x[to] = output;
-            if backward {
-                let _span = span(Operation::SavedActivations);
-                workspace.keep_rounded(l, from, saved, tokens * d, tokens);
-            }
         }
     }
 }
@@ -82,17 +84,17 @@ pub(crate) fn whole_rows<'a>(pass: &Pass, tokens: &'a [f32], width: usize, memor
 }
 
 impl Layer {
-    /// Runs the layer on `x: [T, D]` and fills `saved`; writes the layer's output unless it is only rerun for its backward.
+    /// Runs the layer on `x: [T, D]` and fills `kept`; writes the layer's output unless it is only rerun for its backward.
     pub(crate) fn forward(
         &self,
         context: &Context,
         x: &[f32],
-        saved: &mut LayerSaved,
+        Kept { saved, mut rounded }: Kept,
         temporary: &mut Temporary,
         output: Option<&mut [f32]>,
         cache: Option<&mut LayerCache>,
     ) {
-        let Context { model, params, pass, rope, ref dropout, rounds } = *context;
+        let Context { model, params, pass, rope, ref dropout } = *context;
         let c = &model.config;
         let (d, f, tokens) = (c.hidden_size, c.intermediate_size, pass.tokens());
         let (wide, narrow) = (c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim);
@@ -100,6 +102,8 @@ impl Layer {
         let norm = &mut temporary.norm[..tokens * d];
         let scratch = &mut temporary.linear;
         let [u_qkv, u_o, u_gate_up, u_down] = &mut saved.u;
+        // What lasts is rounded where it comes into being: it is in the cache then.
+        keep(x, rounded.as_mut().map(|rounded| &mut rounded.x));
         {
             let _span = span(Operation::Norm);
             rms_norm::forward(x, self.input_norm.values(params), c.rms_norm_eps, norm);
@@ -118,13 +122,13 @@ impl Layer {
             rope::forward(q, &pass.positions, rope);
             rope::forward(k, &pass.positions, rope);
         }
-        if rounds {
+        if let Some(rounded) = &mut rounded {
             // The backward computes the probabilities again from the kept queries and keys, and their gradient from the kept values: they must
             // be those that the log-sum-exp and the output are of.
             let _span = span(Operation::SavedActivations);
-            bf16::round_in_place(q);
-            bf16::round_in_place(k);
-            bf16::round_in_place(v);
+            for (x, to) in [(&mut *q, &mut rounded.q), (&mut *k, &mut rounded.k), (&mut *v, &mut rounded.v)] {
+                bf16::round_both(x, &mut to[..x.len()]);
+            }
         }
         {
             let _span = span(Operation::Attention);
@@ -144,9 +148,15 @@ impl Layer {
             }
         }
         let attention = &saved.attention[..tokens * wide];
+        keep(attention, rounded.as_mut().map(|rounded| &mut rounded.attention));
+        if let Some(rounded) = &mut rounded {
+            let lse = &saved.lse[..tokens * c.num_attention_heads];
+            rounded.lse[..lse.len()].copy_from_slice(lse);
+        }
         let residual = &mut saved.residual[..tokens * d];
         let o = [(&self.o, Out::sum(&mut *residual, d, x))];
         linear::forward(o, params, attention, u_o, dropout, scratch);
+        keep(residual, rounded.as_mut().map(|rounded| &mut rounded.residual));
         {
             let _span = span(Operation::Norm);
             rms_norm::forward(residual, self.post_norm.values(params), c.rms_norm_eps, norm);
@@ -162,7 +172,8 @@ impl Layer {
         let hidden = &mut temporary.hidden[..tokens * f];
         {
             let _span = span(Operation::Activation);
-            swiglu::forward(gate, up, hidden);
+            let kept = rounded.as_mut().map(|rounded| [&mut rounded.gate[..tokens * f], &mut rounded.up[..tokens * f]]);
+            swiglu::forward(gate, up, hidden, kept);
         }
         match output {
             Some(output) => {
@@ -171,5 +182,19 @@ impl Layer {
             }
             None => linear::project(&[&self.down], params, hidden, u_down, dropout, scratch),
         }
+        if let Some(rounded) = rounded {
+            for ((u, to), shared) in saved.u.iter().zip(&mut rounded.u).zip(Self::SHARED_INPUTS) {
+                let ranks = linear::ranks(self.linears()[shared].iter().copied());
+                keep(&u[..tokens * ranks], Some(to));
+            }
+        }
+    }
+}
+
+/// Rounds what was computed to where it lasts, if it does.
+fn keep(x: &[f32], to: Option<&mut Vec<u16>>) {
+    if let Some(to) = to {
+        let _span = span(Operation::SavedActivations);
+        bf16::round(x, &mut to[..x.len()]);
     }
 }

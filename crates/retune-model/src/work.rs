@@ -119,8 +119,11 @@ impl Model {
             tally.of(Operation::AttentionBackward).f32_operations += 10.0 * seen * q;
             tally.of(Operation::Activation).bytes += 24.0 * tokens * f;
             if keep == Keep::RoundedActivations {
+                // The activation itself writes its two inputs rounded, and reads them so.
+                tally.of(Operation::Activation).streamed_bytes += 8.0 * tokens * f;
+                tally.of(Operation::Activation).bytes -= 8.0 * tokens * f;
                 let ranks: usize = layer.linears().iter().map(|linear| linear.rank()).sum();
-                let values = 2.0 * d + 2.0 * q + 2.0 * k + 2.0 * f + ranks as f64;
+                let values = 2.0 * d + 2.0 * q + 2.0 * k + ranks as f64;
                 tally.of(Operation::SavedActivations).bytes += 8.0 * tokens * values + 8.0 * tokens * (q + 2.0 * k);
                 tally.of(Operation::SavedActivations).streamed_bytes += 4.0 * tokens * values;
             }

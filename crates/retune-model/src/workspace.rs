@@ -54,64 +54,45 @@ pub struct LayerSaved {
     pub u: [Vec<f32>; 4],
 }
 
-impl LayerSaved {
-    /// What may be rounded: all but the log-sum-exp, of which an exponential is taken.
-    fn roundable(&mut self) -> impl Iterator<Item = &mut Vec<f32>> {
-        let Self { q, k, v, attention, residual, gate, up, u, lse: _ } = self;
-        [q, k, v, attention, residual, gate, up].into_iter().chain(u)
-    }
-}
-
-/// A layer's input and what it saved, rounded to bfloat16.
+/// A layer's input and what it saved, rounded to bfloat16 where they come into being: all but the log-sum-exp, of which an exponential is
+/// taken.
 #[derive(Default)]
 pub struct RoundedLayer {
-    /// The input, then the tensors of [`LayerSaved::roundable`].
-    values: Vec<u16>,
-    lse: Vec<f32>,
+    pub x: Vec<u16>,
+    pub q: Vec<u16>,
+    pub k: Vec<u16>,
+    pub v: Vec<u16>,
+    pub attention: Vec<u16>,
+    pub lse: Vec<f32>,
+    pub residual: Vec<u16>,
+    pub gate: Vec<u16>,
+    pub up: Vec<u16>,
+    pub u: [Vec<u16>; 4],
 }
 
 impl RoundedLayer {
-    /// Rounds the layer's input `x` and what it saved; of each buffer the part that a pass of `tokens` out of the `most` it was grown
-    /// for uses.
-    pub(crate) fn keep(&mut self, x: &[f32], saved: &mut LayerSaved, tokens: usize, most: usize) {
-        let part = |len: usize| len / most.max(1) * tokens;
-        // Enough for the largest pass at once: growing with each larger one would leave holes in the heap.
-        let needed = x.len() / tokens.max(1) * most + saved.roundable().map(|v| v.len()).sum::<usize>();
-        if self.values.len() < needed {
-            self.values = Vec::new();
-            self.values = vec![0; needed];
+    /// Makes room for what the buffers of a layer hold.
+    fn reserve(&mut self, x: &[f32], saved: &LayerSaved) {
+        let LayerSaved { q, k, v, attention, lse, residual, gate, up, u } = saved;
+        let [u0, u1, u2, u3] = u;
+        let [r0, r1, r2, r3] = &mut self.u;
+        for (rounded, from) in [
+            (&mut self.x, x),
+            (&mut self.q, q),
+            (&mut self.k, k),
+            (&mut self.v, v),
+            (&mut self.attention, attention),
+            (&mut self.residual, residual),
+            (&mut self.gate, gate),
+            (&mut self.up, up),
+            (r0, u0),
+            (r1, u1),
+            (r2, u2),
+            (r3, u3),
+        ] {
+            grow(rounded, from.len());
         }
-        grow(&mut self.lse, saved.lse.len());
-        let lse = &saved.lse[..part(saved.lse.len())];
-        self.lse[..lse.len()].copy_from_slice(lse);
-        let (first, mut rest) = self.values.split_at_mut(x.len());
-        bf16::round(x, first);
-        for from in saved.roundable() {
-            let n = part(from.len());
-            let (to, others) = rest.split_at_mut(n);
-            bf16::round(&from[..n], to);
-            rest = others;
-        }
-    }
-
-    /// Puts back what was kept.
-    pub(crate) fn restore(&self, x: &mut [f32], saved: &mut LayerSaved, tokens: usize, most: usize) {
-        let part = |len: usize| len / most.max(1) * tokens;
-        let n = part(saved.lse.len());
-        saved.lse[..n].copy_from_slice(&self.lse[..n]);
-        let (first, mut rest) = self.values.split_at(x.len());
-        bf16::widen(first, x);
-        for to in saved.roundable() {
-            let n = part(to.len());
-            let (from, others) = rest.split_at(n);
-            bf16::widen(from, &mut to[..n]);
-            rest = others;
-        }
-    }
-
-    /// Whether `range` of the layer's input is finite.
-    pub(crate) fn input_is_finite(&self, range: std::ops::Range<usize>) -> bool {
-        self.values[range].iter().all(|&v| bf16::is_finite(v))
+        grow(&mut self.lse, lse.len());
     }
 }
 
@@ -177,11 +158,11 @@ pub struct Workspace {
 }
 
 /// Grows a buffer to `len` elements, so that its pages are taken only as they are used.
-pub(crate) fn grow(buffer: &mut Vec<f32>, len: usize) {
+pub(crate) fn grow<T: Copy + Default>(buffer: &mut Vec<T>, len: usize) {
     if buffer.len() < len {
         // The old memory goes before the new is taken.
         *buffer = Vec::new();
-        *buffer = vec![0.0; len];
+        *buffer = vec![T::default(); len];
     }
 }
 
@@ -240,25 +221,11 @@ impl Workspace {
         if backward && self.keep == Keep::Activations { l } else { 0 }
     }
 
-    /// Keeps what layer `l` read and saved, where that is kept rounded.
-    pub(crate) fn keep_rounded(&mut self, l: usize, input: usize, saved: usize, values: usize, tokens: usize) {
-        if let Some(rounded) = self.rounded.get_mut(l) {
-            rounded.keep(&self.x[input][..values], &mut self.layers[saved], tokens, self.most_tokens);
-        }
-    }
-
-    /// Puts it back in place for the layer's backward.
-    pub(crate) fn restore_rounded(&mut self, l: usize, input: usize, saved: usize, values: usize, tokens: usize) {
-        if let Some(rounded) = self.rounded.get(l) {
-            rounded.restore(&mut self.x[input][..values], &mut self.layers[saved], tokens, self.most_tokens);
-        }
-    }
-
     /// Whether `range` of the input of layer `l` of the last pass with a backward is finite; the number of layers stands for the output of
     /// the last.
     pub(crate) fn input_is_finite(&self, l: usize, range: std::ops::Range<usize>) -> bool {
         match self.rounded.get(l) {
-            Some(rounded) => rounded.input_is_finite(range),
+            Some(rounded) => rounded.x[range].iter().all(|&v| bf16::is_finite(v)),
             None => self.x[self.input(l, true)][range].iter().all(|v| v.is_finite()),
         }
     }
@@ -295,6 +262,9 @@ impl Workspace {
             for (u, ranks) in saved.u.iter_mut().zip(ranks) {
                 grow(u, tokens * ranks);
             }
+        }
+        if backward {
+            self.rounded.iter_mut().for_each(|rounded| rounded.reserve(&self.x[0], &self.layers[0]));
         }
         let t = &mut self.temporary;
         grow(&mut t.norm, tokens * c.hidden_size);
