@@ -197,7 +197,7 @@ mod neon {
             sum
         }
     );
-    // As the kernel does it; the operands change, or the compiler would multiply once.
+    // As the kernel does it, and one instruction more: the operands change, or the compiler would multiply once.
     register_loop!(three_step_dots, "neon", 32, |i| vdupq_n_s32(i), |i| vdupq_n_s8(i as i8), |sum, a, b| {
         let a = veorq_s8(a, vreinterpretq_s8_s32(sum));
         let (low, high) = (vmull_s8(vget_low_s8(a), vget_low_s8(b)), vmull_high_s8(a, b));

@@ -215,7 +215,8 @@ impl Model {
 
 impl Layer {
     /// Turns the gradient of the layer's output, in `temporary.dx: [T, D]`, into that of its input, and adds the gradients of what is
-    /// trained to `grads`. What the forward saved is used up; what it kept rounded is put back in its place, `x: [T, D]` too, as it is needed.
+    /// trained to `grads`. What the forward saved is used up. What it kept rounded is put back in its place as it is needed, `x: [T, D]` too; gate
+    /// and up are read as they were kept.
     fn backward(
         &self,
         context: &Context,
@@ -225,7 +226,7 @@ impl Layer {
         temporary: &mut Temporary,
         needs_input: bool,
     ) {
-        let Context { model, params, pass, rope, ref dropout, .. } = *context;
+        let Context { model, params, pass, rope, ref dropout } = *context;
         let c = &model.config;
         let (d, f, tokens, eps) = (c.hidden_size, c.intermediate_size, pass.tokens(), c.rms_norm_eps);
         let (wide, narrow) = (c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim);

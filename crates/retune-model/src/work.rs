@@ -124,7 +124,8 @@ impl Model {
                 tally.of(Operation::Activation).bytes -= 8.0 * tokens * f;
                 let ranks: usize = layer.linears().iter().map(|linear| linear.rank()).sum();
                 let values = 2.0 * d + 2.0 * q + 2.0 * k + ranks as f64;
-                tally.of(Operation::SavedActivations).bytes += 8.0 * tokens * values + 8.0 * tokens * (q + 2.0 * k);
+                // Queries, keys and values are rounded where they are as well.
+                tally.of(Operation::SavedActivations).bytes += 8.0 * tokens * values + 4.0 * tokens * (q + 2.0 * k);
                 tally.of(Operation::SavedActivations).streamed_bytes += 4.0 * tokens * values;
             }
         }

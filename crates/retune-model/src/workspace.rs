@@ -12,7 +12,8 @@ use crate::model::{Layer, Model};
 use crate::pass::PassSize;
 
 /// Most bytes of logits that exist at once: the head works through the label tokens in blocks of rows. In f32 each block decodes and packs
-/// the whole head, so blocks are large; in 8 bits the head lies ready, and smaller ones cost nothing.
+/// the whole head, so blocks are large; in 8 bits the head lies ready, and smaller ones cost nothing (where rows are
+/// scored, which is in f32, there is one of each).
 const LOGITS_BYTES: usize = 104 << 20;
 const INT8_LOGITS_BYTES: usize = 52 << 20;
 

@@ -14,6 +14,8 @@ use retune_model::workspace::{Keep, Workspace};
 const LENGTHS: [usize; 5] = [1, 17, 3, 70, 8];
 /// Sums of f32 in another order.
 const TOLERANCE: f64 = 1e-5;
+/// What bfloat16, of 8 significant bits, makes of the gradients of these small random models.
+const ROUNDING: f64 = 5e-2;
 
 fn goldens() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens")
@@ -72,8 +74,15 @@ fn check(name: &str, model: &Model, params: &[f32]) {
         alone.push(pass);
     }
     assert_eq!((packed.is_shared(), packed.tokens() - shared.tokens()), (false, 10 + 66 + 25 + 66 + 74));
+    let (_, exact) = run(model, params, Keep::Activations, &alone);
     for keep in [Keep::Activations, Keep::RoundedActivations, Keep::Inputs] {
         let (expected_loss, expected) = run(model, params, keep, &alone);
+        let error = relative(&expected, &exact);
+        assert!(error < ROUNDING, "{name} ({keep:?}): the gradient is {error} from that of what is kept in f32");
+        for param in model.layout.params() {
+            let error = relative(&expected[param.range.clone()], &exact[param.range.clone()]);
+            assert!(error < 2.0 * ROUNDING, "{name} ({keep:?}): gradient of {} {error} from it", param.name);
+        }
         for (pass, tolerance) in [(&packed, TOLERANCE), (&shared, tolerance_shared(keep))] {
             let what = format!("{name} ({keep:?}, shared {})", pass.is_shared());
             let (loss, grads) = run(model, params, keep, std::slice::from_ref(pass));

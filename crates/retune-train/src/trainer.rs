@@ -124,7 +124,7 @@ pub struct Trainer<'a> {
     grads: Vec<f32>,
     optimizer: AdamW,
     workspace: Workspace,
-    /// Tokens that the workspace is made for: scoring must not make it larger.
+    /// Tokens that the workspace is made for: passes that are scored hold no more.
     workspace_tokens: usize,
     schedule: Schedule,
     pass: Pass,

@@ -193,6 +193,10 @@ fn a_damaged_calibration_is_refused_with_what_to_do() {
         choices.push(choice);
     };
     refuses(&with_choices(&whole, stranger), &["1 of its linears are not in the model"]);
+    let f32 = Folder::with_run();
+    f32.succeeds(&joined(&[&TRAIN, &["--set", "base.compute=f32"]]));
+    folder.write(CALIBRATION, f32.read(CALIBRATION));
+    folder.refuses(&args, &[CALIBRATION, "is of a run in f32", "start anew with --overwrite"]);
     let unsmoothed = with_choices(&whole, |choices| find(choices, LINEAR)["exponent"] = json!(0.0));
     refuses(&unsmoothed, &[CALIBRATION, "damaged", "are said to have some"]);
     folder.write(CALIBRATION, whole);

@@ -311,7 +311,7 @@ impl Run<'_> {
 
         let eval = data.eval.as_ref().map_or(&[][..], |e| &e.examples);
         let training = &config.training;
-        // What is kept in 8 bits is not read from the files any more.
+        // Steps do not read what is kept in 8 bits from the files any more.
         self.checkpoint.release();
         let passes = self.choose_passes(&model, int8)?;
         let mut trainer =
@@ -425,7 +425,13 @@ impl Run<'_> {
         let choices = if self.decided(&path)? {
             let choices = calibration::read(&path)?;
             if self.computes_int8() {
-                model.compute_as(&choices)?;
+                model.compute_as(&choices).map_err(|error| match choices.is_empty() {
+                    true => anyhow!(
+                        "{} is of a run in f32, this one computes in int8: go on where that run began, or start anew with --overwrite",
+                        path.display()
+                    ),
+                    false => error.into(),
+                })?;
             } else if !choices.is_empty() {
                 bail!("{} is of a run in int8, this one computes in f32; start anew with --overwrite", path.display());
             }
@@ -495,8 +501,7 @@ impl Run<'_> {
         let (trained, optimizer) = (2 * 4 * model.layout.len(), 2 * 4 * model.layout.len());
         let activations = Workspace::planned_bytes(model, passes.keep, int8, size);
         let (base, quantized) = if int8 {
-            // Scoring reads the whole file beside what the steps keep; without it, it is read while their memory is not in use: by the
-            // calibration before them and for the answers after them.
+            // Scoring reads the whole file beside what the steps keep; without it only the calibration does, before their memory is in use.
             let kept = model.stored_bytes_beside_int8();
             let stored = if eval.is_empty() { kept.max(file.saturating_sub(activations + optimizer)) } else { file };
             (stored, model.planned_int8_bytes())
