@@ -14,8 +14,8 @@ use retune_model::workspace::{Keep, Workspace};
 const LENGTHS: [usize; 5] = [1, 17, 3, 70, 8];
 /// Sums of f32 in another order.
 const TOLERANCE: f64 = 1e-5;
-/// What bfloat16, of 8 significant bits, makes of the gradients of these small random models.
-const ROUNDING: f64 = 5e-2;
+/// What bfloat16 makes of the gradients of these models, some of which move by a tenth: something in the wrong place moves them by several times.
+const ROUNDING: f64 = 0.2;
 
 fn goldens() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens")
