@@ -5,11 +5,12 @@
 
 For each data set and seed one `retune train` in f32 and one in --compute, alike in everything else: LoRA r 16 on all linears,
 batches of 8, learning rate 2e-4, linear schedule with 5 warm-up steps; the seed chooses the initial adapter and the order of
-the rows. Rows longer than the data set's limit are cut, in training and in scoring. Held-out rows are scored in f32 by both, as other software
-would compute the adapter; the one trained in --compute is scored a second time in --compute. Each run is appended to the --json file when it is done, and a run
-that is there already is not repeated: after an interruption, start the same command again. Another build of retune needs
-another file. Prints a table of all runs and one of the means over the seeds. The seconds are those of the training steps,
-with nothing done about a machine that slows down: compare.py and epoch.py measure speed.
+the rows. Rows longer than the data set's limit are cut, in training and in scoring. Held-out rows are scored in f32 by both,
+as other software would compute the adapter; the one trained in --compute is scored a second time in --compute. Each run is
+appended to the --json file when it is done, and a run that is there already is not repeated: after an interruption, start the
+same command again. Another build of retune needs another file. Prints a table of all runs and one of the means over the seeds.
+The seconds are those of the training steps, with nothing done about a machine that slows down: compare.py and epoch.py measure
+speed.
 """
 
 import json

@@ -166,9 +166,9 @@ mod x86 {
 #[cfg(target_arch = "aarch64")]
 mod neon {
     use std::arch::aarch64::*;
-    use std::arch::asm;
 
     use super::{STEPS, black_box};
+    use crate::gemm::sdot;
 
     /// Independent sums: enough to hide the latency of four instructions a cycle, few enough for 32 registers.
     const SUMS: usize = 24;
@@ -182,20 +182,8 @@ mod neon {
         32,
         |i| vdupq_n_s32(i),
         |i| vdupq_n_s8(i as i8),
-        |sum: int32x4_t, a: int8x16_t, b: int8x16_t| {
-            let mut sum = sum;
-            // SAFETY: the function has the feature; nothing but registers is touched.
-            unsafe {
-                asm!(
-                    "sdot {sum:v}.4s, {a:v}.16b, {b:v}.16b",
-                    sum = inout(vreg) sum,
-                    a = in(vreg) a,
-                    b = in(vreg) b,
-                    options(pure, nomem, nostack, preserves_flags),
-                );
-            }
-            sum
-        }
+        // SAFETY: the function has the feature.
+        |sum, a, b| unsafe { sdot(sum, a, b) }
     );
     // As the kernel does it, and one instruction more: the operands change, or the compiler would multiply once.
     register_loop!(three_step_dots, "neon", 32, |i| vdupq_n_s32(i), |i| vdupq_n_s8(i as i8), |sum, a, b| {

@@ -236,7 +236,7 @@ impl Layer {
         let (norm, dx, dnorm) = (&mut norm[..tokens * d], &mut dx[..tokens * d], &mut dnorm[..tokens * d]);
         let rounded = rounded.as_deref();
         if let Some(rounded) = rounded {
-            for ((u, from), shared) in saved.u.iter_mut().zip(&rounded.u).zip(Self::SHARED_INPUTS) {
+            for ((u, from), shared) in saved.u.iter_mut().zip(&rounded.saved.u).zip(Self::SHARED_INPUTS) {
                 let ranks = linear::ranks(self.linears()[shared].iter().copied());
                 restore(&mut u[..tokens * ranks], Some(from));
             }
@@ -251,7 +251,7 @@ impl Layer {
         linear::input_gradient(&branch, params, tokens, dropout, scratch, hidden);
         {
             let _span = span(Operation::Activation);
-            let kept = rounded.map(|rounded| [&rounded.gate[..tokens * f], &rounded.up[..tokens * f]]);
+            let kept = rounded.map(|rounded| [&rounded.saved.gate[..tokens * f], &rounded.saved.up[..tokens * f]]);
             swiglu::backward(gate, up, hidden, kept);
         }
         // The activation has just been recomputed into the place of its gradient.
@@ -262,7 +262,7 @@ impl Layer {
             return;
         }
         let residual = &mut saved.residual[..tokens * d];
-        restore(residual, rounded.map(|rounded| &rounded.residual));
+        restore(residual, rounded.map(|rounded| &rounded.saved.residual));
         let residual = &*residual;
         {
             let _span = span(Operation::Norm);
@@ -286,7 +286,7 @@ impl Layer {
         // Attention.
         let further = needs_input || self.trains_attention_input();
         let attention = &mut saved.attention[..tokens * wide];
-        restore(attention, rounded.map(|rounded| &rounded.attention));
+        restore(attention, rounded.map(|rounded| &rounded.saved.attention));
         let attention = &*attention;
         let dattention = &mut dattention[..tokens * wide];
         let branch = Branch { linear: &self.o, g: dx };
@@ -298,11 +298,11 @@ impl Layer {
         }
         let (dq, dk, dv) = (&mut dq[..tokens * wide], &mut dk[..tokens * narrow], &mut dv[..tokens * narrow]);
         if let Some(rounded) = rounded {
-            restore(&mut saved.q[..tokens * wide], Some(&rounded.q));
-            restore(&mut saved.k[..tokens * narrow], Some(&rounded.k));
-            restore(&mut saved.v[..tokens * narrow], Some(&rounded.v));
+            restore(&mut saved.q[..tokens * wide], Some(&rounded.saved.q));
+            restore(&mut saved.k[..tokens * narrow], Some(&rounded.saved.k));
+            restore(&mut saved.v[..tokens * narrow], Some(&rounded.saved.v));
             let lse = &mut saved.lse[..tokens * c.num_attention_heads];
-            lse.copy_from_slice(&rounded.lse[..lse.len()]);
+            lse.copy_from_slice(&rounded.saved.lse[..lse.len()]);
         }
         {
             let _span = span(Operation::AttentionBackward);

@@ -126,7 +126,9 @@ impl Layer {
             // The backward computes the probabilities again from the kept queries and keys, and their gradient from the kept values: they must
             // be those that the log-sum-exp and the output are of.
             let _span = span(Operation::SavedActivations);
-            for (x, to) in [(&mut *q, &mut rounded.q), (&mut *k, &mut rounded.k), (&mut *v, &mut rounded.v)] {
+            for (x, to) in
+                [(&mut *q, &mut rounded.saved.q), (&mut *k, &mut rounded.saved.k), (&mut *v, &mut rounded.saved.v)]
+            {
                 bf16::round_both(x, &mut to[..x.len()]);
             }
         }
@@ -148,15 +150,15 @@ impl Layer {
             }
         }
         let attention = &saved.attention[..tokens * wide];
-        keep(attention, rounded.as_mut().map(|rounded| &mut rounded.attention));
+        keep(attention, rounded.as_mut().map(|rounded| &mut rounded.saved.attention));
         if let Some(rounded) = &mut rounded {
             let lse = &saved.lse[..tokens * c.num_attention_heads];
-            rounded.lse[..lse.len()].copy_from_slice(lse);
+            rounded.saved.lse[..lse.len()].copy_from_slice(lse);
         }
         let residual = &mut saved.residual[..tokens * d];
         let o = [(&self.o, Out::sum(&mut *residual, d, x))];
         linear::forward(o, params, attention, u_o, dropout, scratch);
-        keep(residual, rounded.as_mut().map(|rounded| &mut rounded.residual));
+        keep(residual, rounded.as_mut().map(|rounded| &mut rounded.saved.residual));
         {
             let _span = span(Operation::Norm);
             rms_norm::forward(residual, self.post_norm.values(params), c.rms_norm_eps, norm);
@@ -172,7 +174,9 @@ impl Layer {
         let hidden = &mut temporary.hidden[..tokens * f];
         {
             let _span = span(Operation::Activation);
-            let kept = rounded.as_mut().map(|rounded| [&mut rounded.gate[..tokens * f], &mut rounded.up[..tokens * f]]);
+            let kept = rounded
+                .as_mut()
+                .map(|rounded| [&mut rounded.saved.gate[..tokens * f], &mut rounded.saved.up[..tokens * f]]);
             swiglu::forward(gate, up, hidden, kept);
         }
         match output {
@@ -183,7 +187,7 @@ impl Layer {
             None => linear::project(&[&self.down], params, hidden, u_down, dropout, scratch),
         }
         if let Some(rounded) = rounded {
-            for ((u, to), shared) in saved.u.iter().zip(&mut rounded.u).zip(Self::SHARED_INPUTS) {
+            for ((u, to), shared) in saved.u.iter().zip(&mut rounded.saved.u).zip(Self::SHARED_INPUTS) {
                 let ranks = linear::ranks(self.linears()[shared].iter().copied());
                 keep(&u[..tokens * ranks], Some(to));
             }

@@ -117,16 +117,17 @@ impl Model {
             tally.of(Operation::Norm).bytes += 2.0 * (8.0 + 16.0) * tokens * d;
             tally.of(Operation::Rope).bytes += 8.0 * tokens * (q + k);
             tally.of(Operation::AttentionBackward).f32_operations += 10.0 * seen * q;
-            tally.of(Operation::Activation).bytes += 24.0 * tokens * f;
             if keep == Keep::RoundedActivations {
                 // The activation itself writes its two inputs rounded, and reads them so.
+                tally.of(Operation::Activation).bytes += 16.0 * tokens * f;
                 tally.of(Operation::Activation).streamed_bytes += 8.0 * tokens * f;
-                tally.of(Operation::Activation).bytes -= 8.0 * tokens * f;
                 let ranks: usize = layer.linears().iter().map(|linear| linear.rank()).sum();
                 let values = 2.0 * d + 2.0 * q + 2.0 * k + ranks as f64;
                 // Queries, keys and values are rounded where they are as well.
                 tally.of(Operation::SavedActivations).bytes += 8.0 * tokens * values + 4.0 * tokens * (q + 2.0 * k);
                 tally.of(Operation::SavedActivations).streamed_bytes += 4.0 * tokens * values;
+            } else {
+                tally.of(Operation::Activation).bytes += 24.0 * tokens * f;
             }
         }
         let gradients = if self.head.weight.range().is_some() { 3 } else { 2 };

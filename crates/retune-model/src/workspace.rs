@@ -7,6 +7,7 @@ use retune_kernels::attention::{self, Segment};
 use retune_kernels::{bf16, rope};
 use serde::{Deserialize, Serialize};
 
+use crate::config::ModelConfig;
 use crate::linear::{self, LinearScratch};
 use crate::model::{Layer, Model};
 use crate::pass::PassSize;
@@ -34,67 +35,51 @@ pub enum Keep {
 /// What the backward of a layer reads beside its input; T tokens, D hidden, F intermediate, Q = heads · head_dim, K = key heads ·
 /// head_dim. Norms are recomputed.
 #[derive(Default)]
-pub struct LayerSaved {
+pub struct LayerSaved<T = f32> {
     /// Queries after rotation, `[T, Q]`.
-    pub q: Vec<f32>,
+    pub q: Vec<T>,
     /// Keys after rotation, `[T, K]`.
-    pub k: Vec<f32>,
+    pub k: Vec<T>,
     /// Values, `[T, K]`.
-    pub v: Vec<f32>,
+    pub v: Vec<T>,
     /// Attention output before the output projection, `[T, Q]`.
-    pub attention: Vec<f32>,
-    /// Log-sum-exp of each query's scores, `[T, heads]`.
+    pub attention: Vec<T>,
+    /// Log-sum-exp of each query's scores, `[T, heads]`; never rounded, since an exponential is taken of it.
     pub lse: Vec<f32>,
     /// Residual stream after attention, `[T, D]`.
-    pub residual: Vec<f32>,
+    pub residual: Vec<T>,
     /// `[T, F]`
-    pub gate: Vec<f32>,
+    pub gate: Vec<T>,
     /// `[T, F]`
-    pub up: Vec<f32>,
+    pub up: Vec<T>,
     /// The adapters' inputs projected by A, `[T, Σ r]`: for each of `Layer::SHARED_INPUTS`.
-    pub u: [Vec<f32>; 4],
+    pub u: [Vec<T>; 4],
 }
 
-/// A layer's input and what it saved, rounded to bfloat16 where they come into being: all but the log-sum-exp, of which an exponential is
-/// taken.
+impl<T: Copy + Default> LayerSaved<T> {
+    /// Makes every buffer hold `tokens` tokens, with adapters of these ranks.
+    fn reserve(&mut self, c: &ModelConfig, tokens: usize, ranks: [usize; 4]) {
+        let (wide, narrow) = (c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim);
+        grow(&mut self.q, tokens * wide);
+        grow(&mut self.k, tokens * narrow);
+        grow(&mut self.v, tokens * narrow);
+        grow(&mut self.attention, tokens * wide);
+        grow(&mut self.lse, tokens * c.num_attention_heads);
+        grow(&mut self.residual, tokens * c.hidden_size);
+        grow(&mut self.gate, tokens * c.intermediate_size);
+        grow(&mut self.up, tokens * c.intermediate_size);
+        for (u, ranks) in self.u.iter_mut().zip(ranks) {
+            grow(u, tokens * ranks);
+        }
+    }
+}
+
+/// A layer's input and what it saved, rounded to bfloat16 where they come into being.
 #[derive(Default)]
 pub struct RoundedLayer {
+    /// `[T, D]`
     pub x: Vec<u16>,
-    pub q: Vec<u16>,
-    pub k: Vec<u16>,
-    pub v: Vec<u16>,
-    pub attention: Vec<u16>,
-    pub lse: Vec<f32>,
-    pub residual: Vec<u16>,
-    pub gate: Vec<u16>,
-    pub up: Vec<u16>,
-    pub u: [Vec<u16>; 4],
-}
-
-impl RoundedLayer {
-    /// Makes room for what the buffers of a layer hold.
-    fn reserve(&mut self, x: &[f32], saved: &LayerSaved) {
-        let LayerSaved { q, k, v, attention, lse, residual, gate, up, u } = saved;
-        let [u0, u1, u2, u3] = u;
-        let [r0, r1, r2, r3] = &mut self.u;
-        for (rounded, from) in [
-            (&mut self.x, x),
-            (&mut self.q, q),
-            (&mut self.k, k),
-            (&mut self.v, v),
-            (&mut self.attention, attention),
-            (&mut self.residual, residual),
-            (&mut self.gate, gate),
-            (&mut self.up, up),
-            (r0, u0),
-            (r1, u1),
-            (r2, u2),
-            (r3, u3),
-        ] {
-            grow(rounded, from.len());
-        }
-        grow(&mut self.lse, lse.len());
-    }
+    pub saved: LayerSaved<u16>,
 }
 
 /// Buffers that hold nothing between layers.
@@ -250,22 +235,13 @@ impl Workspace {
             model.layers.iter().map(of_layer).max().unwrap_or(0)
         };
         let ranks = Layer::SHARED_INPUTS.map(ranks);
-        for saved in &mut self.layers[..saved] {
-            grow(&mut saved.q, tokens * q);
-            grow(&mut saved.k, tokens * k);
-            grow(&mut saved.v, tokens * k);
-            grow(&mut saved.attention, tokens * q);
-            grow(&mut saved.lse, tokens * c.num_attention_heads);
-            grow(&mut saved.residual, tokens * c.hidden_size);
-            grow(&mut saved.gate, tokens * c.intermediate_size);
-            grow(&mut saved.up, tokens * c.intermediate_size);
-            // A workspace with one saved layer serves all of them.
-            for (u, ranks) in saved.u.iter_mut().zip(ranks) {
-                grow(u, tokens * ranks);
-            }
-        }
+        // A workspace with one saved layer serves all of them.
+        self.layers[..saved].iter_mut().for_each(|saved| saved.reserve(c, tokens, ranks));
         if backward {
-            self.rounded.iter_mut().for_each(|rounded| rounded.reserve(&self.x[0], &self.layers[0]));
+            for rounded in &mut self.rounded {
+                grow(&mut rounded.x, tokens * c.hidden_size);
+                rounded.saved.reserve(c, tokens, ranks);
+            }
         }
         let t = &mut self.temporary;
         grow(&mut t.norm, tokens * c.hidden_size);

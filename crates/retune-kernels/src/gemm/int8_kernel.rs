@@ -207,6 +207,9 @@ impl Sums for [i32; 8] {
 }
 
 #[cfg(target_arch = "aarch64")]
+pub use neon::sdot;
+
+#[cfg(target_arch = "aarch64")]
 mod neon {
     use super::{Int8Tile, Sums, rows};
     use std::arch::aarch64::*;
@@ -236,6 +239,25 @@ mod neon {
                 _ => rows::<Four<false>, 4>(t, mr),
             }
         }
+    }
+
+    /// Adds the products of four neighbouring bytes each to four sums. The function for it, `vdotq_s32`, is not stable yet.
+    ///
+    /// # Safety
+    /// The machine has dot products.
+    #[inline(always)]
+    pub unsafe fn sdot(mut sums: int32x4_t, left: int8x16_t, right: int8x16_t) -> int32x4_t {
+        // SAFETY: nothing but registers is touched.
+        unsafe {
+            asm!(
+                "sdot {sums:v}.4s, {left:v}.16b, {right:v}.16b",
+                sums = inout(vreg) sums,
+                left = in(vreg) left,
+                right = in(vreg) right,
+                options(pure, nomem, nostack, preserves_flags),
+            );
+        }
+        sums
     }
 
     /// Four sums, added to by one instruction or by several.
@@ -271,16 +293,7 @@ mod neon {
         unsafe fn add_dots(self, left: Self::Left, right: Self::Right) -> Self {
             unsafe {
                 if DOTPROD {
-                    let mut sums = self.0;
-                    // The function for it, `vdotq_s32`, is not stable yet.
-                    asm!(
-                        "sdot {sums:v}.4s, {left:v}.16b, {right:v}.16b",
-                        sums = inout(vreg) sums,
-                        left = in(vreg) left,
-                        right = in(vreg) right,
-                        options(pure, nomem, nostack, preserves_flags),
-                    );
-                    return Self(sums);
+                    return Self(sdot(self.0, left, right));
                 }
                 let low = vmull_s8(vget_low_s8(left), vget_low_s8(right));
                 let high = vmull_high_s8(left, right);

@@ -22,6 +22,8 @@ use crate::parallel::{self, SharedMut};
 use crate::scratch::{self, Purpose};
 use gradient::Gradient;
 use int8_kernel::Int8Tile;
+#[cfg(target_arch = "aarch64")]
+pub(crate) use int8_kernel::sdot;
 use kernel::{MR, Segment, Target};
 pub use pack::transpose_rows;
 use pack::{pack_b, pack_columns, pack_panel, packed_width};

@@ -425,13 +425,14 @@ impl Run<'_> {
         let choices = if self.decided(&path)? {
             let choices = calibration::read(&path)?;
             if self.computes_int8() {
-                model.compute_as(&choices).map_err(|error| match choices.is_empty() {
-                    true => anyhow!(
+                let computed = model.compute_as(&choices);
+                if computed.is_err() && choices.is_empty() {
+                    bail!(
                         "{} is of a run in f32, this one computes in int8: go on where that run began, or start anew with --overwrite",
                         path.display()
-                    ),
-                    false => error.into(),
-                })?;
+                    );
+                }
+                computed?;
             } else if !choices.is_empty() {
                 bail!("{} is of a run in int8, this one computes in f32; start anew with --overwrite", path.display());
             }
