@@ -4,12 +4,14 @@
 //! knows of models, files or adapters. Shapes are row-major and written `[rows, columns]`; `T` is the number of tokens of a pass,
 //! sequences being laid end to end. No operation allocates in a steady state: scratch memory is kept per thread and reused.
 
+pub mod activation;
 pub mod allocator;
 pub mod attention;
 pub mod bf16;
 pub mod cross_entropy;
 pub mod embedding;
 pub mod gemm;
+pub mod heads;
 pub mod int8;
 pub mod isa;
 pub mod matvec;

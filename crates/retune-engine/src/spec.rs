@@ -1,0 +1,349 @@
+//! What a model computes, as data: the engine runs any of these and knows no family.
+//!
+//! Names are transformers', so that the tensors a file must have, the modules an adapter may target, PEFT's keys and an export's tensors
+//! are all one walk over the same description.
+
+use std::borrow::Cow;
+
+pub use retune_kernels::activation::Function;
+
+/// A decoder-only transformer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ModelSpec {
+    /// The family's name: transformers' `model_type`.
+    pub family: &'static str,
+    pub vocab_size: usize,
+    pub hidden_size: usize,
+    /// Most positions the model was made for.
+    pub context: usize,
+    pub table: Table,
+    pub blocks: Vec<Block>,
+    /// The norm after the last block.
+    pub norm: Norm,
+    /// The rotations that attentions refer to by their number.
+    pub ropes: Vec<Rope>,
+    pub head: Head,
+}
+
+/// The token embedding and what is done to its rows.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Table {
+    /// The module; its weight is `[vocab_size, hidden_size]`.
+    pub name: String,
+    /// Factor on the rows as they are looked up; a tied head reads them without it.
+    pub scale: f32,
+    /// The module of learned positions, `[context, hidden_size]`, that are added.
+    pub positions: Option<String>,
+    /// The norm after that.
+    pub norm: Option<Norm>,
+}
+
+/// Sub-layers whose activations are kept or computed again together: an attention and an MLP.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Block {
+    pub sub_layers: Vec<SubLayer>,
+}
+
+/// `y = x + post_norm(mix(norm(x)·Wᵢᵀ)·Wₒᵀ)`: every attention and every MLP of every family.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SubLayer {
+    pub norm: Norm,
+    /// The linears that read the norm's output. Their outputs lie side by side, in this order.
+    pub inputs: Vec<Linear>,
+    pub mix: Mix,
+    pub output: Linear,
+    pub post_norm: Option<Norm>,
+}
+
+/// What stands between a sub-layer's inputs and its output.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Mix {
+    Attention(Attention),
+    /// `f(x)`, or `f(gate) ⊙ up` where gated: the gate's columns come first.
+    Activation {
+        function: Function,
+        gated: bool,
+    },
+}
+
+/// Causal attention with grouped heads.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Attention {
+    /// Number of query heads.
+    pub queries: usize,
+    /// Number of key and value heads; each serves `queries / keys` query heads.
+    pub keys: usize,
+    pub head_dim: usize,
+    pub order: Order,
+    /// Norms over each head of the queries and of the keys, before rotation.
+    pub qk_norm: Option<[Norm; 2]>,
+    pub positions: Positions,
+    /// How many positions back a query sees, itself included; all of them otherwise.
+    pub window: Option<usize>,
+    /// Factor on the scores.
+    pub scale: f32,
+    /// Scores become `cap · tanh(score / cap)`.
+    pub soft_cap: Option<f32>,
+}
+
+/// Where queries, keys and values lie in a row of the inputs' output.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Order {
+    /// All queries, all keys, all values.
+    Planes,
+    /// Query, key and value of each head in turn.
+    Heads,
+}
+
+/// How an attention knows positions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Positions {
+    /// Not at all, or from the table.
+    None,
+    /// Queries and keys are rotated by the spec's rotation of this number.
+    Rope(usize),
+    /// A bias on the scores, linear in the distance, with a slope for each head (Press et al. 2021, ALiBi).
+    Alibi,
+}
+
+/// A linear whose weight is `[rows, cols]`, `[out, in]`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Linear {
+    /// The module.
+    pub name: String,
+    /// Output features.
+    pub rows: usize,
+    /// Input features.
+    pub cols: usize,
+    pub bias: bool,
+    /// Whether files hold the weight as `[in, out]` (GPT-2's Conv1D).
+    pub transposed: bool,
+}
+
+/// A norm over `width` values.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Norm {
+    /// The module.
+    pub name: String,
+    pub width: usize,
+    pub eps: f32,
+    pub kind: NormKind,
+}
+
+/// What a norm computes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NormKind {
+    /// `x / rms(x) ⊙ w` (Zhang and Sennrich 2019).
+    Rms,
+    /// `x / rms(x) ⊙ (1 + w)`.
+    RmsPlusOne,
+    /// `(x − mean) / deviation ⊙ w + b` (Ba et al. 2016).
+    Layer,
+}
+
+/// From the last hidden states to logits.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Head {
+    pub linear: Linear,
+    /// Whether its weight is the table's.
+    pub tied: bool,
+    /// Logits become `cap · tanh(logit / cap)`.
+    pub soft_cap: Option<f32>,
+}
+
+/// A rotation of the first `2 · frequencies.len()` dimensions of each head (Su et al. 2021), in halves.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Rope {
+    /// Angle, in radians, by which one position turns each pair of dimensions.
+    pub frequencies: Vec<f64>,
+    /// Factor on cosines and sines.
+    pub factor: f32,
+    /// What holds for longer rows.
+    pub long: Option<LongRope>,
+}
+
+/// Other frequencies for rows of more than `beyond` tokens.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LongRope {
+    pub beyond: usize,
+    pub frequencies: LongFrequencies,
+}
+
+/// How the frequencies of long rows are found.
+#[derive(Clone, Debug, PartialEq)]
+pub enum LongFrequencies {
+    /// These for all of them.
+    Fixed(Vec<f64>),
+    /// `theta` grows with the row's length ("dynamic" NTK scaling): `theta · (factor · length / beyond − (factor − 1))^(d / (d − 2))`.
+    Dynamic { theta: f64, factor: f64 },
+}
+
+impl Linear {
+    /// One without a bias, stored as `[out, in]`.
+    pub fn new(name: impl Into<String>, rows: usize, cols: usize) -> Self {
+        Self { name: name.into(), rows, cols, bias: false, transposed: false }
+    }
+
+    /// The same with or without a bias.
+    pub fn biased(self, bias: bool) -> Self {
+        Self { bias, ..self }
+    }
+
+    /// The same stored as `[in, out]`.
+    pub fn transposed(self) -> Self {
+        Self { transposed: true, ..self }
+    }
+}
+
+impl Norm {
+    /// `x / rms(x) ⊙ w`.
+    pub fn rms(name: impl Into<String>, width: usize, eps: f32) -> Self {
+        Self { name: name.into(), width, eps, kind: NormKind::Rms }
+    }
+
+    /// `x / rms(x) ⊙ (1 + w)`.
+    pub fn rms_plus_one(name: impl Into<String>, width: usize, eps: f32) -> Self {
+        Self { kind: NormKind::RmsPlusOne, ..Self::rms(name, width, eps) }
+    }
+
+    /// `(x − mean) / deviation ⊙ w + b`.
+    pub fn layer(name: impl Into<String>, width: usize, eps: f32) -> Self {
+        Self { kind: NormKind::Layer, ..Self::rms(name, width, eps) }
+    }
+
+    /// Whether it has a bias.
+    pub fn has_bias(&self) -> bool {
+        self.kind == NormKind::Layer
+    }
+}
+
+impl SubLayer {
+    /// Columns of the inputs' output, side by side.
+    pub fn inner(&self) -> usize {
+        self.inputs.iter().map(|linear| linear.rows).sum()
+    }
+
+    /// Its attention, if it is one.
+    pub fn attention(&self) -> Option<&Attention> {
+        match &self.mix {
+            Mix::Attention(attention) => Some(attention),
+            Mix::Activation { .. } => None,
+        }
+    }
+}
+
+impl Rope {
+    /// One whose frequencies hold for rows of any length.
+    pub fn new(frequencies: Vec<f64>) -> Self {
+        Self { frequencies, factor: 1.0, long: None }
+    }
+
+    /// The frequencies for a row of `length` tokens; borrowed where they are the usual ones.
+    pub fn frequencies_at(&self, length: usize) -> Cow<'_, [f64]> {
+        match &self.long {
+            Some(long) if length > long.beyond => match &long.frequencies {
+                LongFrequencies::Fixed(frequencies) => Cow::Owned(frequencies.clone()),
+                LongFrequencies::Dynamic { theta, factor } => {
+                    let d = 2 * self.frequencies.len();
+                    let stretch = factor * length as f64 / long.beyond as f64 - (factor - 1.0);
+                    let theta = theta * stretch.powf(d as f64 / (d as f64 - 2.0));
+                    Cow::Owned(frequencies(theta, d))
+                }
+            },
+            _ => Cow::Borrowed(&self.frequencies),
+        }
+    }
+}
+
+/// The `d / 2` frequencies `theta^(−2i / d)`, every intermediate result rounded to f32 as transformers computes them: at position 2,000
+/// the rounding of a frequency shows in the fourth digit of the angle.
+pub fn frequencies(theta: f64, d: usize) -> Vec<f64> {
+    let frequency = |i: usize| 1.0 / theta.powf(f64::from((2 * i) as f32 / d as f32)) as f32;
+    (0..d / 2).map(|i| f64::from(frequency(i))).collect()
+}
+
+/// A module that holds tensors, in the order of [`ModelSpec::modules`].
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Module<'a> {
+    /// The token embedding `[vocab_size, hidden_size]`, or learned positions `[context, hidden_size]`.
+    Embedding {
+        name: &'a str,
+        rows: usize,
+        cols: usize,
+    },
+    Norm(&'a Norm),
+    Linear(&'a Linear),
+}
+
+impl<'a> Module<'a> {
+    /// Its name in the model.
+    pub fn name(&self) -> &'a str {
+        match self {
+            Module::Embedding { name, .. } => name,
+            Module::Norm(norm) => &norm.name,
+            Module::Linear(linear) => &linear.name,
+        }
+    }
+
+    /// Names and shapes of its tensors, as transformers' files hold them.
+    pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
+        let weight = |shape| (format!("{}.weight", self.name()), shape);
+        let bias = |len: usize| (format!("{}.bias", self.name()), vec![len]);
+        match *self {
+            Module::Embedding { rows, cols, .. } => vec![weight(vec![rows, cols])],
+            Module::Norm(norm) => {
+                [weight(vec![norm.width])].into_iter().chain(norm.has_bias().then(|| bias(norm.width))).collect()
+            }
+            Module::Linear(linear) => {
+                let shape = if linear.transposed { [linear.cols, linear.rows] } else { [linear.rows, linear.cols] };
+                [weight(shape.to_vec())].into_iter().chain(linear.bias.then(|| bias(linear.rows))).collect()
+            }
+        }
+    }
+}
+
+impl ModelSpec {
+    /// All modules that hold tensors, in the order of the forward. A tied head's weight is the table's; the head is not listed then.
+    pub fn modules(&self) -> Vec<Module<'_>> {
+        let mut modules =
+            vec![Module::Embedding { name: &self.table.name, rows: self.vocab_size, cols: self.hidden_size }];
+        if let Some(name) = &self.table.positions {
+            modules.push(Module::Embedding { name, rows: self.context, cols: self.hidden_size });
+        }
+        modules.extend(self.table.norm.iter().map(Module::Norm));
+        for sub_layer in self.sub_layers() {
+            modules.push(Module::Norm(&sub_layer.norm));
+            modules.extend(sub_layer.inputs.iter().map(Module::Linear));
+            let qk_norm = sub_layer.attention().and_then(|attention| attention.qk_norm.as_ref());
+            modules.extend(qk_norm.into_iter().flatten().map(Module::Norm));
+            modules.push(Module::Linear(&sub_layer.output));
+            modules.extend(sub_layer.post_norm.iter().map(Module::Norm));
+        }
+        modules.push(Module::Norm(&self.norm));
+        if !self.head.tied {
+            modules.push(Module::Linear(&self.head.linear));
+        }
+        modules
+    }
+
+    /// Names and shapes of all tensors, as transformers' files hold them: what a checkpoint must have and an export writes.
+    pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
+        self.modules().iter().flat_map(Module::tensors).collect()
+    }
+
+    /// The linears in the order of the forward, the head last: a linear's place here is its number everywhere.
+    pub fn linears(&self) -> impl Iterator<Item = &Linear> {
+        let in_blocks = self.sub_layers().flat_map(|s| s.inputs.iter().chain([&s.output]));
+        in_blocks.chain([&self.head.linear])
+    }
+
+    /// All sub-layers, in the order of the forward.
+    pub fn sub_layers(&self) -> impl Iterator<Item = &SubLayer> {
+        self.blocks.iter().flat_map(|block| &block.sub_layers)
+    }
+
+    /// Number of parameters.
+    pub fn parameters(&self) -> usize {
+        self.tensors().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum()
+    }
+}
