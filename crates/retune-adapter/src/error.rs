@@ -49,14 +49,6 @@ pub enum Error {
     #[error("{path} does not exist. {advice}")]
     MissingFile { path: PathBuf, advice: &'static str },
 
-    /// The operating system refused to read or write.
-    #[error("cannot {action} {path}: {error}; check the path, its permissions and the room on the disk")]
-    Io { action: &'static str, path: PathBuf, error: std::io::Error },
-
-    /// A rename would replace what is no plain file.
-    #[error("cannot write {path}: it exists and is no plain file; give another name")]
-    NotAPlainFile { path: PathBuf },
-
     /// `adapter_config.json` is not JSON.
     #[error("{path} is not valid JSON: {error}. Copy or save the adapter again")]
     Json { path: PathBuf, error: serde_json::Error },
@@ -106,4 +98,8 @@ pub enum Error {
     /// The file holds tensors that have no place in this model.
     #[error("the adapter holds {keys}, which have no place in this model. {advice}")]
     UnexpectedTensors { keys: String, advice: &'static str },
+
+    /// A file that is damaged, or cannot be read or written.
+    #[error(transparent)]
+    Formats(#[from] retune_formats::Error),
 }

@@ -3,16 +3,15 @@
 //! A file may come from anywhere, so nothing in it is trusted. Files are written under another name, flushed to the disk and renamed:
 //! under their own names they are always whole.
 
-use std::borrow::Cow;
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::{self, Write};
 use std::path::Path;
 
-use safetensors::{Dtype, SafeTensors, View};
-use serde_json::Value;
+use retune_formats::atomic::{Staged, io_error};
+use retune_formats::safetensors::{self, Tensor, Values};
+use retune_quant::SharedBytes;
 
-use crate::atomic::{Staged, io_error};
 use crate::check::check_against;
 use crate::config::LoraConfig;
 use crate::error::Error;
@@ -24,9 +23,6 @@ use crate::targets::LinearModule;
 pub const CONFIG_FILE: &str = "adapter_config.json";
 /// Name of the tensors' file.
 pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
-
-/// The longest header that the safetensors format allows.
-const MAX_HEADER: u64 = 100_000_000;
 
 /// An adapter as it lies on disk.
 #[derive(Debug, Clone, PartialEq)]
@@ -56,8 +52,7 @@ impl AdapterFile {
         } else {
             "The directory has a configuration but no weights: copy or save the adapter again"
         };
-        let bytes = read_file(&weights_path, advice)?;
-        let tensors = read_tensors(&weights_path, &bytes)?;
+        let tensors = read_tensors(&weights_path, read_file(&weights_path, advice)?)?;
         Ok(Self { config, base_model, tensors })
     }
 
@@ -66,83 +61,44 @@ impl AdapterFile {
     /// `modules` are the base model's: what is written is checked against them first, so that no adapter is saved that could not be loaded.
     ///
     /// # Errors
-    /// What [`check_against`] finds; [`Error::Io`]. The files that were there before are untouched then, unless a rename itself failed.
+    /// What [`check_against`] finds; what the system refuses. The files that were there before are untouched then, unless a rename itself failed.
     pub fn write(&self, dir: &Path, modules: &[LinearModule<'_>]) -> Result<(), Error> {
         let targets = check_against(self, modules)?;
         let (config_path, weights_path) = (dir.join(CONFIG_FILE), dir.join(WEIGHTS_FILE));
         let config = peft_config::to_json(&self.config, self.base_model.as_deref(), &targets, modules)
             .map_err(|error| Error::Json { path: config_path.clone(), error })?;
-        let weights = self.to_safetensors(&weights_path)?;
-
         fs::create_dir_all(dir).map_err(io_error("create", dir))?;
-        let weights = Staged::new(&weights_path, |file| file.write_all(&weights))?;
+        let weights = safetensors::stage(&weights_path, &[("format", "pt")], &self.written_tensors())?;
         let config_staged = Staged::new(&config_path, |file| file.write_all(config.as_bytes()))?;
         // An older configuration must not stand beside the new weights, not even if the machine stops between the two renames.
         if fs::read(&config_path).is_ok_and(|old| old != config.as_bytes()) {
             fs::remove_file(&config_path).map_err(io_error("replace", &config_path))?;
         }
         weights.commit()?;
-        config_staged.commit()
+        Ok(config_staged.commit()?)
     }
 
-    fn to_safetensors(&self, path: &Path) -> Result<Vec<u8>, Error> {
-        let tensors = self
-            .tensors
-            .iter()
-            // The base's own weight of an adapted head is the base's to keep.
-            .filter(|(key, _)| !matches!(names::parse(key), Key::Part(_, Part::BaseWeight)))
-            .map(|(key, (shape, values))| (key.as_str(), Values { shape, values }));
-        let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-        safetensors::serialize(tensors, Some(metadata))
-            .map_err(|error| Error::Safetensors { path: path.to_owned(), reason: error.to_string() })
-    }
-}
-
-/// An f32 tensor to be written.
-struct Values<'a> {
-    shape: &'a [usize],
-    values: &'a [f32],
-}
-
-impl View for Values<'_> {
-    fn dtype(&self) -> Dtype {
-        Dtype::F32
-    }
-
-    fn shape(&self) -> &[usize] {
-        self.shape
-    }
-
-    fn data(&self) -> Cow<'_, [u8]> {
-        let mut bytes = Vec::with_capacity(self.data_len());
-        for value in self.values {
-            bytes.extend_from_slice(&value.to_le_bytes());
-        }
-        Cow::Owned(bytes)
-    }
-
-    fn data_len(&self) -> usize {
-        size_of_val(self.values)
+    /// The tensors of the file. The base's own weight of an adapted head is the base's to keep.
+    fn written_tensors(&self) -> Vec<Tensor<'_>> {
+        let is_written = |key: &str| !matches!(names::parse(key), Key::Part(_, Part::BaseWeight));
+        let tensors = self.tensors.iter().filter(|(key, _)| is_written(key));
+        tensors.map(|(name, (shape, values))| Tensor { name, shape, values: Values::F32(values) }).collect()
     }
 }
 
 fn read_file(path: &Path, advice: &'static str) -> Result<Vec<u8>, Error> {
     fs::read(path).map_err(|error| match error.kind() {
         io::ErrorKind::NotFound => Error::MissingFile { path: path.to_owned(), advice },
-        _ => Error::Io { action: "read", path: path.to_owned(), error },
+        _ => io_error("read", path)(error).into(),
     })
 }
 
 type Tensors = BTreeMap<String, (Vec<usize>, Vec<f32>)>;
 
-fn read_tensors(path: &Path, bytes: &[u8]) -> Result<Tensors, Error> {
-    let damaged = |reason: String| Error::Safetensors { path: path.to_owned(), reason };
-    check_offsets(bytes).map_err(damaged)?;
-    let file = SafeTensors::deserialize(bytes).map_err(|error| damaged(error.to_string()))?;
-    let mut keys = file.names();
-    keys.sort_unstable();
-    let adapted: BTreeSet<String> = keys
-        .iter()
+fn read_tensors(path: &Path, bytes: Vec<u8>) -> Result<Tensors, Error> {
+    let file = safetensors::parse(&SharedBytes::from_vec(bytes)).map_err(|error| damaged(path, error))?;
+    let adapted: BTreeSet<String> = file
+        .keys()
         .filter_map(|key| match names::parse(key) {
             Key::Part(module, Part::LoraA | Part::LoraB) => Some(module),
             _ => None,
@@ -151,7 +107,7 @@ fn read_tensors(path: &Path, bytes: &[u8]) -> Result<Tensors, Error> {
 
     let mut tensors = Tensors::new();
     let mut spelled: BTreeMap<String, &str> = BTreeMap::new();
-    for key in keys {
+    for (key, raw) in &file {
         let name = match names::parse(key) {
             Key::Part(module, Part::Bias) => names::trained_bias(&module, adapted.contains(&module)),
             Key::Part(module, part) => part.key(&module),
@@ -165,49 +121,24 @@ fn read_tensors(path: &Path, bytes: &[u8]) -> Result<Tensors, Error> {
                 second: key.to_owned(),
             });
         }
-        let view = file.tensor(key).map_err(|error| damaged(error.to_string()))?;
-        let values = to_f32(view.dtype(), view.data()).ok_or_else(|| Error::TensorType {
+        let values = raw.to_f32(key).map_err(|_| Error::TensorType {
             path: path.to_owned(),
             name: key.to_owned(),
-            found: view.dtype().to_string(),
+            found: raw.dtype.to_string(),
         })?;
-        tensors.insert(name, (view.shape().to_vec(), values));
+        tensors.insert(name, (raw.shape.clone(), values));
     }
     Ok(tensors)
 }
 
-/// Refuses offsets beyond the end of the file before the library sees them: it adds them up without a check.
-fn check_offsets(bytes: &[u8]) -> Result<(), String> {
-    let length =
-        bytes.first_chunk::<8>().map(|length| u64::from_le_bytes(*length)).filter(|&length| length <= MAX_HEADER);
-    let rest = bytes.get(8..).unwrap_or_default();
-    let header =
-        length.and_then(|length| usize::try_from(length).ok()).and_then(|length| rest.split_at_checked(length));
-    let Some((header, data)) = header else {
-        return Err(format!("its header does not fit into its {} bytes", bytes.len()));
+fn damaged(path: &Path, error: retune_formats::Error) -> Error {
+    use retune_formats::Error::{SafetensorsHeader, Truncated};
+    let reason = match error {
+        SafetensorsHeader { reason } => reason,
+        Truncated { what, needs, has } => format!("{what} ends at byte {needs}, but the file has {has} bytes"),
+        other => other.to_string(),
     };
-    let entries: serde_json::Map<String, Value> =
-        serde_json::from_slice(header).map_err(|error| format!("its header is not valid JSON ({error})"))?;
-    for (name, entry) in entries.iter().filter(|(name, _)| *name != "__metadata__") {
-        let end = entry.pointer("/data_offsets/1").and_then(Value::as_u64);
-        if end.is_none_or(|end| end > data.len() as u64) {
-            return Err(format!("tensor `{name}` does not end within the file"));
-        }
-    }
-    Ok(())
-}
-
-fn to_f32(dtype: Dtype, bytes: &[u8]) -> Option<Vec<f32>> {
-    match dtype {
-        Dtype::F32 => Some(bytes.as_chunks::<4>().0.iter().map(|word| f32::from_le_bytes(*word)).collect()),
-        Dtype::F16 => {
-            Some(bytes.as_chunks::<2>().0.iter().map(|half| half::f16::from_le_bytes(*half).to_f32()).collect())
-        }
-        Dtype::BF16 => {
-            Some(bytes.as_chunks::<2>().0.iter().map(|half| half::bf16::from_le_bytes(*half).to_f32()).collect())
-        }
-        _ => None,
-    }
+    Error::Safetensors { path: path.to_owned(), reason }
 }
 
 #[cfg(test)]
@@ -217,7 +148,8 @@ pub(crate) mod tests {
     use crate::random;
     use crate::targets::resolve;
     use crate::test_model::{tiny_llama, tiny_llama_with_biases};
-    use serde_json::json;
+    use ::safetensors::SafeTensors;
+    use serde_json::{Value, json};
 
     /// An adapter with a value in every tensor that its configuration asks for.
     pub(crate) fn adapter(config: Value, modules: &[LinearModule<'_>]) -> AdapterFile {
@@ -340,7 +272,7 @@ pub(crate) mod tests {
         // No temporary file can be made: the disk is as good as full.
         let staged = dir.path().join(format!(".{CONFIG_FILE}.tmp"));
         fs::create_dir(&staged).unwrap();
-        assert!(matches!(new.write(dir.path(), &tiny_llama()), Err(Error::Io { .. })));
+        assert!(matches!(new.write(dir.path(), &tiny_llama()), Err(Error::Formats(retune_formats::Error::Io { .. }))));
         assert_eq!(AdapterFile::read(dir.path()).unwrap(), old);
         // What an interrupted write has left behind is in nobody's way.
         fs::remove_dir(&staged).unwrap();
@@ -456,11 +388,11 @@ pub(crate) mod tests {
         let whole = fs::read(dir.path().join(WEIGHTS_FILE)).unwrap();
         let path = Path::new("test");
         for i in 0..whole.len() {
-            assert!(read_tensors(path, &whole[..i]).is_err());
+            assert!(read_tensors(path, whole[..i].to_vec()).is_err());
             for flip in [1u8, 0x10, 0x80] {
                 let mut changed = whole.clone();
                 changed[i] ^= flip;
-                if let Ok(tensors) = read_tensors(path, &changed) {
+                if let Ok(tensors) = read_tensors(path, changed) {
                     let file = AdapterFile { config: LoraConfig::default(), base_model: None, tensors };
                     assert!(check_against(&file, &tiny_llama()).is_err());
                 }

@@ -3,7 +3,6 @@
 //! Everything here follows the formats and rules of Hugging Face's `peft`, so that an adapter made by one is used by the other;
 //! nothing here knows of models or training. Matrices are row-major f32 slices.
 
-pub mod atomic;
 pub mod check;
 pub mod config;
 pub mod dropout;

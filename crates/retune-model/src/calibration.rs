@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
-use retune_adapter::atomic;
+use retune_formats::atomic;
 use retune_kernels::F32Panel;
 use retune_kernels::gemm::{MatRef, Out, Rhs, Term, gemm};
 use retune_kernels::int8::{Int8Matrix, Int8Rows, column_maxima};
@@ -310,7 +310,7 @@ pub fn write(path: &Path, choices: &[Choice]) -> Result<(), Error> {
     let text = serde_json::to_string(choices).map_err(|e| failed(e.to_string()))?;
     let metadata = std::collections::HashMap::from([(METADATA.to_owned(), text)]);
     let content = safetensors::serialize(views, Some(metadata)).map_err(|e| failed(e.to_string()))?;
-    atomic::write(path, &content).map_err(Error::Adapter)
+    Ok(atomic::write(path, &content)?)
 }
 
 /// Reads what [`write`] wrote.

@@ -10,18 +10,19 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use rayon::prelude::*;
+use retune_formats::bitsandbytes::{self, FourBitWeight};
+use retune_formats::files::{map_file, read_json};
+use retune_formats::gguf::{Gguf, Metadata, TensorInfo};
+use retune_formats::safetensors::{self, RawTensor};
+use retune_formats::weights::{matrix, rows_and_cols};
 use retune_kernels::PanelSource;
-use retune_quant::{Format, Matrix, SharedBytes};
+use retune_quant::{Matrix, SharedBytes};
+use retune_text::tokenizer::Tokenizer;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
-use crate::bitsandbytes::{self, FourBitWeight};
 use crate::config::ModelConfig;
 use crate::error::Error;
-use crate::files::{map_file, read_json};
-use crate::gguf::{Gguf, Metadata, TensorInfo};
-use crate::safetensors::{self, RawTensor};
-use crate::tokenizer::Tokenizer;
 
 pub(crate) const CONFIG: &str = "config.json";
 const ROPE_FACTORS: &str = "rope_freqs.weight";
@@ -218,11 +219,11 @@ impl Checkpoint {
     ///
     /// Errors: one that is missing, damaged or not supported.
     pub fn tokenizer(&self) -> Result<Tokenizer, Error> {
-        match &self.source {
-            Source::HuggingFace { .. } => Tokenizer::from_dir(&self.path),
-            Source::Gguf { metadata } => Tokenizer::from_gguf(metadata).map_err(|error| error.at(&self.path)),
-        }
-        .map(|tokenizer| tokenizer.with_rows(self.config.vocab_size))
+        let tokenizer = match &self.source {
+            Source::HuggingFace { .. } => Tokenizer::from_dir(&self.path)?,
+            Source::Gguf { metadata } => Tokenizer::from_gguf(metadata).map_err(|error| error.at(&self.path))?,
+        };
+        Ok(tokenizer.with_rows(self.config.vocab_size))
     }
 
     /// The `config.json` to write beside a merged model: the directory's own, or one made from the GGUF header.
@@ -405,28 +406,11 @@ fn gguf_tensor(info: &TensorInfo, row_map: Option<&Arc<[u32]>>) -> Result<Stored
 fn rope_factors_of(info: &TensorInfo) -> Result<Vec<f32>, Error> {
     match *info.dims {
         [len] if len <= MAX_ROPE_FACTORS => Ok(matrix(&info.name, info.format, 1, len, info.bytes.clone())?.to_f32()),
-        _ => Err(Error::GgufHeader {
+        _ => Err(retune_formats::Error::GgufHeader {
             found: format!("tensor {} of shape {:?}", info.name, info.shape()),
             expected: "one factor for each pair of a head's dimensions".to_owned(),
-        }),
-    }
-}
-
-pub(crate) fn matrix(
-    name: &str,
-    format: Format,
-    rows: usize,
-    cols: usize,
-    bytes: SharedBytes,
-) -> Result<Matrix, Error> {
-    Matrix::new(format, rows, cols, bytes).map_err(|error| Error::Tensor { tensor: name.to_owned(), error })
-}
-
-/// A vector is one row.
-pub(crate) fn rows_and_cols(shape: &[usize]) -> (usize, usize) {
-    match *shape {
-        [rows, cols] => (rows, cols),
-        _ => (1, shape.iter().product()),
+        }
+        .into()),
     }
 }
 
@@ -493,8 +477,8 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::gguf::testing::GgufBytes;
-    use crate::safetensors::testing::{f32_file, file};
+    use retune_formats::gguf::testing::GgufBytes;
+    use retune_formats::safetensors::testing::{f32_file, file};
 
     type Tensors = Vec<(String, Vec<usize>, Vec<f32>)>;
 

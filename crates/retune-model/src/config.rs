@@ -3,10 +3,10 @@
 //! Supported are llama and mistral models (SmolLM, TinyLlama and many others are llama models by another name). What would
 //! change the results and is not implemented is refused by name; other unknown keys are ignored, as transformers does.
 
+use retune_formats::gguf::{Gguf, Metadata};
 use serde_json::{Map, Value, json};
 
 use crate::error::Error;
-use crate::gguf::{Gguf, Metadata};
 
 mod rope;
 
@@ -412,7 +412,7 @@ fn rope_from_json(fields: &Map<String, Value>, max_position_embeddings: usize) -
 // GGUF
 
 fn required<T>(key: &str, value: Option<T>) -> Result<T, Error> {
-    value.ok_or_else(|| Error::GgufMissingKey { key: key.to_owned() })
+    value.ok_or_else(|| retune_formats::Error::GgufMissingKey { key: key.to_owned() }.into())
 }
 
 /// The keys of one architecture: "llama.block_count" is asked for as "block_count".
@@ -445,7 +445,7 @@ impl GgufHeader<'_> {
     }
 
     fn number(&self, name: &str) -> Result<Option<f32>, Error> {
-        self.metadata.get_f32(&self.key(name))
+        Ok(self.metadata.get_f32(&self.key(name))?)
     }
 
     fn required_number(&self, name: &str) -> Result<f32, Error> {
@@ -499,7 +499,7 @@ mod tests {
     use retune_quant::SharedBytes;
 
     use super::*;
-    use crate::gguf::testing::GgufBytes;
+    use retune_formats::gguf::testing::GgufBytes;
 
     fn read(config: Value) -> Result<ModelConfig, Error> {
         ModelConfig::from_hf_json(&config)

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use crate::export::ExportType;
 
-/// Everything that can go wrong while reading or writing a model and its tokenizer.
+/// Everything that can go wrong while reading or writing a model.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The operating system refused an operation on a file.
@@ -23,73 +23,11 @@ pub enum Error {
     #[error("not valid JSON: {error}; the file is damaged: download it again")]
     Json { error: serde_json::Error },
 
-    /// A file that is larger than anything of its kind.
-    #[error(
-        "{bytes} bytes, where at most {limit} are expected of such a file; it is damaged or something else: download it again"
-    )]
-    FileTooLarge { bytes: u64, limit: u64 },
-
-    /// A file shorter than its own header says.
-    #[error("{what} ends at byte {needs} but the file has {has} bytes: it is truncated or damaged; download it again")]
-    Truncated { what: String, needs: u64, has: u64 },
-
-    /// A GGUF file that does not start with its magic number.
-    #[error(
-        "not a GGUF file: it starts with \"{found}\" instead of \"GGUF\"; give a .gguf file or a Hugging Face model directory"
-    )]
-    GgufMagic { found: String },
-
-    /// A GGUF version this crate cannot read.
-    #[error(
-        "GGUF version {found} is not supported, only 2 and 3 are; convert the model again with a current llama.cpp"
-    )]
-    GgufVersion { found: u32 },
-
-    /// A GGUF file written for big-endian machines.
-    #[error(
-        "a big-endian GGUF file; only little-endian ones are supported: convert the model again without --bigendian"
-    )]
-    GgufBigEndian,
-
-    /// One part of a model that is split over several GGUF files.
-    #[error(
-        "one of {count} parts of a split GGUF model, which are not read; join them first: llama-gguf-split --merge <first part> <output>"
-    )]
-    GgufSplit { count: u64 },
-
-    /// A GGUF header that contradicts itself or the format.
-    #[error("invalid GGUF header: {found}, expected {expected}; the file is damaged: download or convert it again")]
-    GgufHeader { found: String, expected: String },
-
-    /// A metadata key with a value of another type than its meaning needs.
-    #[error(
-        "GGUF metadata {key:?} holds {found}, expected {expected}; convert the model again with a current llama.cpp"
-    )]
-    GgufValue { key: String, found: String, expected: &'static str },
-
-    /// A metadata key the model cannot do without.
-    #[error("GGUF metadata {key:?} is missing; convert the model again with a current llama.cpp")]
-    GgufMissingKey { key: String },
-
-    /// A safetensors header that does not parse or contradicts itself.
-    #[error("invalid safetensors header: {reason}; the file is damaged: download it again")]
-    SafetensorsHeader { reason: String },
-
     /// An element type of a tensor that cannot be read as a weight.
     #[error(
         "tensor {tensor} is stored as {dtype}; weights must be F32, F16 or BF16: use the model's unquantized files or a GGUF file"
     )]
     TensorType { tensor: String, dtype: String },
-
-    /// The description of a weight in 4 bits that does not parse or lacks something.
-    #[error(
-        "tensor {tensor}, which describes a weight stored by bitsandbytes, is not valid: {reason}; the file is damaged or of an unknown version of bitsandbytes: download it again, or use the model's unquantized files"
-    )]
-    QuantState { tensor: String, reason: String },
-
-    /// A shard index that does not fit the files beside it.
-    #[error("the shard index {reason}; download the model again, with all its files")]
-    ShardIndex { reason: String },
 
     /// A field of config.json (or its GGUF counterpart) with an impossible value.
     #[error("{field} is {found}, expected {expected}; correct the model's configuration or download it again")]
@@ -133,53 +71,13 @@ pub enum Error {
     #[error("cannot write {}: {error}", .path.display())]
     Write { path: PathBuf, error: std::io::Error },
 
-    /// A model directory without any tokenizer.
-    #[error("{} has no tokenizer.json; copy it from the model's repository, together with tokenizer_config.json", .dir.display())]
-    TokenizerMissing { dir: PathBuf },
+    /// A file that is damaged, or cannot be read or written.
+    #[error(transparent)]
+    Formats(#[from] retune_formats::Error),
 
-    /// A model directory whose tokenizer is in another form only.
-    #[error("{} has {found} but no tokenizer.json, the only form that is read; write one with Python: AutoTokenizer.from_pretrained(directory).save_pretrained(directory)", .dir.display())]
-    TokenizerNotConverted { dir: PathBuf, found: String },
-
-    /// A tokenizer whose parts contradict each other.
-    #[error("the tokenizer cannot be used: {cause}; download or convert the model again, with all its files")]
-    TokenizerInvalid { cause: String },
-
-    /// A kind of tokenizer in a GGUF file that is not implemented.
-    #[error(
-        "GGUF tokenizer {model:?} is not supported; supported: gpt2 (byte-level BPE) and llama (SentencePiece BPE): use the model's Hugging Face directory"
-    )]
-    GgufTokenizerModel { model: String },
-
-    /// A GGUF file that does not say how its tokenizer splits text.
-    #[error(
-        "the GGUF file does not name its pre-tokenizer (tokenizer.ggml.pre), so numbers and spaces could be split wrongly; convert the model again with a current llama.cpp, or use its Hugging Face directory (known: {known})"
-    )]
-    GgufPreTokenizerMissing { known: String },
-
-    /// A way of splitting text that is not implemented.
-    #[error(
-        "pre-tokenizer {name:?} (tokenizer.ggml.pre) is not known; known: {known}: use the model's Hugging Face directory"
-    )]
-    GgufPreTokenizerUnknown { name: String, known: String },
-
-    /// A GGUF vocabulary that contradicts itself.
-    #[error("GGUF metadata {key:?} holds {cause}; the file is damaged: download or convert it again")]
-    GgufVocabulary { key: &'static str, cause: String },
-
-    /// A text that the tokenizer cannot encode.
-    #[error("the text cannot be encoded: {cause}; the tokenizer lacks what it needs for this text")]
-    Encode { cause: String },
-
-    /// A chat template that is not valid Jinja.
-    #[error("the chat template does not compile: line {line}: {cause}; correct it in the model's files")]
-    ChatTemplateSyntax { line: usize, cause: String },
-
-    /// A conversation that the chat template refuses, or cannot evaluate.
-    #[error(
-        "the chat template cannot render these messages: line {line}: {cause}; change the messages' roles or order, or the template"
-    )]
-    ChatTemplateRender { line: usize, cause: String },
+    /// The tokenizer or the chat template of a model.
+    #[error(transparent)]
+    Text(#[from] retune_text::Error),
 
     /// An adapter that does not fit, or cannot be read or written.
     #[error(transparent)]

@@ -1,32 +1,31 @@
 //! Writing a model as a Hugging Face directory: a base with an adapter merged into it, or a model whose weights were trained.
 //!
-//! A tensor is decoded, changed, rounded and written a panel of rows at a time, so that memory does not grow with the model. The header of
-//! a safetensors file is made by hand for that reason: the `safetensors` crate wants every tensor in memory. Files get their names once all
-//! of them are on the disk, `config.json` last: a directory without it is no model to anyone.
+//! A tensor is decoded, changed, rounded and written a panel of rows at a time, so that memory does not grow with the model. Files get
+//! their names once all of them are on the disk, `config.json` last: a directory without it is no model to anyone.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::fs::{self, File};
-use std::io::{self, Write};
+use std::fs;
+use std::io;
 use std::ops::Range;
 use std::path::Path;
 use std::str::FromStr;
 
 use half::{bf16, f16};
 use rayon::prelude::*;
-use retune_adapter::atomic::Staged;
 use retune_adapter::names::{self, Key, Part};
 use retune_adapter::{AdapterFile, check_against, merged_delta};
+use retune_formats::atomic::{Draft, Staged};
+use retune_formats::safetensors::{Dtype, Header, INDEX, SINGLE};
 use retune_kernels::PanelSource;
 use retune_quant::Matrix;
+use retune_text::tokenizer::Tokenizer;
 use serde_json::{Map, Value, json};
 
 use crate::adapter::linear_modules;
 use crate::checkpoint::{CONFIG, Checkpoint, CheckpointKind, expected_tensors};
 use crate::config::ModelConfig;
 use crate::error::Error;
-use crate::safetensors::{INDEX, SINGLE};
-use crate::tokenizer::Tokenizer;
 
 const GENERATION_CONFIG: &str = "generation_config.json";
 const EMBEDDING: &str = "model.embed_tokens.weight";
@@ -55,12 +54,12 @@ impl ExportType {
         }
     }
 
-    /// The name in a safetensors header.
-    fn safetensors_name(self) -> &'static str {
+    /// The type in a safetensors header.
+    fn dtype(self) -> Dtype {
         match self {
-            ExportType::F32 => "F32",
-            ExportType::BF16 => "BF16",
-            ExportType::F16 => "F16",
+            ExportType::F32 => Dtype::F32,
+            ExportType::BF16 => Dtype::BF16,
+            ExportType::F16 => Dtype::F16,
         }
     }
 
@@ -449,7 +448,11 @@ impl Export<'_> {
         for (name, shard) in names.iter().zip(&self.shards) {
             staged.push(writer.stage(&dir.join(name), shard)?);
         }
-        let stage = |name: &str, bytes: &[u8]| Staged::new(&dir.join(name), |file| file.write_all(bytes));
+        let stage = |name: &str, bytes: &[u8]| {
+            let mut draft = Draft::create(&dir.join(name))?;
+            draft.write_all(bytes)?;
+            draft.finish()
+        };
         staged.push(stage(GENERATION_CONFIG, &self.generation_config)?);
         if names.len() > 1 {
             staged.push(stage(INDEX, &self.index(&names, total)?)?);
@@ -478,23 +481,6 @@ fn shard_names(count: usize) -> Vec<String> {
         1 => vec![SINGLE.to_owned()],
         _ => (1..=count).map(|number| format!("model-{number:05}-of-{count:05}.safetensors")).collect(),
     }
-}
-
-/// What a safetensors file starts with: the length of the header, and the header.
-fn header(tensors: &[Tensor<'_>], dtype: ExportType) -> Vec<u8> {
-    let mut entries = Map::new();
-    entries.insert("__metadata__".to_owned(), json!({"format": "pt"}));
-    let mut start = 0;
-    for tensor in tensors {
-        let end = start + tensor.bytes(dtype);
-        let entry = json!({"dtype": dtype.safetensors_name(), "shape": tensor.shape, "data_offsets": [start, end]});
-        entries.insert(tensor.name.clone(), entry);
-        start = end;
-    }
-    let mut text = Value::Object(entries).to_string().into_bytes();
-    // Values lie at multiples of their size then, for readers that map the file.
-    text.resize(text.len().next_multiple_of(8), b' ');
-    [&(text.len() as u64).to_le_bytes()[..], &text].concat()
 }
 
 /// Writes weight files one after the other, and keeps account.
@@ -539,28 +525,27 @@ impl<'a> ShardWriter<'a> {
     }
 
     fn stage(&mut self, path: &Path, shard: &[Tensor<'_>]) -> Result<Staged, Error> {
-        let header = header(shard, self.dtype);
-        self.header_bytes += header.len() as u64;
-        let staged = Staged::new(path, |file| {
-            file.write_all(&header)?;
-            for tensor in shard {
-                self.write(tensor, file)?;
-            }
-            Ok(())
-        });
-        staged.map_err(refusal_or_system)
+        let tensors = shard.iter().map(|tensor| (tensor.name.as_str(), self.dtype.dtype(), tensor.shape.as_slice()));
+        let header = Header::new(&[("format", "pt")], tensors);
+        self.header_bytes += header.bytes().len() as u64;
+        let mut draft = Draft::create(path)?;
+        draft.write_all(header.bytes())?;
+        for tensor in shard {
+            self.write(tensor, &mut draft)?;
+        }
+        Ok(draft.finish()?)
     }
 
-    fn write(&mut self, tensor: &Tensor<'_>, file: &mut File) -> io::Result<()> {
+    fn write(&mut self, tensor: &Tensor<'_>, draft: &mut Draft) -> Result<(), Error> {
         let (rows, cols) = (tensor.base.rows(), tensor.base.cols());
         let panel_rows = (PANEL_VALUES / cols.max(1)).max(1);
         let mut largest = Magnitude::default();
         for start in (0..rows).step_by(panel_rows) {
             largest = largest.max(self.decode(tensor, start..(start + panel_rows).min(rows)));
-            self.check(tensor, start).map_err(io::Error::other)?;
+            self.check(tensor, start)?;
             self.encoded.resize(self.values.len() * self.dtype.bytes(), 0);
             self.dtype.encode(&self.values, &mut self.encoded);
-            file.write_all(&self.encoded)?;
+            draft.write_all(&self.encoded)?;
             self.done += self.encoded.len() as u64;
             (self.progress)(self.done, self.total);
         }
@@ -605,23 +590,11 @@ impl<'a> ShardWriter<'a> {
     }
 }
 
-/// Takes the refusal of a tensor out of the error of the file that it kept from being written.
-fn refusal_or_system(error: retune_adapter::Error) -> Error {
-    match error {
-        retune_adapter::Error::Io { action, path, error } => match error.downcast::<Error>() {
-            Ok(refusal) => refusal,
-            Err(error) => retune_adapter::Error::Io { action, path, error }.into(),
-        },
-        other => other.into(),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::collections::HashMap;
 
-    use ::safetensors::Dtype;
-    use ::safetensors::tensor::TensorView;
+    use safetensors::tensor::TensorView;
 
     use super::*;
 
@@ -679,7 +652,7 @@ mod tests {
                 ("a.weight", TensorView::new(theirs, vec![2, 3], &a).unwrap()),
             ];
             let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-            let expected = ::safetensors::serialize(views, Some(metadata)).unwrap();
+            let expected = safetensors::serialize(views, Some(metadata)).unwrap();
             let (ours, report) = written(&tensors, dtype).unwrap();
             assert_eq!(ours, expected, "{dtype}");
             assert_eq!((report.bytes, report.changed_modules), (expected.len() as u64, 0));

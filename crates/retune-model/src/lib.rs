@@ -5,24 +5,18 @@
 
 pub mod adapter;
 mod backward;
-mod bitsandbytes;
 pub mod calibration;
-pub mod chat_template;
 pub mod checkpoint;
 pub mod config;
 pub mod error;
 pub mod export;
-mod files;
 mod forward;
 pub mod generate;
-pub mod gguf;
 mod linear;
 pub mod model;
 pub mod params;
 pub mod pass;
 pub mod profile;
-pub mod safetensors;
-pub mod tokenizer;
 mod work;
 pub mod workspace;
 

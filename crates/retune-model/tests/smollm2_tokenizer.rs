@@ -7,9 +7,9 @@ mod common;
 
 use std::path::{Path, PathBuf};
 
-use retune_model::chat_template::Message;
 use retune_model::checkpoint::Checkpoint;
-use retune_model::tokenizer::Tokenizer;
+use retune_text::chat_template::Message;
+use retune_text::tokenizer::Tokenizer;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 

@@ -171,11 +171,19 @@ pub enum Error {
     #[error("{}: {error}; see that the folder is there, writable and has room", .path.display())]
     Io { path: PathBuf, error: std::io::Error },
 
-    /// A file of the run that cannot be written, or an adapter.
+    /// A file of the run that cannot be written.
+    #[error(transparent)]
+    Formats(#[from] retune_formats::Error),
+
+    /// An adapter.
     #[error(transparent)]
     Adapter(#[from] retune_adapter::Error),
 
-    /// A model, its tokenizer or its chat template.
+    /// A tokenizer or a chat template.
+    #[error(transparent)]
+    Text(#[from] retune_text::Error),
+
+    /// A model.
     #[error(transparent)]
     Model(#[from] retune_model::Error),
 }

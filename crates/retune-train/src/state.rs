@@ -5,15 +5,13 @@
 //! are kept beside them.
 
 use std::fs::{self, File};
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use memmap2::Mmap;
-use retune_adapter::atomic::Staged;
+use retune_formats::safetensors::{Tensor, Values, stage};
 use safetensors::SafeTensors;
 use safetensors::tensor::Dtype;
 use serde::{Deserialize, Serialize};
-use serde_json::json;
 
 use crate::error::Error;
 
@@ -37,35 +35,13 @@ pub struct Progress {
     pub best_step: u64,
 }
 
-fn bytes(values: &[f32]) -> &[u8] {
-    // SAFETY: f32 has no padding and any byte is a valid u8; little-endian targets alone are built (asserted below).
-    unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), size_of_val(values)) }
-}
-
-#[cfg(target_endian = "big")]
-compile_error!("retune's files are little-endian, as are the machines it supports");
-
-/// Writes tensors as a safetensors file straight from where they lie: a copy of them all would be the run's largest allocation.
 fn write_file(path: &Path, tensors: &[(&str, &[f32])], progress: &Progress) -> Result<(), Error> {
-    let mut header = serde_json::Map::new();
     let text = serde_json::to_string(progress).map_err(|error| Error::Serialize { error: error.to_string() })?;
-    header.insert("__metadata__".to_owned(), json!({ PROGRESS: text }));
-    let mut end = 0;
-    for (name, values) in tensors {
-        let start = end;
-        end += size_of_val(*values);
-        let entry = json!({ "dtype": "F32", "shape": [values.len()], "data_offsets": [start, end] });
-        header.insert((*name).to_owned(), entry);
-    }
-    let mut header = serde_json::Value::Object(header).to_string().into_bytes();
-    // The format aligns data to 8 bytes by spaces after the header.
-    header.resize(header.len().next_multiple_of(8), b' ');
-    let staged = Staged::new(path, |file| {
-        file.write_all(&(header.len() as u64).to_le_bytes())?;
-        file.write_all(&header)?;
-        tensors.iter().try_for_each(|(_, values)| file.write_all(bytes(values)))
-    })?;
-    Ok(staged.commit()?)
+    let lengths: Vec<[usize; 1]> = tensors.iter().map(|(_, values)| [values.len()]).collect();
+    let tensors = tensors.iter().zip(&lengths);
+    let tensors: Vec<Tensor<'_>> =
+        tensors.map(|((name, values), shape)| Tensor { name, shape, values: Values::F32(values) }).collect();
+    Ok(stage(path, &[(PROGRESS, &text)], &tensors)?.commit()?)
 }
 
 /// Writes a checkpoint and removes all but the newest `keep`; returns its path.

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Context;
 use indicatif::{ProgressBar, ProgressStyle};
-use retune_adapter::atomic;
+use retune_formats::atomic;
 use retune_train::Error;
 use retune_train::trainer::{Evaluation, Observer, StepReport};
 use serde_json::{Value, json};

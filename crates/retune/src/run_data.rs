@@ -1,7 +1,7 @@
 //! The training and held-out examples of a run.
 
 use anyhow::Result;
-use retune_model::tokenizer::Tokenizer;
+use retune_text::tokenizer::Tokenizer;
 use retune_train::Error;
 use retune_train::data::{Dataset, Encoder, read_rows, split};
 use retune_train::run_config::RunConfig;

@@ -7,7 +7,7 @@ use retune_adapter::AdapterFile;
 use retune_model::adapter::AdapterPlan;
 use retune_model::checkpoint::Checkpoint;
 use retune_model::model::{Model, Trainable};
-use retune_model::tokenizer::Tokenizer;
+use retune_text::tokenizer::Tokenizer;
 
 use serde_json::{Value, json};
 

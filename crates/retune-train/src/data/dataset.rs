@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::path::PathBuf;
 
 use rayon::prelude::*;
-use retune_model::tokenizer::Tokenizer;
+use retune_text::tokenizer::Tokenizer;
 use serde::Serialize;
 
 use super::read::{DataFile, Row, RowFormat};
@@ -241,7 +241,7 @@ fn histogram(examples: &[Example], longest: usize) -> Vec<LengthBin> {
 
 #[cfg(test)]
 mod tests {
-    use retune_model::chat_template::Message;
+    use retune_text::chat_template::Message;
 
     use super::super::read::RowText;
     use super::super::render::{EncodeOptions, Overlong};

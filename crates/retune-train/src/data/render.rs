@@ -8,8 +8,8 @@
 
 use std::ops::Range;
 
-use retune_model::chat_template::Message;
-use retune_model::tokenizer::Tokenizer;
+use retune_text::chat_template::Message;
+use retune_text::tokenizer::Tokenizer;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 

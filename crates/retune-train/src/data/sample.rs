@@ -1,6 +1,6 @@
 //! Examples as a person reads them.
 
-use retune_model::tokenizer::Tokenizer;
+use retune_text::tokenizer::Tokenizer;
 
 use super::render::Example;
 use crate::error::shortened;

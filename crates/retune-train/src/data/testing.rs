@@ -1,6 +1,6 @@
 //! A small tokenizer for the tests of this folder: the 256 bytes, the merge of "a" and "b", four special tokens.
 
-use retune_model::tokenizer::Tokenizer;
+use retune_text::tokenizer::Tokenizer;
 use serde_json::{Map, Value, json};
 
 /// The chat template of [`tokenizer`].

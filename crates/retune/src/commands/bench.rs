@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use retune_adapter::{AdapterFile, LoraConfig, ModuleSelection};
+use retune_formats::safetensors::{Tensor, Values, stage};
 use retune_kernels::peak;
 use retune_model::adapter::{AdapterPlan, linear_modules};
 use retune_model::checkpoint::Checkpoint;
@@ -245,11 +246,9 @@ fn trained(length: usize) -> Vec<bool> {
 
 /// Writes the ids of all steps as `tokens.safetensors`: `tokens` [steps, batch, seq], int64.
 fn save_inputs(directory: &Path, args: &BenchTrainArgs, examples: &[Example]) -> Result<()> {
-    use safetensors::tensor::{Dtype, TensorView};
     std::fs::create_dir_all(directory).with_context(|| format!("cannot create {}", directory.display()))?;
-    let bytes: Vec<u8> = examples.iter().flat_map(|e| &e.ids).flat_map(|&id| i64::from(id).to_le_bytes()).collect();
-    let view = TensorView::new(Dtype::I64, vec![args.steps, args.batch, args.seq], &bytes)?;
-    let content = safetensors::serialize([("tokens", view)], None)?;
-    retune_adapter::atomic::write(&directory.join("tokens.safetensors"), &content)?;
-    Ok(())
+    let ids: Vec<i64> = examples.iter().flat_map(|e| &e.ids).map(|&id| i64::from(id)).collect();
+    let shape = [args.steps, args.batch, args.seq];
+    let tokens = Tensor { name: "tokens", shape: &shape, values: Values::I64(&ids) };
+    Ok(stage(&directory.join("tokens.safetensors"), &[], &[tokens])?.commit()?)
 }

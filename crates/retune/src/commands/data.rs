@@ -4,7 +4,7 @@ use std::io::IsTerminal;
 
 use anyhow::Result;
 use retune_model::checkpoint::Checkpoint;
-use retune_model::tokenizer::Tokenizer;
+use retune_text::tokenizer::Tokenizer;
 use retune_train::data::{DataReport, Example, LengthBin, RowCount, decoded_sample};
 use retune_train::run_config::RunConfig;
 use serde_json::{Value, json};

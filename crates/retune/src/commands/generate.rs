@@ -4,9 +4,9 @@ use std::io::Write;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use retune_model::chat_template::Message;
 use retune_model::generate::{Generation, Sampling};
-use retune_model::tokenizer::Tokenizer;
+use retune_text::chat_template::Message;
+use retune_text::tokenizer::Tokenizer;
 use serde_json::json;
 
 use super::{print_json, text_or_stdin};

@@ -1,14 +1,10 @@
 //! `retune logits`: logits, loss and gradients of given tokens, for comparing with other software.
 
-use std::collections::HashMap;
-use std::io::Write;
-
 use anyhow::{Result, bail};
-use retune_adapter::atomic::Staged;
+use retune_formats::safetensors::{Tensor, Values, stage};
 use retune_model::adapter::Tensors;
 use retune_model::pass::Pass;
 use retune_model::workspace::{Keep, Workspace};
-use safetensors::tensor::{Dtype, TensorView};
 
 use crate::args::LogitsArgs;
 use crate::compute;
@@ -74,16 +70,7 @@ fn trained(tokens: &[u32], labels: &[i64]) -> Result<Vec<bool>> {
 
 /// Writes named f32 tensors as a safetensors file.
 pub fn write(path: &std::path::Path, tensors: &Tensors) -> Result<()> {
-    let bytes: Vec<(&String, &Vec<usize>, Vec<u8>)> = tensors
-        .iter()
-        .map(|(name, (shape, values))| (name, shape, values.iter().flat_map(|v| v.to_le_bytes()).collect()))
-        .collect();
-    let views: Vec<(&String, TensorView)> = bytes
-        .iter()
-        .map(|(name, shape, bytes)| Ok((*name, TensorView::new(Dtype::F32, shape.to_vec(), bytes)?)))
-        .collect::<Result<_>>()?;
-    let metadata = Some(HashMap::from([("format".to_owned(), "pt".to_owned())]));
-    let content = safetensors::serialize(views, metadata)?;
-    Staged::new(path, |file| file.write_all(&content))?.commit()?;
-    Ok(())
+    let tensors: Vec<Tensor<'_>> =
+        tensors.iter().map(|(name, (shape, values))| Tensor { name, shape, values: Values::F32(values) }).collect();
+    Ok(stage(path, &[("format", "pt")], &tensors)?.commit()?)
 }

@@ -1,8 +1,8 @@
 //! `retune tokenize`: a text's token ids.
 
 use anyhow::{Context, Result};
-use retune_model::chat_template::Message;
 use retune_model::checkpoint::Checkpoint;
+use retune_text::chat_template::Message;
 use serde_json::json;
 
 use super::{print_json, text_or_stdin};

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use indicatif::{DecimalBytes, ProgressBar};
-use retune_adapter::atomic::Staged;
+use retune_formats::atomic::Staged;
 use sha2::{Digest, Sha256};
 use zip::ZipArchive;
 

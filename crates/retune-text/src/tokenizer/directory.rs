@@ -2,13 +2,13 @@
 
 use std::path::Path;
 
+use retune_formats::files::read_json;
 use serde_json::Value;
 use tokenizers::AddedToken;
 
 use super::backend::ExtraToken;
 use super::{Parts, SpecialTokens};
 use crate::error::Error;
-use crate::files::read_json;
 
 pub(super) const TOKENIZER_FILE: &str = "tokenizer.json";
 pub(super) const CONFIG_FILE: &str = "tokenizer_config.json";
@@ -48,7 +48,7 @@ pub(super) fn read(dir: &Path) -> Result<Parts, Error> {
 
 fn read_optional(dir: &Path, name: &str) -> Result<Option<Value>, Error> {
     let path = dir.join(name);
-    if path.exists() { read_json(&path).map(Some) } else { Ok(None) }
+    if path.exists() { Ok(Some(read_json(&path)?)) } else { Ok(None) }
 }
 
 fn missing(dir: &Path) -> Error {
@@ -103,7 +103,7 @@ fn stop_ids(config: &Value) -> Vec<u32> {
 fn chat_template(dir: &Path, config: &Value) -> Result<Option<String>, Error> {
     let path = dir.join("chat_template.jinja");
     if path.exists() {
-        return std::fs::read_to_string(&path).map(Some).map_err(|error| Error::Io { path, error });
+        return std::fs::read_to_string(&path).map(Some).map_err(|error| Error::Read { path, error });
     }
     let template = match config.get("chat_template") {
         Some(Value::Array(named)) => {

@@ -1,22 +1,30 @@
-//! Reader of safetensors weights: `model.safetensors`, or the shards that `model.safetensors.index.json` lists.
+//! safetensors files: one reader, one writer, and the weights of a model directory (`model.safetensors`, or the shards that
+//! `model.safetensors.index.json` lists).
 //!
-//! The `safetensors` crate checks each header (offsets, overlaps, overflows); here the header is held against the size of
-//! the file and the shards against their index. The files are memory-mapped and nothing is copied.
+//! The `safetensors` crate checks each header that is read (offsets, overlaps, overflows); here the header is held against the
+//! size of the file and the shards against their index. The files are memory-mapped and nothing is copied. Headers are written
+//! here, because the crate wants every tensor in memory; their bytes are the same.
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
+use std::fs::File;
+use std::io::{self, Write};
 use std::path::Path;
 
-use ::safetensors::Dtype;
+pub use ::safetensors::Dtype;
 use ::safetensors::tensor::Metadata;
 use retune_quant::{Format, SharedBytes};
-use serde_json::Value;
+use serde_json::{Map, Value, json};
 
+use crate::atomic::Staged;
 use crate::error::Error;
 use crate::files::{map_file, read_json};
+use crate::weights::matrix;
 
-pub(crate) const SINGLE: &str = "model.safetensors";
-pub(crate) const INDEX: &str = "model.safetensors.index.json";
+/// The file that holds a model's weights where one does.
+pub const SINGLE: &str = "model.safetensors";
+/// The file that lists the shards of a model's weights.
+pub const INDEX: &str = "model.safetensors.index.json";
 /// Bytes of the little-endian header length that a file starts with.
 const LENGTH_BYTES: usize = 8;
 /// As the reference implementation has it.
@@ -47,6 +55,20 @@ impl RawTensor {
             _ => None,
         }
     }
+
+    /// The values of a floating-point tensor in row-major order.
+    ///
+    /// # Errors
+    /// Another element type; `name` is what the error calls the tensor.
+    pub fn to_f32(&self, name: &str) -> Result<Vec<f32>, Error> {
+        let Some(format) = self.format() else {
+            return Err(Error::TensorType { tensor: name.to_owned(), dtype: self.dtype.to_string() });
+        };
+        match self.bytes.len() / format.block_bytes() {
+            0 => Ok(Vec::new()),
+            len => Ok(matrix(name, format, 1, len, self.bytes.clone())?.to_f32()),
+        }
+    }
 }
 
 /// Whether a directory holds safetensors weights under the names that are read.
@@ -56,7 +78,8 @@ pub fn is_in(dir: &Path) -> bool {
 
 /// Opens the weights of a model directory; the single file is preferred, as transformers does.
 ///
-/// Errors: files that cannot be read, damaged or truncated ones (named), and an index that does not fit its shards.
+/// # Errors
+/// Files that cannot be read, damaged or truncated ones (named), and an index that does not fit its shards.
 pub fn open(dir: &Path) -> Result<Safetensors, Error> {
     let single = dir.join(SINGLE);
     if single.is_file() {
@@ -108,7 +131,8 @@ fn open_shards(dir: &Path, index: &Value) -> Result<Safetensors, Error> {
 
 /// The tensors of one file, given all its bytes.
 ///
-/// Errors: a header that is damaged or contradicts the size of the file.
+/// # Errors
+/// A header that is damaged or contradicts the size of the file.
 pub fn parse(bytes: &SharedBytes) -> Result<BTreeMap<String, RawTensor>, Error> {
     let has = bytes.len() as u64;
     let truncated = |what: &str, needs| Error::Truncated { what: what.to_owned(), needs, has };
@@ -144,8 +168,109 @@ pub fn parse(bytes: &SharedBytes) -> Result<BTreeMap<String, RawTensor>, Error> 
     Ok(tensors)
 }
 
-#[cfg(test)]
-pub(crate) mod testing {
+/// What a file starts with: the length of the header, and the header. Tensors follow in the order in which it names them.
+pub struct Header {
+    bytes: Vec<u8>,
+    data_bytes: u64,
+}
+
+impl Header {
+    /// The header of a file with this metadata and these tensors: name, type of the elements, shape. Names are unique.
+    pub fn new<'a>(
+        metadata: &[(&str, &str)],
+        tensors: impl IntoIterator<Item = (&'a str, Dtype, &'a [usize])>,
+    ) -> Header {
+        let mut entries = Map::new();
+        if !metadata.is_empty() {
+            let pairs = metadata.iter().map(|&(key, value)| (key.to_owned(), value.into()));
+            entries.insert("__metadata__".to_owned(), Value::Object(pairs.collect()));
+        }
+        let mut start = 0;
+        for (name, dtype, shape) in tensors {
+            let bits = shape.iter().product::<usize>() as u64 * dtype.bitsize() as u64;
+            let end = start + bits / 8;
+            let entry = json!({"dtype": dtype.to_string(), "shape": shape, "data_offsets": [start, end]});
+            entries.insert(name.to_owned(), entry);
+            start = end;
+        }
+        let mut text = Value::Object(entries).to_string().into_bytes();
+        // Values lie at multiples of their size then, for readers that map the file.
+        text.resize(text.len().next_multiple_of(LENGTH_BYTES), b' ');
+        let bytes = [&(text.len() as u64).to_le_bytes()[..], &text].concat();
+        Header { bytes, data_bytes: start }
+    }
+
+    /// The bytes that the file starts with.
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    /// Size of the whole file.
+    pub fn file_bytes(&self) -> u64 {
+        self.bytes.len() as u64 + self.data_bytes
+    }
+}
+
+/// A tensor that lies in memory as a whole.
+#[derive(Clone, Copy)]
+pub struct Tensor<'a> {
+    pub name: &'a str,
+    pub shape: &'a [usize],
+    pub values: Values<'a>,
+}
+
+/// The values of a tensor, as many as its shape says.
+#[derive(Clone, Copy)]
+pub enum Values<'a> {
+    F32(&'a [f32]),
+    I64(&'a [i64]),
+}
+
+impl Values<'_> {
+    fn dtype(&self) -> Dtype {
+        match self {
+            Values::F32(_) => Dtype::F32,
+            Values::I64(_) => Dtype::I64,
+        }
+    }
+
+    fn write(&self, file: &mut File) -> io::Result<()> {
+        match self {
+            Values::F32(values) => write_values(values, f32::to_le_bytes, file),
+            Values::I64(values) => write_values(values, i64::to_le_bytes, file),
+        }
+    }
+}
+
+/// Encodes a few thousand values at a time: a copy of all of them could be the largest allocation of a run.
+fn write_values<T: Copy, const N: usize>(
+    values: &[T],
+    encode: impl Fn(T) -> [u8; N],
+    file: &mut File,
+) -> io::Result<()> {
+    let mut bytes = Vec::new();
+    for piece in values.chunks(1 << 14) {
+        bytes.clear();
+        bytes.extend(piece.iter().flat_map(|&value| encode(value)));
+        file.write_all(&bytes)?;
+    }
+    Ok(())
+}
+
+/// Writes a file of tensors in the given order, under a temporary name. Names are unique.
+///
+/// # Errors
+/// As [`Staged::new`].
+pub fn stage(path: &Path, metadata: &[(&str, &str)], tensors: &[Tensor<'_>]) -> Result<Staged, Error> {
+    let header = Header::new(metadata, tensors.iter().map(|tensor| (tensor.name, tensor.values.dtype(), tensor.shape)));
+    Staged::new(path, |file| {
+        file.write_all(header.bytes())?;
+        tensors.iter().try_for_each(|tensor| tensor.values.write(file))
+    })
+}
+
+#[cfg(any(test, feature = "testing"))]
+pub mod testing {
     //! Writes safetensors bytes by hand, valid or not.
 
     /// A file of this header and data.

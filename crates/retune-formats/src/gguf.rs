@@ -51,7 +51,8 @@ impl TensorInfo {
 impl Gguf {
     /// Parses the bytes of a whole file.
     ///
-    /// Errors: anything that is not a complete little-endian GGUF v2 or v3 file, a tensor type that cannot be decoded, and
+    /// # Errors
+    /// Anything that is not a complete little-endian GGUF v2 or v3 file, a tensor type that cannot be decoded, and
     /// one part of a split model.
     pub fn parse(bytes: SharedBytes) -> Result<Gguf, Error> {
         let mut reader = Reader { bytes: &bytes[..], at: 0 };
@@ -501,8 +502,8 @@ impl<'a> Reader<'a> {
     }
 }
 
-#[cfg(test)]
-pub(crate) mod testing {
+#[cfg(any(test, feature = "testing"))]
+pub mod testing {
     //! Writes GGUF bytes by hand, valid or not.
 
     #[derive(Clone, Default)]

@@ -12,9 +12,9 @@ use retune_kernels::PanelSource;
 use retune_quant::{FourBit, Matrix, QuantType, SharedBytes, nested_absmax};
 use serde::Deserialize;
 
-use crate::checkpoint::{matrix, rows_and_cols};
 use crate::error::Error;
 use crate::safetensors::RawTensor;
+use crate::weights::{matrix, rows_and_cols};
 
 /// What follows a weight's name in that of its description, before the code.
 const DESCRIPTION: &str = ".quant_state.bitsandbytes__";
@@ -35,7 +35,7 @@ struct QuantState {
 }
 
 /// A weight in 4 bits.
-pub(crate) struct FourBitWeight {
+pub struct FourBitWeight {
     pub matrix: Matrix,
     /// The bytes of all tensors it consists of, always in the same order.
     pub parts: Vec<SharedBytes>,
@@ -46,7 +46,7 @@ pub(crate) struct FourBitWeight {
 ///
 /// # Errors
 /// Parts that are missing, damaged or of another size than the shape needs; codes and types that are not known.
-pub(crate) fn take_weight(
+pub fn take_weight(
     name: &str,
     shape: &[usize],
     indices: &SharedBytes,

@@ -6,12 +6,12 @@
 
 use std::collections::{HashMap, HashSet};
 
+use retune_formats::gguf::Metadata;
 use serde_json::{Value, json};
 
 use super::pre_tokenizer::{Rule, known_names};
 use super::{Parts, SpecialTokens};
 use crate::error::Error;
-use crate::gguf::Metadata;
 
 /// Values of `tokenizer.ggml.token_type`.
 const UNKNOWN: i32 = 2;
@@ -54,6 +54,10 @@ struct Model {
     adds_bos: bool,
 }
 
+fn missing(key: &str) -> Error {
+    retune_formats::Error::GgufMissingKey { key: key.to_owned() }.into()
+}
+
 fn invalid(key: &'static str, cause: String) -> Error {
     Error::GgufVocabulary { key, cause }
 }
@@ -61,7 +65,6 @@ fn invalid(key: &'static str, cause: String) -> Error {
 impl<'a> Vocabulary<'a> {
     /// Reads and checks the `tokenizer.*` keys. Every id it returns is below the number of tokens.
     pub(super) fn read(metadata: &'a Metadata) -> Result<Vocabulary<'a>, Error> {
-        let missing = |key: &str| Error::GgufMissingKey { key: key.to_owned() };
         let model = metadata.get_str("tokenizer.ggml.model")?.ok_or_else(|| missing("tokenizer.ggml.model"))?;
         let tokens =
             metadata.get_str_array("tokenizer.ggml.tokens")?.ok_or_else(|| missing("tokenizer.ggml.tokens"))?;
@@ -165,8 +168,7 @@ impl<'a> Vocabulary<'a> {
         let name = self.pre.ok_or_else(|| Error::GgufPreTokenizerMissing { known: known_names() })?;
         let rule = Rule::named(name)
             .ok_or_else(|| Error::GgufPreTokenizerUnknown { name: name.to_owned(), known: known_names() })?;
-        let merges =
-            self.file_merges()?.ok_or_else(|| Error::GgufMissingKey { key: "tokenizer.ggml.merges".to_owned() })?;
+        let merges = self.file_merges()?.ok_or_else(|| missing("tokenizer.ggml.merges"))?;
         let mut json = self.bpe(merges);
         json["ignore_merges"] = rule.ignore_merges.into();
         Ok(Model {
@@ -184,7 +186,7 @@ impl<'a> Vocabulary<'a> {
         let merges = match (self.file_merges()?, &self.scores) {
             (Some(merges), _) => merges,
             (None, Some(scores)) => merges_from_scores(&self.tokens, scores),
-            (None, None) => return Err(Error::GgufMissingKey { key: "tokenizer.ggml.scores".to_owned() }),
+            (None, None) => return Err(missing("tokenizer.ggml.scores")),
         };
         let mut json = self.bpe(merges);
         json["unk_token"] = self.text(self.unk).into();

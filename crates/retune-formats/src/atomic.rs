@@ -7,6 +7,51 @@ use std::path::{Path, PathBuf};
 
 use crate::error::Error;
 
+/// A file that is being written, piece by piece, under a temporary name. Dropping it removes it.
+#[derive(Debug)]
+pub struct Draft {
+    file: File,
+    staged: Staged,
+}
+
+impl Draft {
+    /// Begins a file that is to be at `path`.
+    ///
+    /// # Errors
+    /// [`Error::NotAPlainFile`]; [`Error::Io`].
+    pub fn create(path: &Path) -> Result<Self, Error> {
+        if fs::metadata(path).is_ok_and(|metadata| !metadata.is_file()) {
+            return Err(Error::NotAPlainFile { path: path.to_owned() });
+        }
+        // A link is followed: the file it points to is replaced, not the link.
+        let path = match fs::symlink_metadata(path) {
+            Ok(metadata) if metadata.is_symlink() => fs::canonicalize(path).map_err(io_error("write", path))?,
+            _ => path.to_owned(),
+        };
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let temporary = path.with_file_name(format!(".{name}.tmp"));
+        let file = File::create(&temporary).map_err(io_error("write", &path))?;
+        Ok(Self { file, staged: Staged { temporary, path, committed: false } })
+    }
+
+    /// Writes the next bytes.
+    ///
+    /// # Errors
+    /// [`Error::Io`], such as a full disk.
+    pub fn write_all(&mut self, bytes: &[u8]) -> Result<(), Error> {
+        self.file.write_all(bytes).map_err(io_error("write", &self.staged.path))
+    }
+
+    /// Flushes the whole file to the disk.
+    ///
+    /// # Errors
+    /// As [`Draft::write_all`].
+    pub fn finish(self) -> Result<Staged, Error> {
+        self.file.sync_all().map_err(io_error("write", &self.staged.path))?;
+        Ok(self.staged)
+    }
+}
+
 /// A file that is written and flushed, but not yet under its name. Dropping it removes it.
 #[derive(Debug)]
 pub struct Staged {
@@ -21,24 +66,9 @@ impl Staged {
     /// # Errors
     /// [`Error::NotAPlainFile`]; [`Error::Io`], such as a full disk. Nothing is left behind then.
     pub fn new(path: &Path, fill: impl FnOnce(&mut File) -> io::Result<()>) -> Result<Self, Error> {
-        if fs::metadata(path).is_ok_and(|metadata| !metadata.is_file()) {
-            return Err(Error::NotAPlainFile { path: path.to_owned() });
-        }
-        // A link is followed: the file it points to is replaced, not the link.
-        let path = match fs::symlink_metadata(path) {
-            Ok(metadata) if metadata.is_symlink() => fs::canonicalize(path).map_err(io_error("write", path))?,
-            _ => path.to_owned(),
-        };
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
-        let temporary = path.with_file_name(format!(".{name}.tmp"));
-        let staged = Self { temporary, path, committed: false };
-        let write = || {
-            let mut file = File::create(&staged.temporary)?;
-            fill(&mut file)?;
-            file.sync_all()
-        };
-        write().map_err(io_error("write", &staged.path))?;
-        Ok(staged)
+        let mut draft = Draft::create(path)?;
+        fill(&mut draft.file).map_err(io_error("write", &draft.staged.path))?;
+        draft.finish()
     }
 
     /// Gives the file its name, replacing what had it.
@@ -81,7 +111,8 @@ fn sync_directory(_: &Path) -> Result<(), Error> {
     Ok(()) // elsewhere a directory cannot be opened, and a rename needs no flush
 }
 
-pub(crate) fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error {
+/// Makes the error of a refused `action` on a file from the system's.
+pub fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error {
     let path = path.to_owned();
     move |error| Error::Io { action, path, error }
 }

@@ -33,9 +33,10 @@ impl ByteOwner for MappedFile {
 
 /// Maps a whole file into memory, read-only.
 ///
-/// Errors: a file that cannot be opened, and anything but a regular file.
-pub(crate) fn map_file(path: &Path) -> Result<SharedBytes, Error> {
-    let io = |error| Error::Io { path: path.to_owned(), error };
+/// # Errors
+/// A file that cannot be opened, and anything but a regular file.
+pub fn map_file(path: &Path) -> Result<SharedBytes, Error> {
+    let io = |error| Error::Read { path: path.to_owned(), error };
     if !std::fs::metadata(path).map_err(io)?.is_file() {
         return Err(Error::NotAModel { path: path.to_owned(), reason: "it is not a regular file".to_owned() });
     }
@@ -46,9 +47,12 @@ pub(crate) fn map_file(path: &Path) -> Result<SharedBytes, Error> {
     Ok(SharedBytes::new(Arc::new(MappedFile(map))))
 }
 
-/// Reads and parses a JSON file. Errors name the file.
-pub(crate) fn read_json(path: &Path) -> Result<Value, Error> {
-    let io = |error| Error::Io { path: path.to_owned(), error };
+/// Reads and parses a JSON file.
+///
+/// # Errors
+/// A file that cannot be read, is larger than any JSON file in use, or is no JSON; the file is named.
+pub fn read_json(path: &Path) -> Result<Value, Error> {
+    let io = |error| Error::Read { path: path.to_owned(), error };
     let bytes = std::fs::metadata(path).map_err(io)?.len();
     if bytes > MAX_JSON_BYTES {
         return Err(Error::FileTooLarge { bytes, limit: MAX_JSON_BYTES }.at(path));

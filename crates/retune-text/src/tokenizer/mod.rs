@@ -14,13 +14,13 @@ mod pre_tokenizer;
 use std::ops::Range;
 use std::path::Path;
 
+use retune_formats::gguf::Metadata;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use tokenizers::{Encoding, PostProcessor};
 
 use crate::chat_template::ChatTemplate;
 use crate::error::Error;
-use crate::gguf::Metadata;
 use backend::{Backend, ExtraToken, guarded};
 pub use decode_stream::DecodeStream;
 
