@@ -1,19 +1,32 @@
-"""Shared by the golden makers: a float64 reference run of small transformers models.
+"""Shared by the golden makers: a float64 reference run of small transformers models, and of PEFT adapters on them.
 
 transformers casts to float32 inside its norms and its attention softmax whatever the model's type; `float64_inside` undoes
 that, so that what is written is the mathematical result rounded once to float32. Only the rotary angles' cosines and sines
 are computed in float32, as every user of transformers gets them.
+
+A full fine-tuning case holds config.json, model.safetensors and golden.safetensors; an adapter case holds base.txt (the
+name of the case whose model it adapts), adapter/ as peft saves it, and golden.safetensors:
+  input_ids, labels   [tokens] int64, all sequences laid end to end; labels[t] is the token at t (-100: ignored)
+  sequence_lengths    [n] int64; each sequence is run alone, positions from 0; its first token is never predicted
+  logits              [tokens, vocab]
+  loss                [1], summed cross-entropy of all predicted labels over their count
+  grad.<name>         of that loss; the parameter's name in transformers, or its key in adapter_model.safetensors
 """
 
+import json
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import shutil
+import sys
+import zlib
 from pathlib import Path
 
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 
 torch.set_num_threads(1)
 GOLDENS = Path(__file__).resolve().parent.parent / "crates" / "retune-model" / "tests" / "goldens"
@@ -32,6 +45,9 @@ class Float64Torch:
 def float64_inside(*modules):
     for module in modules:
         module.torch = Float64Torch()
+        for norm in vars(module).values():
+            if isinstance(norm, type) and hasattr(norm, "_norm"):  # Gemma's, which call `.float()`
+                norm.forward = lambda self, x: self._norm(x) * (1.0 + self.weight)
 
 
 def fresh(path):
@@ -49,10 +65,45 @@ def batch(vocab, seed, lengths=LENGTHS):
     return ids, labels
 
 
+def randomise(parameters, seed, norm=1.0):
+    """Normal values of deviation 0.2; norm weights around `norm`."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in parameters:
+        noise = 0.2 * torch.randn(parameter.shape, generator=generator)
+        parameter.data = norm + noise if parameter.ndim == 1 and name.endswith("weight") else noise
+
+
+def seed_of(name):
+    """The same however many cases there are."""
+    return zlib.crc32(name.encode())
+
+
+def random_model(config, seed):
+    """A model of the config's family, and float64 inside that family from here on."""
+    config._attn_implementation = "eager"
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    float64_inside(sys.modules[type(model).__module__])
+    plus_one = any(hasattr(module, "_norm") for module in model.modules())
+    randomise(model.named_parameters(), seed, norm=0.0 if plus_one else 1.0)
+    return model
+
+
+def load(case):
+    return AutoModelForCausalLM.from_pretrained(GOLDENS / case, dtype=torch.float32, attn_implementation="eager")
+
+
+def forward(model, ids):
+    """Logits of one sequence, from the frequencies of a new model: "dynamic" ones stay at those of the longest one before."""
+    for module in model.modules():
+        if getattr(module, "rope_type", None) == "dynamic":
+            module.inv_freq, module.max_seq_len_cached = module.original_inv_freq, module.original_max_seq_len
+    return model(input_ids=ids[None], use_cache=False).logits[0]
+
+
 def run(model, ids, labels, lengths=LENGTHS):
     """Logits [tokens, vocab] and mean cross-entropy over the predicted labels, each sequence run alone; fills `.grad`."""
     model.double().eval()
-    logits = [model(input_ids=s[None], use_cache=False).logits[0] for s in ids.split(lengths)]
+    logits = [forward(model, s) for s in ids.split(lengths)]
     pairs = [(out[:-1], target[1:]) for out, target in zip(logits, labels.split(lengths))]
     loss = torch.nn.functional.cross_entropy(
         torch.cat([p[0] for p in pairs]), torch.cat([p[1] for p in pairs]), ignore_index=-100
@@ -65,9 +116,38 @@ def run(model, ids, labels, lengths=LENGTHS):
     return logits, loss.detach().reshape(1)
 
 
-def write(path, ids, labels, logits, loss, grads=None, lengths=LENGTHS):
-    """golden.safetensors: the inputs, and the reference's results in float32."""
+def write(path, ids, labels, logits, loss, grads=None, lengths=LENGTHS, **more):
+    """golden.safetensors: the inputs, and the reference's results in float32; `more` as they are."""
     tensors = {"logits": logits, "loss": loss} | {f"grad.{k}": v for k, v in (grads or {}).items()}
     tensors = {k: v.float().contiguous().clone() for k, v in tensors.items()}
-    tensors |= {"input_ids": ids, "labels": labels, "sequence_lengths": torch.tensor(lengths)}
+    tensors |= {"input_ids": ids, "labels": labels, "sequence_lengths": torch.tensor(lengths)} | more
     save_file(tensors, path)
+
+
+def sort_lists(file):
+    """peft writes its lists of modules in the order of a Python set, another one in each process."""
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({k: sorted(v) if isinstance(v, list) else v for k, v in config.items()}, indent=2) + "\n")
+
+
+def make_adapter(case, base, settings, seed):
+    folder = fresh(GOLDENS / case)
+    model = get_peft_model(load(base), LoraConfig(task_type="CAUSAL_LM", **settings))
+    trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    randomise(trainable, seed)
+    model.peft_config["default"].base_model_name_or_path = base
+    model.save_pretrained(folder / "adapter", save_embedding_layers=False)
+    (folder / "adapter" / "README.md").unlink()
+    sort_lists(folder / "adapter" / "adapter_config.json")
+    (folder / "base.txt").write_text(base + "\n")
+    ids, labels = batch(model.config.get_text_config().vocab_size, seed)
+    logits, loss = run(model, ids, labels)
+    grads = model.state_dict() | {n: p.grad for n, p in trainable}
+    grads = get_peft_model_state_dict(model, state_dict=grads, save_embedding_layers=False)
+    assert len(grads) == len(trainable), (sorted(grads), [n for n, _ in trainable])
+    write(folder / "golden.safetensors", ids, labels, logits, loss, grads)
+    again, _ = run(PeftModel.from_pretrained(load(base), folder / "adapter"), ids, labels)
+    untouched, _ = run(load(base), ids, labels)
+    assert torch.equal(again, logits), f"{case}: peft reads back something else"
+    assert (untouched - logits).abs().max() > 0.1
+    print(f"{case}: loss {loss.item():.4f}, {len(trainable)} tensors")

@@ -1,4 +1,4 @@
-"""What the GGUF goldens share: a llama GGUF file's weights and tokenizer as transformers and tokenizers have them."""
+"""What the GGUF goldens share: a GGUF file's weights (llama, gemma3) and tokenizer as transformers and tokenizers have them."""
 
 import torch
 from gguf import TokenType, quants
@@ -7,6 +7,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 INNER = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
          "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
          "ffn_down": "mlp.down_proj", "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+GEMMA3_INNER = INNER | {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm",
+                        "post_attention_norm": "post_attention_layernorm", "ffn_norm": "pre_feedforward_layernorm",
+                        "post_ffw_norm": "post_feedforward_layernorm"}
 OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
                   r"|\s*[\r\n]+|\s+(?!\S)|\s+")
@@ -27,8 +30,11 @@ def field(reader, key, default=None):
 
 
 def weights(reader):
-    """State dict of the LlamaForCausalLM in the file, dequantized to float32 (a tied head is left out)."""
-    heads = {"attn_q": field(reader, "llama.attention.head_count"), "attn_k": field(reader, "llama.attention.head_count_kv")}
+    """State dict of the LlamaForCausalLM or Gemma3ForCausalLM in the file, dequantized to float32 (a tied head is left out)."""
+    gemma3 = field(reader, "general.architecture") == "gemma3"
+    inner, heads = GEMMA3_INNER if gemma3 else INNER, {}
+    if not gemma3:
+        heads = {"attn_q": field(reader, "llama.attention.head_count"), "attn_k": field(reader, "llama.attention.head_count_kv")}
     state = {}
     for tensor in reader.tensors:
         name = tensor.name.removesuffix(".weight")
@@ -40,7 +46,9 @@ def weights(reader):
         else:
             _, layer, kind = name.split(".")
             value = unpermute(value, heads[kind]) if kind in heads else value
-            name = f"model.layers.{layer}.{INNER[kind]}"
+            name = f"model.layers.{layer}.{inner[kind]}"
+        if gemma3 and name.endswith("norm"):  # llama.cpp's converter adds the 1 of 1 + weight
+            value = value - 1
         state[f"{name}.weight"] = torch.from_numpy(value.copy())
     return state
 

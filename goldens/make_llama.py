@@ -2,26 +2,17 @@
 transformers + peft compute with them in float64.
 
     python goldens/make_llama.py            (torch, transformers, peft, safetensors)
-
-A full fine-tuning case holds config.json, model.safetensors and golden.safetensors; an adapter case holds base.txt (the
-name of the case whose model it adapts), adapter/ as peft saves it, and golden.safetensors:
-  input_ids, labels   [tokens] int64, all sequences laid end to end; labels[t] is the token at t (-100: ignored)
-  sequence_lengths    [n] int64; each sequence is run alone, positions from 0; its first token is never predicted
-  logits              [tokens, vocab]
-  loss                [1], summed cross-entropy of all predicted labels over their count
-  grad.<name>         of that loss; the parameter's name in transformers, or its key in adapter_model.safetensors
 """
 
 import json
 import warnings
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig
 from transformers.models.llama import modeling_llama
 from transformers.models.mistral import modeling_mistral
 
-from common import GOLDENS, batch, float64_inside, fresh, run, write
+from common import GOLDENS, batch, float64_inside, fresh, make_adapter, randomise, run, write
 
 SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
              vocab_size=96, max_position_embeddings=512, rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2)
@@ -67,15 +58,8 @@ ADAPTERS = {
     "lora_bias_all": ("llama_bias", dict(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj", "down_proj"], bias="all")),
     "lora_bias_lora_only": ("llama_bias", dict(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj", "down_proj"],
                                                bias="lora_only")),
+    "mistral_lora_all": ("mistral_window", dict(r=2, lora_alpha=4, target_modules="all-linear")),
 }
-
-
-def randomise(parameters, seed):
-    """Normal values of deviation 0.2; norm weights around 1."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in parameters:
-        noise = 0.2 * torch.randn(parameter.shape, generator=generator)
-        parameter.data = 1 + noise if "norm" in name else noise
 
 
 def make_model(case, config, seed):
@@ -104,39 +88,6 @@ def make_old_config(file, keys):
     (GOLDENS / file).write_text(text)
     after = type(before)(**json.loads(text))
     assert before.rope_parameters.items() <= after.rope_parameters.items(), (after.rope_parameters, before.rope_parameters)
-
-
-def load(case):
-    return AutoModelForCausalLM.from_pretrained(GOLDENS / case, dtype=torch.float32, attn_implementation="eager")
-
-
-def sort_lists(file):
-    """peft writes its lists of modules in the order of a Python set, another one in each process."""
-    config = json.loads(file.read_text())
-    file.write_text(json.dumps({k: sorted(v) if isinstance(v, list) else v for k, v in config.items()}, indent=2) + "\n")
-
-
-def make_adapter(case, base, settings, seed):
-    folder = fresh(GOLDENS / case)
-    model = get_peft_model(load(base), LoraConfig(task_type="CAUSAL_LM", **settings))
-    trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    randomise(trainable, seed)
-    model.peft_config["default"].base_model_name_or_path = base
-    model.save_pretrained(folder / "adapter", save_embedding_layers=False)
-    (folder / "adapter" / "README.md").unlink()
-    sort_lists(folder / "adapter" / "adapter_config.json")
-    (folder / "base.txt").write_text(base + "\n")
-    ids, labels = batch(model.config.vocab_size, seed)
-    logits, loss = run(model, ids, labels)
-    grads = model.state_dict() | {n: p.grad for n, p in trainable}
-    grads = get_peft_model_state_dict(model, state_dict=grads, save_embedding_layers=False)
-    assert len(grads) == len(trainable), (sorted(grads), [n for n, _ in trainable])
-    write(folder / "golden.safetensors", ids, labels, logits, loss, grads)
-    again, _ = run(PeftModel.from_pretrained(load(base), folder / "adapter"), ids, labels)
-    untouched, _ = run(load(base), ids, labels)
-    assert torch.equal(again, logits), f"{case}: peft reads back something else"
-    assert (untouched - logits).abs().max() > 0.1
-    print(f"{case}: loss {loss.item():.4f}, {len(trainable)} tensors")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use crate::error::Error;
 use crate::files::AdapterFile;
 use crate::names::{self, Key, Part, trained_biases};
-use crate::targets::{LinearModule, LoraTarget, saved_by, select};
+use crate::targets::{BaseModules, LoraTarget, saved_by, select};
 
 /// How many tensors an error names before it only counts.
 const NAMED: usize = 3;
@@ -17,7 +17,7 @@ const NAMED: usize = 3;
 /// # Errors
 /// [`Error::Shape`], [`Error::Length`], [`Error::NotFinite`], [`Error::MissingTensors`], [`Error::UnexpectedTensors`], and what
 /// [`select`] and the configuration's check say.
-pub fn check_against(file: &AdapterFile, modules: &[LinearModule<'_>]) -> Result<Vec<LoraTarget>, Error> {
+pub fn check_against(file: &AdapterFile, modules: &BaseModules<'_>) -> Result<Vec<LoraTarget>, Error> {
     file.config.check()?;
     let targets = select(&file.config, modules)?;
     let required = required(file, modules, &targets);
@@ -62,7 +62,7 @@ pub fn check_against(file: &AdapterFile, modules: &[LinearModule<'_>]) -> Result
 }
 
 /// The tensors that must be there, with their shapes.
-fn required(file: &AdapterFile, modules: &[LinearModule<'_>], targets: &[LoraTarget]) -> BTreeMap<String, Vec<usize>> {
+fn required(file: &AdapterFile, modules: &BaseModules<'_>, targets: &[LoraTarget]) -> BTreeMap<String, Vec<usize>> {
     let mut shapes = BTreeMap::new();
     for target in targets {
         shapes.insert(names::lora_a(&target.module), vec![target.r, target.in_features]);
@@ -75,7 +75,7 @@ fn required(file: &AdapterFile, modules: &[LinearModule<'_>], targets: &[LoraTar
 }
 
 /// For a tensor that may be there: its module, and its shape where that is known.
-fn optional(file: &AdapterFile, modules: &[LinearModule<'_>], key: &str) -> Option<(String, Option<Vec<usize>>)> {
+fn optional(file: &AdapterFile, modules: &BaseModules<'_>, key: &str) -> Option<(String, Option<Vec<usize>>)> {
     let Key::Part(module, part) = names::parse(key) else {
         return None;
     };
@@ -87,12 +87,12 @@ fn optional(file: &AdapterFile, modules: &[LinearModule<'_>], key: &str) -> Opti
         Part::Weight | Part::Bias => {
             saved_by(&file.config, &module)?;
             linear.map(|linear| match part {
-                Part::Weight => vec![linear.out_features, linear.in_features],
+                Part::Weight => linear.weight_shape(),
                 _ => vec![linear.out_features],
             })
         }
         // The base's own weight beside an adapted head: of use only when it was resized, and then its shape tells.
-        Part::BaseWeight => Some(linear.map(|linear| vec![linear.out_features, linear.in_features])?),
+        Part::BaseWeight => Some(linear?.weight_shape()),
         Part::LoraA | Part::LoraB => return None,
     };
     Some((module, shape))

@@ -95,6 +95,32 @@ pub enum Error {
     )]
     MissingTensors { keys: String },
 
+    /// The head of a model that has none of its own.
+    #[error(
+        "modules_to_save names {head}, but this model's head is its embedding table (tie_word_embeddings); take {head} out of modules_to_save"
+    )]
+    TiedHeadSaved { head: String },
+
+    /// Dropout where it is not applied.
+    #[error("lora_dropout is not applied to an adapter on lm_head; set it to 0, or take lm_head out of target_modules")]
+    HeadDropout,
+
+    /// A trainable tensor that the adapter's file lacks.
+    #[error("the adapter has no tensor {name}; its file and its configuration do not belong together: save it again")]
+    TensorMissing { name: String },
+
+    /// A tensor of the adapter with another shape than the base needs.
+    #[error(
+        "the adapter's tensor {name} has the shape {found:?}, this base needs {expected:?}: it was made for another model"
+    )]
+    TensorShape { name: String, found: Vec<usize>, expected: Vec<usize> },
+
+    /// A tensor of the adapter that nothing of the model uses.
+    #[error(
+        "the adapter's tensor {name} belongs to nothing in this model: it was made for another model, or by an unknown method"
+    )]
+    TensorUnknown { name: String },
+
     /// The file holds tensors that have no place in this model.
     #[error("the adapter holds {keys}, which have no place in this model. {advice}")]
     UnexpectedTensors { keys: String, advice: &'static str },

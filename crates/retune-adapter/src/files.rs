@@ -17,7 +17,7 @@ use crate::config::LoraConfig;
 use crate::error::Error;
 use crate::names::{self, Key, Part};
 use crate::peft_config;
-use crate::targets::LinearModule;
+use crate::targets::BaseModules;
 
 /// Name of the configuration's file.
 pub const CONFIG_FILE: &str = "adapter_config.json";
@@ -62,7 +62,7 @@ impl AdapterFile {
     ///
     /// # Errors
     /// What [`check_against`] finds; what the system refuses. The files that were there before are untouched then, unless a rename itself failed.
-    pub fn write(&self, dir: &Path, modules: &[LinearModule<'_>]) -> Result<(), Error> {
+    pub fn write(&self, dir: &Path, modules: &BaseModules<'_>) -> Result<(), Error> {
         let targets = check_against(self, modules)?;
         let (config_path, weights_path) = (dir.join(CONFIG_FILE), dir.join(WEIGHTS_FILE));
         let config = peft_config::to_json(&self.config, self.base_model.as_deref(), &targets, modules)
@@ -145,14 +145,14 @@ fn damaged(path: &Path, error: retune_formats::Error) -> Error {
 pub(crate) mod tests {
     use super::*;
     use crate::names::trained_biases;
-    use crate::random;
     use crate::targets::resolve;
     use crate::test_model::{tiny_llama, tiny_llama_with_biases};
     use ::safetensors::SafeTensors;
+    use retune_kernels::random;
     use serde_json::{Value, json};
 
     /// An adapter with a value in every tensor that its configuration asks for.
-    pub(crate) fn adapter(config: Value, modules: &[LinearModule<'_>]) -> AdapterFile {
+    pub(crate) fn adapter(config: Value, modules: &BaseModules<'_>) -> AdapterFile {
         let config: LoraConfig = serde_json::from_value(config).unwrap();
         let targets = resolve(&config, modules).unwrap();
         let mut tensors = Tensors::new();

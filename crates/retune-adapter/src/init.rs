@@ -1,34 +1,33 @@
 //! How A and B start. Each element depends on the seed, the module's name and its place alone, so that the order of modules and the
 //! number of threads do not matter, and a machine's mathematics library neither.
 
+use retune_kernels::random;
+
 use crate::config::InitLoraWeights;
-use crate::random;
-use crate::targets::LoraTarget;
 
 /// Fills A, [r, in], and B, [out, r], row-major, as PEFT initialises them (its random numbers are others).
 ///
 /// # Panics
-/// When `a` or `b` has another length than the target says.
-pub fn init_lora(target: &LoraTarget, init: &InitLoraWeights, seed: u64, a: &mut [f32], b: &mut [f32]) {
-    assert_eq!(a.len(), target.r * target.in_features, "A of {}", target.module);
-    assert_eq!(b.len(), target.out_features * target.r, "B of {}", target.module);
-    let module = random::derive(random::derive(0, seed), random::hash(&target.module));
+/// When `r` is 0.
+pub fn init_lora(module: &str, r: usize, init: &InitLoraWeights, seed: u64, a: &mut [f32], b: &mut [f32]) {
+    let in_features = a.len() / r;
+    let module = random::derive(random::derive(0, seed), random::hash(module));
     let (key_a, key_b) = (random::derive(module, 0), random::derive(module, 1));
     match init {
         InitLoraWeights::Kaiming => {
-            uniform(key_a, target.in_features, a);
+            uniform(key_a, in_features, a);
             b.fill(0.0);
         }
         InitLoraWeights::Gaussian => {
-            let deviation = 1.0 / target.r as f64;
+            let deviation = 1.0 / r as f64;
             for (i, value) in a.iter_mut().enumerate() {
                 *value = (random::normal(key_a, i as u64) * deviation) as f32;
             }
             b.fill(0.0);
         }
         InitLoraWeights::LinearDefault => {
-            uniform(key_a, target.in_features, a);
-            uniform(key_b, target.r, b);
+            uniform(key_a, in_features, a);
+            uniform(key_b, r, b);
         }
     }
 }
@@ -45,13 +44,9 @@ fn uniform(key: u64, fan_in: usize, values: &mut [f32]) {
 mod tests {
     use super::*;
 
-    fn target(module: &str) -> LoraTarget {
-        LoraTarget { module: module.to_owned(), r: 16, alpha: 32.0, scaling: 2.0, in_features: 576, out_features: 192 }
-    }
-
     fn start(module: &str, init: InitLoraWeights, seed: u64) -> (Vec<f32>, Vec<f32>) {
         let (mut a, mut b) = (vec![f32::NAN; 16 * 576], vec![f32::NAN; 192 * 16]);
-        init_lora(&target(module), &init, seed, &mut a, &mut b);
+        init_lora(module, 16, &init, seed, &mut a, &mut b);
         (a, b)
     }
 

@@ -3,7 +3,7 @@
 //! PEFT wraps the model twice, so every key starts with "base_model.model."; what follows is the module's own name.
 
 use crate::config::{Bias, LoraConfig};
-use crate::targets::{LinearModule, LoraTarget, saved_by};
+use crate::targets::{BaseModules, LoraTarget, saved_by};
 
 const PREFIX: &str = "base_model.model.";
 
@@ -27,33 +27,36 @@ pub fn trained_bias(module: &str, adapted: bool) -> String {
     if adapted { format!("{PREFIX}{module}.base_layer.bias") } else { format!("{PREFIX}{module}.bias") }
 }
 
+/// Key of the bias of a module that is trained and saved whole.
+pub fn saved_bias(module: &str) -> String {
+    format!("{PREFIX}{module}.bias")
+}
+
 /// A bias of the base model that is trained beside the adapters.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BiasTarget {
     /// Full name of the module.
     pub module: String,
-    /// Number of values: the module's `out_features`.
+    /// Number of values: the module's `out_features`, or a norm's width.
     pub len: usize,
     /// Key in the adapter's file.
     pub key: String,
 }
 
-/// The biases that `bias: all` or `bias: lora_only` trains, in the modules' order. A module saved whole keeps its bias in itself.
-pub fn trained_biases(config: &LoraConfig, modules: &[LinearModule<'_>], targets: &[LoraTarget]) -> Vec<BiasTarget> {
+/// The biases that `bias: all` or `bias: lora_only` trains: the linears' in their order, then the norms'. A module saved whole keeps its
+/// bias in itself.
+pub fn trained_biases(config: &LoraConfig, modules: &BaseModules<'_>, targets: &[LoraTarget]) -> Vec<BiasTarget> {
+    let linears = modules.linears.iter().filter(|module| module.has_bias).map(|m| (m.name, m.out_features));
     let mut biases = Vec::new();
-    for module in modules.iter().filter(|module| module.has_bias) {
-        let adapted = targets.iter().any(|target| target.module == module.name);
+    for (module, len) in linears.chain(modules.biased_norms.iter().copied()) {
+        let adapted = targets.iter().any(|target| target.module == module);
         let trained = match config.bias {
             Bias::None => false,
             Bias::LoraOnly => adapted,
-            Bias::All => adapted || saved_by(config, module.name).is_none(),
+            Bias::All => adapted || saved_by(config, module).is_none(),
         };
         if trained {
-            biases.push(BiasTarget {
-                module: module.name.to_owned(),
-                len: module.out_features,
-                key: trained_bias(module.name, adapted),
-            });
+            biases.push(BiasTarget { module: module.to_owned(), len, key: trained_bias(module, adapted) });
         }
     }
     biases

@@ -7,7 +7,7 @@ use serde_json::{Map, Value, json};
 
 use crate::config::{Bias, LoraConfig, ModuleSelection};
 use crate::error::Error;
-use crate::targets::{LinearModule, LoraTarget, last_component};
+use crate::targets::{BaseModules, LoraTarget, last_component};
 
 /// The keys that mean the same here.
 const FIELDS: [&str; 12] = [
@@ -157,7 +157,7 @@ pub(crate) fn to_json(
     config: &LoraConfig,
     base_model: Option<&str>,
     targets: &[LoraTarget],
-    modules: &[LinearModule<'_>],
+    modules: &BaseModules<'_>,
 ) -> Result<String, serde_json::Error> {
     let mut keys: BTreeMap<&str, Value> = BTreeMap::new();
     keys.insert("peft_type", json!("LORA"));
@@ -167,7 +167,9 @@ pub(crate) fn to_json(
     keys.insert("lora_alpha", number(config.lora_alpha));
     keys.insert("lora_dropout", json!(config.lora_dropout));
     keys.insert("bias", json!(config.bias.as_str()));
-    keys.insert("fan_in_fan_out", json!(false));
+    // PEFT wants to be told that the adapted weights are stored as [in, out].
+    let is_transposed = |target: &LoraTarget| modules.iter().any(|m| m.name == target.module && m.is_transposed);
+    keys.insert("fan_in_fan_out", json!(targets.iter().any(is_transposed)));
     keys.insert("inference_mode", json!(true));
     let saved = Some(&config.modules_to_save).filter(|names| !names.is_empty());
     keys.insert("modules_to_save", json!(saved));
@@ -214,7 +216,7 @@ fn number(value: f64) -> Value {
 }
 
 /// Names that select the targets and nothing else, sorted: the last component where all modules with it are targets, else the full name.
-fn shortest_names(targets: &[LoraTarget], modules: &[LinearModule<'_>]) -> Vec<String> {
+fn shortest_names(targets: &[LoraTarget], modules: &BaseModules<'_>) -> Vec<String> {
     let is_target = |name: &str| targets.iter().any(|target| target.module == name);
     let mut names: Vec<String> = targets
         .iter()

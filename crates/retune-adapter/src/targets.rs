@@ -5,6 +5,9 @@
 //! Where PEFT stays silent about an entry without effect, [`resolve`] is strict; [`select`] is for adapters that PEFT has written.
 
 use std::collections::BTreeSet;
+use std::ops::Deref;
+
+use retune_engine::spec::{ModelSpec, Module};
 
 use crate::config::{Bias, LoraConfig, ModuleSelection};
 use crate::error::Error;
@@ -24,6 +27,56 @@ pub struct LinearModule<'a> {
     pub has_bias: bool,
     /// Whether it is the output head, which "all-linear" leaves out.
     pub is_output_head: bool,
+    /// Whether files hold its weight as [in_features, out_features] (GPT-2's Conv1D).
+    pub is_transposed: bool,
+}
+
+impl LinearModule<'_> {
+    /// The shape of its weight in files.
+    pub(crate) fn weight_shape(&self) -> Vec<usize> {
+        if self.is_transposed {
+            vec![self.in_features, self.out_features]
+        } else {
+            vec![self.out_features, self.in_features]
+        }
+    }
+}
+
+/// What of a base model an adapter can be about.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct BaseModules<'a> {
+    /// The linear modules, in the order of the forward, the head last.
+    pub linears: Vec<LinearModule<'a>>,
+    /// The norms that have a bias, and its length.
+    pub biased_norms: Vec<(&'a str, usize)>,
+}
+
+impl<'a> BaseModules<'a> {
+    /// Those of a model.
+    pub fn of(spec: &'a ModelSpec) -> Self {
+        let head = &spec.head.linear.name;
+        let linears = spec.linears().map(|linear| LinearModule {
+            name: &linear.name,
+            in_features: linear.cols,
+            out_features: linear.rows,
+            has_bias: linear.bias,
+            is_output_head: linear.name == *head,
+            is_transposed: linear.transposed,
+        });
+        let norms = spec.modules().into_iter().filter_map(|module| match module {
+            Module::Norm(norm) if norm.has_bias() => Some((norm.name.as_str(), norm.width)),
+            _ => None,
+        });
+        Self { linears: linears.collect(), biased_norms: norms.collect() }
+    }
+}
+
+impl<'a> Deref for BaseModules<'a> {
+    type Target = [LinearModule<'a>];
+
+    fn deref(&self) -> &Self::Target {
+        &self.linears
+    }
 }
 
 /// A module with a LoRA adapter: A is [r, in_features], B is [out_features, r].
@@ -33,8 +86,6 @@ pub struct LoraTarget {
     pub module: String,
     /// Rank.
     pub r: usize,
-    /// Alpha.
-    pub alpha: f32,
     /// What B·A is multiplied by: alpha / r, or alpha / sqrt(r) with rsLoRA.
     pub scaling: f32,
     /// Columns of the module's weight.
@@ -147,7 +198,6 @@ impl Selector {
         Ok(LoraTarget {
             module: module.name.to_owned(),
             r,
-            alpha: alpha as f32,
             scaling: (alpha / divisor) as f32,
             in_features: module.in_features,
             out_features: module.out_features,
@@ -226,7 +276,7 @@ fn is_name_or_end(name: &str, entry: &str) -> bool {
 /// # Errors
 /// What [`LoraConfig::check`] finds; [`Error::NoTarget`] and [`Error::UnknownModule`] with the nearest names;
 /// [`Error::SavedAndAdapted`]; [`Error::ShadowedPattern`]; [`Error::NoBias`]; [`Error::Config`] for layers without effect.
-pub fn resolve(config: &LoraConfig, modules: &[LinearModule<'_>]) -> Result<Vec<LoraTarget>, Error> {
+pub fn resolve(config: &LoraConfig, modules: &BaseModules<'_>) -> Result<Vec<LoraTarget>, Error> {
     config.check()?;
     let selector = Selector::new(config)?;
     check_entries("target_modules", &config.target_modules, modules)?;
@@ -417,7 +467,7 @@ fn check_each_counts<'p>(
     Ok(())
 }
 
-fn check_bias(config: &LoraConfig, modules: &[LinearModule<'_>], targets: &[LoraTarget]) -> Result<(), Error> {
+fn check_bias(config: &LoraConfig, modules: &BaseModules<'_>, targets: &[LoraTarget]) -> Result<(), Error> {
     const REMOVE: &str = "Set it to none, or remove it";
     if config.bias == Bias::None || !trained_biases(config, modules, targets).is_empty() {
         return Ok(());
@@ -666,9 +716,9 @@ mod tests {
             config(json!({"target_modules": ["q_proj", "v_proj"], "r": 4, "lora_alpha": 16, "use_rslora": true,
             "alpha_pattern": {"v_proj": 32}, "rank_pattern": {"layers.0.self_attn.q_proj": 16}}));
         let targets = resolve(&config, &tiny_llama()).unwrap();
-        let found: Vec<_> = targets.iter().map(|t| (t.r, t.alpha, t.scaling)).collect();
-        let (q, v) = ((4, 16.0, 8.0), (4, 32.0, 16.0));
-        assert_eq!(found, [(16, 16.0, 4.0), v, q, v, q, v]);
+        let found: Vec<_> = targets.iter().map(|t| (t.r, t.scaling)).collect();
+        let (q, v) = ((4, 8.0), (4, 16.0));
+        assert_eq!(found, [(16, 4.0), v, q, v, q, v]);
         let plain = LoraConfig { use_rslora: false, ..config };
         assert_eq!(resolve(&plain, &tiny_llama()).unwrap()[0].scaling, 1.0);
         assert_eq!((targets[1].in_features, targets[1].out_features), (32, 16));
@@ -748,17 +798,15 @@ mod tests {
             assert_eq!(resolve(&config(value), &tiny_llama()).unwrap().len(), 21);
         }
         let mut modules = tiny_llama();
-        modules.push(LinearModule { name: "model.h.0.attn.q_proj", ..MODULES[0] });
+        modules.linears.push(LinearModule { name: "model.h.0.attn.q_proj", ..MODULES[0] });
         let value = json!({"target_modules": ["q_proj"], "layers_to_transform": 0, "layers_pattern": ["layers", "h"]});
         assert_eq!(resolve(&config(value), &modules).unwrap().len(), 2);
     }
 
     #[test]
     fn a_bias_that_trains_none_is_refused() {
-        let on_k: Vec<LinearModule<'_>> = tiny_llama()
-            .into_iter()
-            .map(|module| LinearModule { has_bias: module.name.ends_with("k_proj"), ..module })
-            .collect();
+        let mut on_k = tiny_llama();
+        on_k.linears.iter_mut().for_each(|module| module.has_bias = module.name.ends_with("k_proj"));
         let nowhere = "has no effect: no linear module of this model has a bias. Set it to none, or remove it";
         let elsewhere =
             "none of the adapted modules has a bias; those that have one are k_proj (3). Adapt one of these";

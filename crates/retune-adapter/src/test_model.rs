@@ -1,9 +1,9 @@
 //! The linear modules of a tiny Llama model, for the tests of this crate.
 
-use crate::targets::LinearModule;
+use crate::targets::{BaseModules, LinearModule};
 
 const fn module(name: &'static str, in_features: usize, out_features: usize) -> LinearModule<'static> {
-    LinearModule { name, in_features, out_features, has_bias: false, is_output_head: false }
+    LinearModule { name, in_features, out_features, has_bias: false, is_output_head: false, is_transposed: false }
 }
 
 /// Three layers, hidden size 32, MLP of 48, keys and values of 16, a vocabulary of 64.
@@ -29,14 +29,22 @@ pub(crate) const MODULES: [LinearModule<'static>; 22] = [
     module("model.layers.2.mlp.gate_proj", 32, 48),
     module("model.layers.2.mlp.up_proj", 32, 48),
     module("model.layers.2.mlp.down_proj", 48, 32),
-    LinearModule { name: "lm_head", in_features: 32, out_features: 64, has_bias: false, is_output_head: true },
+    LinearModule {
+        name: "lm_head",
+        in_features: 32,
+        out_features: 64,
+        has_bias: false,
+        is_output_head: true,
+        is_transposed: false,
+    },
 ];
 
-pub(crate) fn tiny_llama() -> Vec<LinearModule<'static>> {
-    MODULES.to_vec()
+pub(crate) fn tiny_llama() -> BaseModules<'static> {
+    BaseModules { linears: MODULES.to_vec(), biased_norms: Vec::new() }
 }
 
 /// The same model with a bias on every linear module but the head.
-pub(crate) fn tiny_llama_with_biases() -> Vec<LinearModule<'static>> {
-    MODULES.iter().map(|module| LinearModule { has_bias: !module.is_output_head, ..*module }).collect()
+pub(crate) fn tiny_llama_with_biases() -> BaseModules<'static> {
+    let biased = |module: &LinearModule<'static>| LinearModule { has_bias: !module.is_output_head, ..*module };
+    BaseModules { linears: MODULES.iter().map(biased).collect(), biased_norms: Vec::new() }
 }

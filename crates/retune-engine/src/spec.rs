@@ -1,7 +1,7 @@
 //! What a model computes, as data: the engine runs any of these and knows no family.
 //!
-//! Names are transformers', so that the tensors a file must have, the modules an adapter may target, PEFT's keys and an export's tensors
-//! are all one walk over the same description.
+//! Names are transformers', so that the tensors a file must have, the modules an adapter may target, the keys of an adapter's file and an
+//! export's tensors are all one walk over the same description.
 
 use std::borrow::Cow;
 
@@ -84,6 +84,22 @@ pub struct Attention {
     pub scale: f32,
     /// Scores become `cap · tanh(score / cap)`.
     pub soft_cap: Option<f32>,
+    /// Factor on rotated queries that grows with their position.
+    pub query_scale: Option<QueryScale>,
+}
+
+/// `1 + beta · ln(1 + ⌊position / original⌋)`: attention that stays sharp beyond the length a model was first trained at.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct QueryScale {
+    pub beta: f32,
+    pub original: usize,
+}
+
+impl QueryScale {
+    /// The factor at a position.
+    pub fn at(&self, position: u32) -> f32 {
+        1.0 + self.beta * ((1 + position as usize / self.original) as f32).ln()
+    }
 }
 
 /// Where queries, keys and values lie in a row of the inputs' output.
@@ -116,7 +132,7 @@ pub struct Linear {
     /// Input features.
     pub cols: usize,
     pub bias: bool,
-    /// Whether files hold the weight as `[in, out]` (GPT-2's Conv1D).
+    /// Whether files hold the weight as `[in, out]`.
     pub transposed: bool,
 }
 
@@ -238,11 +254,11 @@ impl Rope {
         Self { frequencies, factor: 1.0, long: None }
     }
 
-    /// The frequencies for a row of `length` tokens; borrowed where they are the usual ones.
+    /// The frequencies for a row of `length` tokens; borrowed where they are given.
     pub fn frequencies_at(&self, length: usize) -> Cow<'_, [f64]> {
         match &self.long {
             Some(long) if length > long.beyond => match &long.frequencies {
-                LongFrequencies::Fixed(frequencies) => Cow::Owned(frequencies.clone()),
+                LongFrequencies::Fixed(frequencies) => Cow::Borrowed(frequencies),
                 LongFrequencies::Dynamic { theta, factor } => {
                     let d = 2 * self.frequencies.len();
                     let stretch = factor * length as f64 / long.beyond as f64 - (factor - 1.0);
@@ -337,9 +353,34 @@ impl ModelSpec {
         in_blocks.chain([&self.head.linear])
     }
 
+    /// Names of the norm weights and biases in the order of the forward: a vector's place here is its number everywhere.
+    pub fn vectors(&self) -> Vec<String> {
+        let is_vector = |(name, shape): (String, Vec<usize>)| (shape.len() == 1).then_some(name);
+        self.tensors().into_iter().filter_map(is_vector).collect()
+    }
+
     /// All sub-layers, in the order of the forward.
     pub fn sub_layers(&self) -> impl Iterator<Item = &SubLayer> {
         self.blocks.iter().flat_map(|block| &block.sub_layers)
+    }
+
+    /// Gives every module another name.
+    pub fn rename(&mut self, name: &dyn Fn(&str) -> String) {
+        let of_norm = |norm: &mut Norm| norm.name = name(&norm.name);
+        let of_linear = |linear: &mut Linear| linear.name = name(&linear.name);
+        self.table.name = name(&self.table.name);
+        self.table.positions = self.table.positions.as_deref().map(name);
+        self.table.norm.iter_mut().for_each(of_norm);
+        for sub_layer in self.blocks.iter_mut().flat_map(|block| &mut block.sub_layers) {
+            of_norm(&mut sub_layer.norm);
+            sub_layer.inputs.iter_mut().chain([&mut sub_layer.output]).for_each(of_linear);
+            if let Mix::Attention(attention) = &mut sub_layer.mix {
+                attention.qk_norm.iter_mut().flatten().for_each(of_norm);
+            }
+            sub_layer.post_norm.iter_mut().for_each(of_norm);
+        }
+        of_norm(&mut self.norm);
+        of_linear(&mut self.head.linear);
     }
 
     /// Number of parameters.

@@ -190,15 +190,6 @@ pub struct Metadata {
 }
 
 impl Metadata {
-    pub fn contains(&self, key: &str) -> bool {
-        self.entries.contains_key(key)
-    }
-
-    /// The keys in alphabetical order.
-    pub fn keys(&self) -> impl Iterator<Item = &str> {
-        self.entries.keys().map(String::as_str)
-    }
-
     pub fn get_u32(&self, key: &str) -> Result<Option<u32>, Error> {
         self.get(key, "an integer from 0 to 4294967295", |value| value.to_u64()?.try_into().ok())
     }
@@ -536,6 +527,10 @@ pub mod testing {
             self.entry(key, 6, &value.to_le_bytes())
         }
 
+        pub fn bool(self, key: &str, value: bool) -> Self {
+            self.entry(key, 7, &[u8::from(value)])
+        }
+
         pub fn str(self, key: &str, value: &str) -> Self {
             let mut bytes = Vec::new();
             put_str(&mut bytes, value);
@@ -548,6 +543,21 @@ pub mod testing {
             for value in values {
                 put_str(&mut bytes, value);
             }
+            self.entry(key, 9, &bytes)
+        }
+
+        pub fn i32_array(self, key: &str, values: &[i32]) -> Self {
+            self.array(key, 5, values.iter().map(|value| value.to_le_bytes()))
+        }
+
+        pub fn f32_array(self, key: &str, values: &[f32]) -> Self {
+            self.array(key, 6, values.iter().map(|value| value.to_le_bytes()))
+        }
+
+        fn array(self, key: &str, kind: u32, values: impl ExactSizeIterator<Item = [u8; 4]>) -> Self {
+            let mut bytes = kind.to_le_bytes().to_vec();
+            bytes.extend((values.len() as u64).to_le_bytes());
+            bytes.extend(values.flatten());
             self.entry(key, 9, &bytes)
         }
 
@@ -665,8 +675,8 @@ mod tests {
         assert_eq!(metadata.get_i32_array("a.types").unwrap(), Some(vec![1, -1]));
         assert_eq!(metadata.get_u64_array("llama.block_count").unwrap(), Some(vec![2]));
         assert_eq!(metadata.get_u32("missing").unwrap(), None);
-        assert!(metadata.contains("a.nested"));
-        assert_eq!(metadata.keys().count(), 13);
+        assert!(metadata.entries.contains_key("a.nested"));
+        assert_eq!(metadata.entries.len(), 13);
     }
 
     #[test]
@@ -710,7 +720,7 @@ mod tests {
             let mut changed = bytes.clone();
             changed[bit / 8] ^= 1 << (bit % 8);
             if let Ok(file) = parse(changed) {
-                for key in file.metadata.keys() {
+                for key in file.metadata.entries.keys() {
                     let _ = file.metadata.get_str_array(key);
                     let _ = file.metadata.get_f32_array(key);
                     let _ = file.metadata.get_u64_array(key);

@@ -9,6 +9,7 @@ pub mod error;
 pub mod files;
 pub mod gguf;
 pub mod safetensors;
+pub mod stamp;
 pub mod weights;
 
 pub use error::Error;

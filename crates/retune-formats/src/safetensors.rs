@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 pub use ::safetensors::Dtype;
 use ::safetensors::tensor::Metadata;
@@ -33,7 +33,9 @@ const MAX_HEADER_BYTES: u64 = 100_000_000;
 /// The tensors of a model directory, by name.
 pub struct Safetensors {
     pub tensors: BTreeMap<String, RawTensor>,
-    /// Total size of the files that were opened.
+    /// What was opened: the weights, and the index where they are in shards.
+    pub files: Vec<PathBuf>,
+    /// Total size of the weights.
     pub file_bytes: u64,
 }
 
@@ -85,7 +87,7 @@ pub fn open(dir: &Path) -> Result<Safetensors, Error> {
     if single.is_file() {
         let bytes = map_file(&single)?;
         let tensors = parse(&bytes).map_err(|error| error.at(&single))?;
-        return Ok(Safetensors { tensors, file_bytes: bytes.len() as u64 });
+        return Ok(Safetensors { tensors, file_bytes: bytes.len() as u64, files: vec![single] });
     }
     let index_path = dir.join(INDEX);
     let index = read_json(&index_path)?;
@@ -110,7 +112,7 @@ fn open_shards(dir: &Path, index: &Value) -> Result<Safetensors, Error> {
             _ => return Err(index_error(format!("says {name} is in {shard}, expected the name of a file beside it"))),
         }
     }
-    let mut all = Safetensors { tensors: BTreeMap::new(), file_bytes: 0 };
+    let mut all = Safetensors { tensors: BTreeMap::new(), file_bytes: 0, files: vec![dir.join(INDEX)] };
     for (shard, names) in names_of {
         let path = dir.join(shard);
         if !path.is_file() {
@@ -125,6 +127,7 @@ fn open_shards(dir: &Path, index: &Value) -> Result<Safetensors, Error> {
                 .ok_or_else(|| index_error(format!("says {name} is in {shard}, where it is not")))?;
             all.tensors.insert(name.to_owned(), tensor);
         }
+        all.files.push(path);
     }
     Ok(all)
 }
@@ -362,6 +365,47 @@ mod tests {
             })
             .collect();
         assert!(error(file(&format!("{{{}}}", entries.join(",")), &[0; 8])).contains("truncated"));
+    }
+
+    #[test]
+    fn written_bytes_are_those_of_the_safetensors_crate() {
+        use ::safetensors::tensor::TensorView;
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.safetensors");
+        let written = |metadata: &[(&str, &str)], tensors: &[Tensor<'_>]| {
+            stage(&path, metadata, tensors).unwrap().commit().unwrap();
+            std::fs::read(&path).unwrap()
+        };
+        let floats: Vec<f32> = (0..40_000).map(|i| i as f32 / 7.0).collect();
+        let bytes: Vec<u8> = floats.iter().flat_map(|value| value.to_le_bytes()).collect();
+        let a = Tensor { name: "a \"é\"", shape: &[200, 200], values: Values::F32(&floats) };
+        let b = Tensor { name: "b", shape: &[0], values: Values::F32(&[]) };
+        let views = [
+            ("b", TensorView::new(Dtype::F32, vec![0], &[]).unwrap()),
+            (a.name, TensorView::new(Dtype::F32, vec![200, 200], &bytes).unwrap()),
+        ];
+        let metadata = [("format".to_owned(), "pt".to_owned())].into();
+        let theirs = ::safetensors::serialize(views, Some(metadata)).unwrap();
+        assert_eq!(written(&[("format", "pt")], &[a, b]), theirs);
+
+        let view =
+            TensorView::new(Dtype::I64, vec![1, 2], &[1, 0, 0, 0, 0, 0, 0, 0, 255, 255, 255, 255, 255, 255, 255, 255]);
+        let theirs = ::safetensors::serialize([("ids", view.unwrap())], None).unwrap();
+        let ids = Tensor { name: "ids", shape: &[1, 2], values: Values::I64(&[1, -1]) };
+        assert_eq!(written(&[], &[ids]), theirs);
+        let header = Header::new(&[], [("ids", Dtype::I64, &[1, 2][..])]);
+        assert_eq!((header.file_bytes(), header.bytes()), (theirs.len() as u64, &theirs[..theirs.len() - 16]));
+    }
+
+    #[test]
+    fn floating_point_tensors_are_decoded_and_others_refused() {
+        let bytes = file(
+            r#"{"x":{"dtype":"BF16","shape":[2],"data_offsets":[0,4]},"y":{"dtype":"U8","shape":[1],"data_offsets":[4,5]}}"#,
+            &[0x80, 0x3F, 0, 0xC0, 7],
+        );
+        let tensors = parse_bytes(bytes).unwrap();
+        assert_eq!(tensors["x"].to_f32("x").unwrap(), [1.0, -2.0]);
+        assert!(tensors["y"].to_f32("y").unwrap_err().to_string().contains("tensor y is stored as U8"));
     }
 
     #[test]

@@ -10,8 +10,9 @@ use std::time::Duration;
 use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, BenchmarkId, Criterion, SamplingMode, Throughput};
 use retune_kernels::allocator::Aligned;
-use retune_kernels::attention::{self, Heads, Saved, Segment};
+use retune_kernels::attention::{self, Saved, Scores, Segment};
 use retune_kernels::gemm::{MatRef, Out, Rhs, Term, gemm};
+use retune_kernels::heads::{HeadLayout, Heads, HeadsMut};
 use retune_kernels::int8::{Int8Matrix, Int8Rows, Rounding};
 use retune_kernels::{F32Panel, PanelSource, peak};
 use retune_quant::{Format, Matrix, SharedBytes};
@@ -187,7 +188,7 @@ fn int8_products(criterion: &mut Criterion) {
             2 * t * k * n,
             || (values(t * n), Int8Rows::default(), weight(n, k), zeros(t * k)),
             |(g, rows, weight, dx)| {
-                rows.quantize_gradient(g, weight, Rounding::Nearest);
+                rows.quantize_gradient(g, n, t, weight, Rounding::Nearest);
                 gemm(t, k, &[Term::int8_plain(rows, weight)], Out::set(dx, k));
             },
         );
@@ -325,7 +326,7 @@ fn low_rank_products(criterion: &mut Criterion) {
 
 /// What one attention layer reads and writes.
 struct Attention {
-    heads: Heads,
+    scores: Scores,
     segments: [Segment; 1],
     q: Vec<f32>,
     k: Vec<f32>,
@@ -340,16 +341,16 @@ struct Attention {
 
 impl Attention {
     /// One sequence, the forward computed.
-    fn new(heads: Heads, tokens: usize) -> Self {
-        let (wide, narrow) = (tokens * heads.queries * heads.head_dim, tokens * heads.keys * heads.head_dim);
+    fn new(scores: &Scores, tokens: usize) -> Self {
+        let (wide, narrow) = (tokens * scores.queries * scores.head_dim, tokens * scores.keys * scores.head_dim);
         let mut layer = Self {
-            heads,
+            scores: scores.clone(),
             segments: [Segment { queries: 0..tokens, keys: 0..tokens }],
             q: values(wide),
             k: values(narrow),
             v: values(narrow),
             out: zeros(wide),
-            lse: zeros(tokens * heads.queries),
+            lse: zeros(tokens * scores.queries),
             dout: values(wide),
             dq: zeros(wide),
             dk: zeros(narrow),
@@ -359,14 +360,24 @@ impl Attention {
         layer
     }
 
+    /// Where the heads of queries, and of keys and values, lie.
+    fn layouts(&self) -> [HeadLayout; 2] {
+        [self.scores.queries, self.scores.keys].map(|heads| HeadLayout::dense(heads, self.scores.head_dim))
+    }
+
     fn forward(&mut self) {
-        let Self { heads, segments, q, k, v, out, lse, .. } = self;
-        attention::forward(heads, segments, q, k, v, out, lse);
+        let [wide, narrow] = self.layouts();
+        let Self { scores, segments, q, k, v, out, lse, .. } = self;
+        let (q, k, v) = (Heads::new(q, wide), Heads::new(k, narrow), Heads::new(v, narrow));
+        attention::forward(scores, segments, q, k, v, out, lse);
     }
 
     fn backward(&mut self) {
-        let Self { heads, segments, q, k, v, out, lse, dout, dq, dk, dv } = self;
-        attention::backward(heads, segments, &Saved { q, k, v, out, lse }, dout, dq, dk, dv);
+        let [wide, narrow] = self.layouts();
+        let Self { scores, segments, q, k, v, out, lse, dout, dq, dk, dv } = self;
+        let (q, k, v) = (Heads::new(q, wide), Heads::new(k, narrow), Heads::new(v, narrow));
+        let gradients = [HeadsMut::new(dq, wide), HeadsMut::new(dk, narrow), HeadsMut::new(dv, narrow)];
+        attention::backward(scores, segments, &Saved { q, k, v, out, lse }, dout, gradients);
     }
 }
 
@@ -374,17 +385,17 @@ impl Attention {
 /// five backward, of which one is the scores again. What is computed of a block beyond the diagonal and thrown away does not.
 fn attention_passes(criterion: &mut Criterion) {
     let tokens = 512;
-    let heads = Heads { queries: 9, keys: 3, head_dim: 64, window: None, scale: 0.125 };
-    let pairs = heads.queries * tokens * (tokens + 1) / 2;
-    let product = 2 * pairs * heads.head_dim;
-    let name = || format!("{tokens}x{}x{}", heads.queries, heads.head_dim);
+    let scores = Scores::new(9, 3, 64, 0.125);
+    let pairs = scores.queries * tokens * (tokens + 1) / 2;
+    let product = 2 * pairs * scores.head_dim;
+    let name = || format!("{tokens}x{}x{}", scores.queries, scores.head_dim);
 
     let mut group = start_group(criterion, "attention-forward");
-    measure(&mut group, name(), 2 * product, || Attention::new(heads, tokens), Attention::forward);
+    measure(&mut group, name(), 2 * product, || Attention::new(&scores, tokens), Attention::forward);
     group.finish();
 
     let mut group = start_group(criterion, "attention-backward");
-    measure(&mut group, name(), 5 * product, || Attention::new(heads, tokens), Attention::backward);
+    measure(&mut group, name(), 5 * product, || Attention::new(&scores, tokens), Attention::backward);
     group.finish();
 }
 

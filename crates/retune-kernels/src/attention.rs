@@ -5,19 +5,22 @@
 //! each query of the block: then keys, values and scores are multiplied where they lie, and what belongs to a query fills the lanes of vectors.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use crate::gemm::{MatRef, Out, gemm_in_place, transpose_rows};
+use crate::heads::{Heads, HeadsMut};
 use crate::multiversion;
 use crate::parallel::{self, SharedMut};
 use crate::scratch::{self, Purpose};
-use crate::vector::{LANES, dot, exp};
+use crate::vector::{LANES, dot, exp, tanh};
 
 /// Queries whose scores are held at once.
 const BLOCK: usize = 64;
 
-/// The heads of a layer.
-#[derive(Clone, Copy, Debug)]
-pub struct Heads {
+/// How a layer's scores are computed: products of queries and keys, times a factor, capped, with a bias, masked.
+#[derive(Clone, Debug)]
+pub struct Scores {
+    /// Number of query heads.
     pub queries: usize,
     /// Key and value heads; each serves `queries / keys` query heads.
     pub keys: usize,
@@ -26,6 +29,40 @@ pub struct Heads {
     pub window: Option<usize>,
     /// Factor on the scores, usually 1 / sqrt(head_dim).
     pub scale: f32,
+    /// Scores become `cap · tanh(score / cap)` (Bello et al. 2017, section 3.1).
+    pub soft_cap: Option<f32>,
+    /// For each query head, what each position between a key and the query takes from their score (Press et al. 2021, ALiBi).
+    pub slopes: Option<Arc<[f32]>>,
+}
+
+impl Scores {
+    /// Causal attention without any of the options.
+    pub fn new(queries: usize, keys: usize, head_dim: usize, scale: f32) -> Self {
+        Self { queries, keys, head_dim, window: None, scale, soft_cap: None, slopes: None }
+    }
+
+    fn slope(&self, head: usize) -> f32 {
+        self.slopes.as_ref().map_or(0.0, |slopes| slopes[head])
+    }
+
+    /// Turns a block's products of queries and keys into its scores, up to the factor that is returned: without options it is `scale`,
+    /// and no pass over the scores is needed.
+    fn finish(&self, head: usize, block: &Block, products: &mut [f32]) -> f32 {
+        let plain = self.soft_cap.is_none() && self.slopes.is_none();
+        if !plain {
+            cap_and_bias_columns(products, block, self.scale, self.soft_cap, self.slope(head));
+        }
+        block.mask(self, products);
+        if plain { self.scale } else { 1.0 }
+    }
+}
+
+/// The slopes of ALiBi for any number of heads (Press et al. 2021): for 2ⁿ heads a geometric sequence that ends at 2⁻⁸, otherwise that of
+/// the next lower power of two and then every second one of the next higher.
+pub fn alibi_slopes(heads: usize) -> Vec<f32> {
+    let power = if heads == 0 { 1 } else { 1 << heads.ilog2() };
+    let sequence = |of: usize| (1..=of).map(move |i| (-8.0 * i as f64 / of as f64).exp2() as f32);
+    sequence(power).chain(sequence(2 * power).step_by(2)).take(heads).collect()
 }
 
 /// A run of queries and the keys it sees: the last query sees the last key, each earlier one a key fewer. Keys and values are prefix,
@@ -54,11 +91,11 @@ struct Block {
 }
 
 impl Block {
-    fn new(heads: &Heads, segment: &Segment, block: usize) -> Self {
+    fn new(scores: &Scores, segment: &Segment, block: usize) -> Self {
         let first = block * BLOCK;
         let len = BLOCK.min(segment.queries.len() - first);
         let position = segment.keys.len() - segment.queries.len() + first;
-        let low = heads.window.map_or(0, |w| (position + 1).saturating_sub(w));
+        let low = scores.window.map_or(0, |w| (position + 1).saturating_sub(w));
         Self { first, len, keys: low..position + len, diagonal: position - low }
     }
 
@@ -77,8 +114,8 @@ impl Block {
     }
 
     /// Sets the scores of what a query does not see to −∞, among those that are computed.
-    fn mask(&self, heads: &Heads, scores: &mut [f32]) {
-        let window = heads.window.unwrap_or(usize::MAX);
+    fn mask(&self, settings: &Scores, scores: &mut [f32]) {
+        let window = settings.window.unwrap_or(usize::MAX);
         for (key, row) in scores.chunks_exact_mut(BLOCK).enumerate() {
             // Queries before the first do not reach this far; those from the end on no longer look back to it.
             let first = key.saturating_sub(self.diagonal);
@@ -87,6 +124,12 @@ impl Block {
             row[end..self.len].fill(f32::NEG_INFINITY);
         }
     }
+}
+
+/// Where the queries of a vector stand, counted from the block's first key.
+#[inline(always)]
+fn query_positions(block: &Block, vector: usize) -> [f32; LANES] {
+    std::array::from_fn(|i| (block.diagonal + vector * LANES + i) as f32)
 }
 
 /// A block's scores `S: [keys, BLOCK]`, transposed: `K·Qᵀ` where `keys` are K's rows and `queries` the block's, unscaled. What no query of
@@ -117,6 +160,28 @@ fn add_scored_rows(scores: &[f32], x: MatRef, block: &Block, d: usize, to: &mut 
     for (part, first) in block.parts() {
         let to = Out::add(&mut to[part.start * d..], d);
         gemm_in_place(part.len(), d, block.len - first, scores.from(part.start, first), x.from(first, 0), to);
+    }
+}
+
+multiversion! {
+    /// Turns the products `[keys, BLOCK]` of a block's keys and queries into scaled, capped scores with a bias, which is 0 for the key at
+    /// the query's own position: softmax is the same whatever constant is added for a query.
+    fn cap_and_bias_columns(products: &mut [f32], block: &Block, scale: f32, cap: Option<f32>, slope: f32) {
+        for vector in 0..block.len.div_ceil(LANES) {
+            let products = &mut products[..block.seen(vector) * BLOCK];
+            let positions = query_positions(block, vector);
+            let into_cap = cap.map(|cap| (scale / cap, cap));
+            for (key, row) in products.as_chunks_mut::<BLOCK>().0.iter_mut().enumerate() {
+                let row = &mut row.as_chunks_mut::<LANES>().0[vector];
+                for i in 0..LANES {
+                    let score = match into_cap {
+                        Some((factor, cap)) => cap * tanh::<FMA>(factor * row[i]),
+                        None => scale * row[i],
+                    };
+                    row[i] = score + slope * (key as f32 - positions[i]);
+                }
+            }
+        }
     }
 }
 
@@ -156,42 +221,57 @@ multiversion! {
 }
 
 /// Calls `f` with every segment, query head and block of queries, on all threads; those with most keys first, so that threads end together.
-fn for_each_block(heads: &Heads, segments: &[Segment], f: impl Fn(&Segment, usize, Block) + Sync) {
+fn for_each_block(scores: &Scores, segments: &[Segment], f: impl Fn(&Segment, usize, Block) + Sync) {
     let most = segments.iter().map(Segment::blocks).max().unwrap_or(0);
-    let across = segments.len() * heads.queries;
+    let across = segments.len() * scores.queries;
     parallel::for_each(across * most, |piece| {
         let (block, piece) = (most - 1 - piece / across, piece % across);
-        let (segment, head) = (&segments[piece / heads.queries], piece % heads.queries);
+        let (segment, head) = (&segments[piece / scores.queries], piece % scores.queries);
         if block < segment.blocks() {
-            f(segment, head, Block::new(heads, segment, block));
+            f(segment, head, Block::new(scores, segment, block));
         }
     });
 }
 
-/// Writes `out: [Tq, queries · head_dim]` and the log-sum-exp of each query's scaled scores, `lse: [Tq, queries]`.
+/// The columns of rows that a block's matrix of queries, keys or values is: those of a head, from a row on.
+fn matrix<'a>(heads: &Heads<'a>, row: usize, head: usize) -> MatRef<'a> {
+    MatRef::rows(&heads.data[heads.layout.at(row, head)..], heads.layout.row)
+}
+
+/// Writes `out: [Tq, queries · head_dim]` and the log-sum-exp of each query's scores, `lse: [Tq, queries]`.
 ///
-/// `q: [Tq, queries · head_dim]`, `k` and `v`: `[Tkv, keys · head_dim]`; the segments cover all queries.
-pub fn forward(heads: &Heads, segments: &[Segment], q: &[f32], k: &[f32], v: &[f32], out: &mut [f32], lse: &mut [f32]) {
-    let (d, q_stride, k_stride) = (heads.head_dim, heads.queries * heads.head_dim, heads.keys * heads.head_dim);
-    let group = heads.queries / heads.keys;
+/// `q` has a row for each query, `k` and `v` one for each key; the segments cover all queries.
+pub fn forward(
+    settings: &Scores,
+    segments: &[Segment],
+    q: Heads,
+    k: Heads,
+    v: Heads,
+    out: &mut [f32],
+    lse: &mut [f32],
+) {
+    let (d, stride) = (settings.head_dim, settings.queries * settings.head_dim);
+    let group = settings.queries / settings.keys;
+    debug_assert!([q, k, v].iter().all(|heads| heads.layout.head_dim == d));
     let (out, lse) = (SharedMut::new(out), SharedMut::new(lse));
-    for_each_block(heads, segments, |segment, head, block| {
+    for_each_block(settings, segments, |segment, head, block| {
         let token = segment.queries.start + block.first;
-        let start = token * q_stride + head * d;
-        let key_start = (segment.keys.start + block.keys.start) * k_stride + head / group * d;
+        let first_key = segment.keys.start + block.keys.start;
         let width = block.keys.len();
         scratch::with(Purpose::Scores, width * BLOCK, |scores| {
-            let (keys, queries) = (MatRef::rows(&k[key_start..], k_stride), MatRef::rows(&q[start..], q_stride));
-            transposed_product(keys, queries, &block, d, scores);
-            block.mask(heads, scores);
+            transposed_product(matrix(&k, first_key, head / group), matrix(&q, token, head), &block, d, scores);
+            let scale = settings.finish(head, &block, scores);
             let (mut largest, mut sums) = ([0.0; BLOCK], [0.0; BLOCK]);
-            softmax_columns(scores, &block, heads.scale, &mut largest, &mut sums);
+            softmax_columns(scores, &block, scale, &mut largest, &mut sums);
             scratch::with(Purpose::Row, block.len * d, |result| {
-                scored_sum(scores, MatRef::rows(&v[key_start..], k_stride), &block, d, result);
+                scored_sum(scores, matrix(&v, first_key, head / group), &block, d, result);
                 for (i, row) in result.chunks_exact(d).enumerate() {
                     // SAFETY: one piece, one head of the block's tokens.
                     let (to, lse) = unsafe {
-                        (out.slice(start + i * q_stride, d), lse.slice((token + i) * heads.queries + head, 1))
+                        (
+                            out.slice((token + i) * stride + head * d, d),
+                            lse.slice((token + i) * settings.queries + head, 1),
+                        )
                     };
                     scaled_copy(row, 1.0 / sums[i], to);
                     lse[0] = largest[i] + sums[i].ln();
@@ -201,17 +281,30 @@ pub fn forward(heads: &Heads, segments: &[Segment], q: &[f32], k: &[f32], v: &[f
     });
 }
 
+/// What turns a block's scores into their gradients, besides the gradients of probabilities.
+struct Softmax<'a> {
+    /// Factor on the scores as they are given.
+    given: f32,
+    /// Factor on the products of queries and keys.
+    scale: f32,
+    slope: f32,
+    lse: &'a [f32; BLOCK],
+    /// Σ P ⊙ dP for each query, which is the product of its output and that one's gradient.
+    delta: &'a [f32; BLOCK],
+}
+
 multiversion! {
-    /// P = exp(scale · S − lse) and dS = scale · P ⊙ (dP − D), in place, for a block's scores `[keys, BLOCK]`.
-    fn gradient_columns(scores: &mut [f32], gradients: &mut [f32], block: &Block, scale: f32, lse: &[f32; BLOCK], delta: &[f32; BLOCK]) {
+    /// P = exp(S − lse) and the gradient scale · P ⊙ (dP − D) of the products of queries and keys, in place, for a block's scores `[keys, BLOCK]`.
+    fn gradient_columns(scores: &mut [f32], gradients: &mut [f32], block: &Block, softmax: &Softmax) {
         for vector in 0..block.len.div_ceil(LANES) {
             let end = block.seen(vector) * BLOCK;
             let (scores, gradients) = (&mut scores[..end], &mut gradients[..end]);
-            let (lse, delta) = (lse.as_chunks::<LANES>().0[vector], delta.as_chunks::<LANES>().0[vector]);
+            let (lse, delta) = (softmax.lse.as_chunks::<LANES>().0[vector], softmax.delta.as_chunks::<LANES>().0[vector]);
+            let (given, scale) = (softmax.given, softmax.scale);
             for (s, g) in scores.as_chunks_mut::<BLOCK>().0.iter_mut().zip(gradients.as_chunks_mut::<BLOCK>().0) {
                 let (s, g) = (&mut s.as_chunks_mut::<LANES>().0[vector], &mut g.as_chunks_mut::<LANES>().0[vector]);
                 for i in 0..LANES {
-                    let p = exp::<FMA>(scale * s[i] - lse[i]);
+                    let p = exp::<FMA>(given * s[i] - lse[i]);
                     s[i] = p;
                     g[i] = scale * p * (g[i] - delta[i]);
                 }
@@ -220,11 +313,36 @@ multiversion! {
     }
 }
 
+multiversion! {
+    /// The same for capped scores, where the cap's derivative 1 − (capped / cap)² is one more factor.
+    fn capped_gradient_columns(scores: &mut [f32], gradients: &mut [f32], block: &Block, softmax: &Softmax, cap: f32) {
+        for vector in 0..block.len.div_ceil(LANES) {
+            let end = block.seen(vector) * BLOCK;
+            let (scores, gradients) = (&mut scores[..end], &mut gradients[..end]);
+            let (lse, delta) = (softmax.lse.as_chunks::<LANES>().0[vector], softmax.delta.as_chunks::<LANES>().0[vector]);
+            let (scale, slope) = (softmax.scale, softmax.slope);
+            let (positions, inverse) = (query_positions(block, vector), 1.0 / cap);
+            let rows = scores.as_chunks_mut::<BLOCK>().0.iter_mut().zip(gradients.as_chunks_mut::<BLOCK>().0);
+            for (key, (s, g)) in rows.enumerate() {
+                let (s, g) = (&mut s.as_chunks_mut::<LANES>().0[vector], &mut g.as_chunks_mut::<LANES>().0[vector]);
+                for i in 0..LANES {
+                    let capped = (s[i] - slope * (key as f32 - positions[i])) * inverse;
+                    // What is not seen has a score of −∞ and no gradient.
+                    let capped = if s[i] == f32::NEG_INFINITY { 1.0 } else { capped };
+                    let p = exp::<FMA>(s[i] - lse[i]);
+                    s[i] = p;
+                    g[i] = scale * (1.0 - capped * capped) * p * (g[i] - delta[i]);
+                }
+            }
+        }
+    }
+}
+
 /// What the backward reads: the forward's inputs and outputs.
 pub struct Saved<'a> {
-    pub q: &'a [f32],
-    pub k: &'a [f32],
-    pub v: &'a [f32],
+    pub q: Heads<'a>,
+    pub k: Heads<'a>,
+    pub v: Heads<'a>,
     pub out: &'a [f32],
     pub lse: &'a [f32],
 }
@@ -237,34 +355,27 @@ const PARTS: usize = 2;
 /// and part by part.
 pub const BACKWARD_SCRATCH: usize = 2 * PARTS;
 
-/// Writes the gradients `dq: [Tq, queries · head_dim]`, `dk` and `dv: [Tkv, keys · head_dim]` from the gradient `dout` of the output.
+/// Writes the gradients of queries, keys and values from the gradient `dout: [Tq, queries · head_dim]` of the output.
 /// Keys that belong to no segment keep what their gradients held.
-pub fn backward(
-    heads: &Heads,
-    segments: &[Segment],
-    saved: &Saved,
-    dout: &[f32],
-    dq: &mut [f32],
-    dk: &mut [f32],
-    dv: &mut [f32],
-) {
-    let (d, k_stride) = (heads.head_dim, heads.keys * heads.head_dim);
-    let group = heads.queries / heads.keys;
+pub fn backward(settings: &Scores, segments: &[Segment], saved: &Saved, dout: &[f32], gradients: [HeadsMut; 3]) {
+    let d = settings.head_dim;
+    let group = settings.queries / settings.keys;
+    debug_assert!(gradients.iter().all(|heads| heads.layout().head_dim == d));
+    let [dq, dk, dv] = &gradients;
     let tokens = segments.iter().map(|s| s.keys.end).max().unwrap_or(0);
-    let per_kind = tokens * heads.queries * d * BACKWARD_SCRATCH / 2;
+    let per_kind = tokens * settings.queries * d * BACKWARD_SCRATCH / 2;
     // Parts and query heads that share a key head add to the same gradient: each sums into a place of its own first.
     scratch::with(Purpose::HeadGradients, 2 * per_kind, |own| {
         let (own_dk, own_dv) = own.split_at_mut(per_kind);
-        let (own_dk, own_dv, dq) = (SharedMut::new(own_dk), SharedMut::new(own_dv), SharedMut::new(dq));
-        let pieces = heads.queries * PARTS;
+        let (own_dk, own_dv) = (SharedMut::new(own_dk), SharedMut::new(own_dv));
+        let pieces = settings.queries * PARTS;
         parallel::for_each(segments.len() * pieces, |piece| {
             let (segment, head, part) = (&segments[piece / pieces], piece % pieces / PARTS, piece % PARTS);
-            let (start, len) = (own_start(heads, segment, head, part), segment.keys.len() * d);
+            let (start, len) = (own_start(settings, segment, head, part), segment.keys.len() * d);
             // SAFETY: one piece, one part of a head of the segment.
             let own = unsafe { [own_dk.slice(start, len), own_dv.slice(start, len)] };
-            part_backward(heads, segment, head, part, saved, dout, dq, own);
+            part_backward(settings, segment, head, part, saved, dout, dq, own);
         });
-        let (dk, dv) = (SharedMut::new(dk), SharedMut::new(dv));
         for segment in segments {
             let n = segment.keys.len();
             let rows = parallel::chunk_rows(n, 8);
@@ -272,12 +383,12 @@ pub fn backward(
                 for i in chunk * rows..((chunk + 1) * rows).min(n) {
                     let token = segment.keys.start + i;
                     for (to, from) in [(dk, own_dk), (dv, own_dv)] {
-                        // SAFETY: one piece, its tokens.
-                        let to = unsafe { to.slice(token * k_stride, k_stride) };
-                        for (key, to) in to.chunks_exact_mut(d).enumerate() {
+                        for key in 0..settings.keys {
+                            // SAFETY: one piece, its tokens.
+                            let to = unsafe { to.head(token, key) };
                             for shared in 0..group * PARTS {
                                 let (head, part) = (key * group + shared / PARTS, shared % PARTS);
-                                let start = own_start(heads, segment, head, part) + i * d;
+                                let start = own_start(settings, segment, head, part) + i * d;
                                 // SAFETY: one piece, its tokens; the pieces above are done.
                                 let from = unsafe { from.slice(start, d) };
                                 if shared == 0 { to.copy_from_slice(from) } else { add_row(to, from) }
@@ -291,9 +402,9 @@ pub fn backward(
 }
 
 /// Where the gradient of a segment's keys by one part of a query head lies: `[keys, head_dim]` together.
-fn own_start(heads: &Heads, segment: &Segment, head: usize, part: usize) -> usize {
+fn own_start(settings: &Scores, segment: &Segment, head: usize, part: usize) -> usize {
     let keys = segment.keys.len();
-    (segment.keys.start * heads.queries * PARTS + (head * PARTS + part) * keys) * heads.head_dim
+    (segment.keys.start * settings.queries * PARTS + (head * PARTS + part) * keys) * settings.head_dim
 }
 
 /// Whether a block belongs to a part: 0 1 1 0 0 1 1 0 …, since later blocks see more keys.
@@ -311,45 +422,48 @@ multiversion! {
 
 #[allow(clippy::too_many_arguments)]
 fn part_backward(
-    heads: &Heads,
+    settings: &Scores,
     segment: &Segment,
     head: usize,
     part: usize,
     saved: &Saved,
     dout: &[f32],
-    dq: SharedMut,
+    dq: &HeadsMut,
     [own_dk, own_dv]: [&mut [f32]; 2],
 ) {
-    let (d, q_stride, k_stride) = (heads.head_dim, heads.queries * heads.head_dim, heads.keys * heads.head_dim);
-    let group = heads.queries / heads.keys;
+    let (d, stride) = (settings.head_dim, settings.queries * settings.head_dim);
+    let group = settings.queries / settings.keys;
     own_dk.fill(0.0);
     own_dv.fill(0.0);
-    for block in (0..segment.blocks()).filter(|&b| belongs(b, part)).map(|b| Block::new(heads, segment, b)) {
+    for block in (0..segment.blocks()).filter(|&b| belongs(b, part)).map(|b| Block::new(settings, segment, b)) {
         let token = segment.queries.start + block.first;
-        let start = token * q_stride + head * d;
-        let key_start = (segment.keys.start + block.keys.start) * k_stride + head / group * d;
+        let first_key = segment.keys.start + block.keys.start;
+        let start = token * stride + head * d;
         let width = block.keys.len();
-        let (queries, out_gradients) =
-            (MatRef::rows(&saved.q[start..], q_stride), MatRef::rows(&dout[start..], q_stride));
-        let keys = MatRef::rows(&saved.k[key_start..], k_stride);
-        let values = MatRef::rows(&saved.v[key_start..], k_stride);
+        let (queries, out_gradients) = (matrix(&saved.q, token, head), MatRef::rows(&dout[start..], stride));
+        let (keys, values) = (matrix(&saved.k, first_key, head / group), matrix(&saved.v, first_key, head / group));
         let (mut lse, mut delta) = ([0.0; BLOCK], [0.0; BLOCK]);
         for i in 0..block.len {
-            let at = start + i * q_stride;
+            let at = start + i * stride;
             delta[i] = dot(&dout[at..at + d], &saved.out[at..at + d]);
-            lse[i] = saved.lse[(token + i) * heads.queries + head];
+            lse[i] = saved.lse[(token + i) * settings.queries + head];
         }
         scratch::with(Purpose::Scores, width * BLOCK, |scores| {
             scratch::with(Purpose::ScoreGradients, width * BLOCK, |gradients| {
                 transposed_product(keys, queries, &block, d, scores);
                 transposed_product(values, out_gradients, &block, d, gradients);
-                block.mask(heads, scores);
-                gradient_columns(scores, gradients, &block, heads.scale, &lse, &delta);
+                let (scale, slope) = (settings.scale, settings.slope(head));
+                let given = settings.finish(head, &block, scores);
+                let softmax = Softmax { given, scale, slope, lse: &lse, delta: &delta };
+                match settings.soft_cap {
+                    None => gradient_columns(scores, gradients, &block, &softmax),
+                    Some(cap) => capped_gradient_columns(scores, gradients, &block, &softmax, cap),
+                }
                 scratch::with(Purpose::Row, block.len * d, |rows| {
                     scored_sum(gradients, keys, &block, d, rows);
                     for (i, row) in rows.chunks_exact(d).enumerate() {
                         // SAFETY: one piece, one head of the block's tokens.
-                        unsafe { dq.slice(start + i * q_stride, d).copy_from_slice(row) };
+                        unsafe { dq.head(token + i, head) }.copy_from_slice(row);
                     }
                 });
                 let seen = block.keys.start * d..block.keys.end * d;
@@ -363,24 +477,28 @@ fn part_backward(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::heads::HeadLayout;
     use crate::testing::{dot, numeric_gradient, random, relative_error, to_f64};
 
-    fn reference(heads: &Heads, segments: &[Segment], q: &[f64], k: &[f64], v: &[f64]) -> Vec<f64> {
-        let d = heads.head_dim;
+    fn reference(scores: &Scores, segments: &[Segment], q: &[f64], k: &[f64], v: &[f64]) -> Vec<f64> {
+        let d = scores.head_dim;
         let mut out = vec![0.0; q.len()];
         for segment in segments {
             for (i, t) in segment.queries.clone().enumerate() {
                 let last = segment.keys.len() - segment.queries.len() + i;
-                let first = heads.window.map_or(0, |w| (last + 1).saturating_sub(w));
-                for h in 0..heads.queries {
-                    let kv = h / (heads.queries / heads.keys);
-                    let key = |j: usize, e: usize| ((segment.keys.start + j) * heads.keys + kv) * d + e;
-                    let query = |e: usize| (t * heads.queries + h) * d + e;
-                    let weights: Vec<f64> = (first..=last)
-                        .map(|j| {
-                            ((0..d).map(|e| q[query(e)] * k[key(j, e)]).sum::<f64>() * f64::from(heads.scale)).exp()
-                        })
-                        .collect();
+                let first = scores.window.map_or(0, |w| (last + 1).saturating_sub(w));
+                for h in 0..scores.queries {
+                    let kv = h / (scores.queries / scores.keys);
+                    let key = |j: usize, e: usize| ((segment.keys.start + j) * scores.keys + kv) * d + e;
+                    let query = |e: usize| (t * scores.queries + h) * d + e;
+                    let weight = |j: usize| {
+                        let score = (0..d).map(|e| q[query(e)] * k[key(j, e)]).sum::<f64>() * f64::from(scores.scale);
+                        let cap = scores.soft_cap.map(f64::from);
+                        let score = cap.map_or(score, |cap| cap * (score / cap).tanh());
+                        let slope = scores.slopes.as_ref().map_or(0.0, |slopes| slopes[h]);
+                        (score + f64::from(slope) * j as f64).exp()
+                    };
+                    let weights: Vec<f64> = (first..=last).map(weight).collect();
                     let sum: f64 = weights.iter().sum();
                     for e in 0..d {
                         out[query(e)] = (first..=last).zip(&weights).map(|(j, w)| w / sum * v[key(j, e)]).sum();
@@ -391,44 +509,141 @@ mod tests {
         out
     }
 
-    fn check(heads: Heads, lengths: &[(usize, usize)]) {
+    /// The segments of sequences with these numbers of queries and keys, and how many there are in all.
+    fn laid_end_to_end(lengths: &[(usize, usize)]) -> (Vec<Segment>, usize, usize) {
         let (mut segments, mut tq, mut tk) = (Vec::new(), 0, 0);
         for &(queries, keys) in lengths {
             segments.push(Segment { queries: tq..tq + queries, keys: tk..tk + keys });
             (tq, tk) = (tq + queries, tk + keys);
         }
-        let (nq, nk) = (tq * heads.queries * heads.head_dim, tk * heads.keys * heads.head_dim);
+        (segments, tq, tk)
+    }
+
+    /// Forward and backward on layouts of queries and of keys and values: the output, and the gradients.
+    fn run(
+        scores: &Scores,
+        segments: &[Segment],
+        [q, k, v]: [Heads; 3],
+        dout: &[f32],
+        gradients: [HeadsMut; 3],
+    ) -> Vec<f32> {
+        let mut out = vec![f32::NAN; dout.len()];
+        let mut lse = vec![f32::NAN; dout.len() / scores.head_dim];
+        forward(scores, segments, q, k, v, &mut out, &mut lse);
+        backward(scores, segments, &Saved { q, k, v, out: &out, lse: &lse }, dout, gradients);
+        out
+    }
+
+    fn check(scores: Scores, lengths: &[(usize, usize)]) {
+        let (segments, tq, tk) = laid_end_to_end(lengths);
+        let (wide, narrow) =
+            (HeadLayout::dense(scores.queries, scores.head_dim), HeadLayout::dense(scores.keys, scores.head_dim));
+        let (nq, nk) = (tq * wide.row, tk * narrow.row);
         let (q, k, v, dout) = (random(1, nq), random(2, nk), random(3, nk), random(4, nq));
-        let (mut out, mut lse) = (vec![0.0; nq], vec![0.0; tq * heads.queries]);
-        forward(&heads, &segments, &q, &k, &v, &mut out, &mut lse);
+        let (mut dq, mut dk, mut dv) = (vec![f32::NAN; nq], vec![f32::NAN; nk], vec![f32::NAN; nk]);
+        let inputs = [Heads::new(&q, wide), Heads::new(&k, narrow), Heads::new(&v, narrow)];
+        let gradients = [HeadsMut::new(&mut dq, wide), HeadsMut::new(&mut dk, narrow), HeadsMut::new(&mut dv, narrow)];
+        let out = run(&scores, &segments, inputs, &dout, gradients);
         let (q64, k64, v64, g) = (to_f64(&q), to_f64(&k), to_f64(&v), to_f64(&dout));
-        let error = relative_error(&out, &reference(&heads, &segments, &q64, &k64, &v64));
-        assert!(error < 1e-5, "{heads:?} {lengths:?}: {error}");
+        let error = relative_error(&out, &reference(&scores, &segments, &q64, &k64, &v64));
+        assert!(error < 1e-5, "{scores:?} {lengths:?}: {error}");
         if nq + nk > 6000 {
             return;
         }
-        let (mut dq, mut dk, mut dv) = (vec![f32::NAN; nq], vec![f32::NAN; nk], vec![f32::NAN; nk]);
-        let saved = Saved { q: &q, k: &k, v: &v, out: &out, lse: &lse };
-        backward(&heads, &segments, &saved, &dout, &mut dq, &mut dk, &mut dv);
-        let by_q = numeric_gradient(&q64, |q| dot(&reference(&heads, &segments, q, &k64, &v64), &g));
-        let by_k = numeric_gradient(&k64, |k| dot(&reference(&heads, &segments, &q64, k, &v64), &g));
-        let by_v = numeric_gradient(&v64, |v| dot(&reference(&heads, &segments, &q64, &k64, v), &g));
+        let by_q = numeric_gradient(&q64, |q| dot(&reference(&scores, &segments, q, &k64, &v64), &g));
+        let by_k = numeric_gradient(&k64, |k| dot(&reference(&scores, &segments, &q64, k, &v64), &g));
+        let by_v = numeric_gradient(&v64, |v| dot(&reference(&scores, &segments, &q64, &k64, v), &g));
         for (name, ours, theirs) in [("dq", &dq, &by_q), ("dk", &dk, &by_k), ("dv", &dv, &by_v)] {
             let error = relative_error(ours, theirs);
-            assert!(error < 2e-5, "{name} {heads:?} {lengths:?}: {error}");
+            assert!(error < 2e-5, "{name} {scores:?} {lengths:?}: {error}");
         }
+    }
+
+    fn scores(queries: usize, keys: usize, head_dim: usize, window: Option<usize>) -> Scores {
+        Scores { window, ..Scores::new(queries, keys, head_dim, 0.7) }
     }
 
     #[test]
     fn forward_and_backward_equal_the_reference() {
-        let heads = |queries, keys, head_dim, window| Heads { queries, keys, head_dim, window, scale: 0.7 };
-        check(heads(1, 1, 2, None), &[(1, 1)]);
-        check(heads(4, 2, 6, None), &[(5, 5), (1, 1), (17, 17)]);
-        check(heads(3, 1, 8, Some(3)), &[(9, 9), (2, 2)]);
-        check(heads(2, 2, 5, None), &[(3, 8), (1, 5)]);
-        check(heads(1, 1, 4, Some(10)), &[(80, 80)]);
-        check(heads(2, 1, 2, None), &[(150, 150)]);
-        check(heads(1, 1, 1, Some(70)), &[(140, 150)]);
-        check(heads(2, 1, 300, None), &[(70, 75)]);
+        check(scores(1, 1, 2, None), &[(1, 1)]);
+        check(scores(4, 2, 6, None), &[(5, 5), (1, 1), (17, 17)]);
+        check(scores(3, 1, 8, Some(3)), &[(9, 9), (2, 2)]);
+        check(scores(2, 2, 5, None), &[(3, 8), (1, 5)]);
+        check(scores(1, 1, 4, Some(10)), &[(80, 80)]);
+        check(scores(2, 1, 2, None), &[(150, 150)]);
+        check(scores(1, 1, 1, Some(70)), &[(140, 150)]);
+        check(scores(2, 1, 300, None), &[(70, 75)]);
+    }
+
+    #[test]
+    fn caps_and_biases_equal_the_reference() {
+        for (soft_cap, biased) in [(Some(1.5), false), (None, true), (Some(0.8), true)] {
+            let with = |scores: Scores| {
+                let slopes = biased.then(|| alibi_slopes(scores.queries).into());
+                Scores { soft_cap, slopes, ..scores }
+            };
+            check(with(scores(4, 2, 6, None)), &[(5, 5), (1, 1), (17, 17)]);
+            check(with(scores(3, 1, 8, Some(3))), &[(9, 9), (2, 2)]);
+            check(with(scores(2, 2, 5, None)), &[(3, 8), (1, 5)]);
+            check(with(scores(1, 1, 4, Some(10))), &[(80, 80)]);
+            check(with(scores(2, 1, 2, None)), &[(150, 150)]);
+        }
+    }
+
+    #[test]
+    fn heads_in_one_buffer_give_the_same_bits_as_heads_of_their_own() {
+        for (queries, keys, d, in_turn) in [(4, 2, 6, false), (2, 2, 16, true), (3, 3, 5, true), (2, 1, 64, false)] {
+            let (segments, tokens, _) = laid_end_to_end(&[(5, 5), (90, 90), (17, 17)]);
+            // More columns than the heads take.
+            let row = (queries + 2 * keys) * d + 7;
+            let plane = |first, heads| HeadLayout { row, first, head: d, heads, head_dim: d };
+            let turn = |first| HeadLayout { row, first, head: 3 * d, heads: queries, head_dim: d };
+            let layouts = if in_turn {
+                [turn(0), turn(d), turn(2 * d)]
+            } else {
+                [plane(3, queries), plane(3 + queries * d, keys), plane(3 + (queries + keys) * d, keys)]
+            };
+            let (inner, dout) = (random(1, tokens * row), random(2, tokens * queries * d));
+            let taken = |from: &[f32], layout: HeadLayout| -> Vec<f32> {
+                let heads = Heads::new(from, layout);
+                (0..tokens).flat_map(|t| (0..layout.heads).flat_map(move |h| heads.head(t, h).to_vec())).collect()
+            };
+            let dense = layouts.map(|layout| HeadLayout::dense(layout.heads, d));
+            let own = layouts.map(|layout| taken(&inner, layout));
+            for options in [
+                scores(queries, keys, d, None),
+                scores(queries, keys, d, Some(20)),
+                Scores { soft_cap: Some(2.0), ..scores(queries, keys, d, None) },
+            ] {
+                let mut own_gradients = own.clone().map(|own| vec![f32::NAN; own.len()]);
+                let [dq, dk, dv] = &mut own_gradients;
+                let gradients = [HeadsMut::new(dq, dense[0]), HeadsMut::new(dk, dense[1]), HeadsMut::new(dv, dense[2])];
+                let inputs = std::array::from_fn(|i| Heads::new(&own[i], dense[i]));
+                let expected = run(&options, &segments, inputs, &dout, gradients);
+
+                let mut dinner = vec![0.5; tokens * row];
+                let inputs = layouts.map(|layout| Heads::new(&inner, layout));
+                let out = run(&options, &segments, inputs, &dout, HeadsMut::in_one(&mut dinner, layouts));
+                assert!(out == expected);
+                for (layout, expected) in layouts.into_iter().zip(&own_gradients) {
+                    assert!(taken(&dinner, layout) == *expected, "{layout:?}");
+                }
+                let others = dinner.iter().filter(|&&v| v == 0.5).count();
+                assert_eq!(others, 7 * tokens, "columns of others were written");
+            }
+        }
+    }
+
+    #[test]
+    fn slopes_are_those_of_the_published_models() {
+        assert_eq!(alibi_slopes(2), [0.0625, 0.003_906_25]);
+        let expected: Vec<f32> = (1..=8).map(|i| 0.5f32.powi(i)).collect();
+        assert_eq!(alibi_slopes(8), expected);
+        let twelve = alibi_slopes(12);
+        assert_eq!(twelve[..8], expected);
+        for (slope, power) in twelve[8..].iter().zip([-0.5f32, -1.5, -2.5, -3.5]) {
+            assert!((slope - power.exp2()).abs() < 1e-7);
+        }
+        assert!(alibi_slopes(0).is_empty() && alibi_slopes(1) == [0.003_906_25]);
     }
 }

@@ -151,7 +151,8 @@ impl Int8Rows {
         grow(&mut self.outliers, x.len() / weight.cols * count, 0.0);
         let mut outliers = std::mem::take(&mut self.outliers);
         let shared = SharedMut::new(&mut outliers);
-        self.quantize(x, weight.cols, weight.input_factors.as_deref(), Rounding::Nearest, |row, x| {
+        let (cols, factors) = (weight.cols, weight.input_factors.as_deref());
+        self.quantize(x, [cols, x.len() / cols, cols], factors, Rounding::Nearest, |row, x| {
             // SAFETY: one piece, its rows.
             let to = unsafe { shared.slice(row * count, count) };
             to.iter_mut().zip(&weight.outliers).for_each(|(to, &channel)| *to = x[channel as usize]);
@@ -159,21 +160,22 @@ impl Int8Rows {
         self.outliers = outliers;
     }
 
-    /// Quantizes the gradients `g: [T, rows]` of a weight's output.
-    pub fn quantize_gradient(&mut self, g: &[f32], weight: &Int8Matrix, rounding: Rounding) {
-        self.quantize(g, weight.rows, Some(&weight.row_scales[..weight.rows]), rounding, |_, _| {});
+    /// Quantizes the gradients of a weight's output: in each of `rows` rows, which begin `row` elements apart in `g`, the first elements.
+    pub fn quantize_gradient(&mut self, g: &[f32], row: usize, rows: usize, weight: &Int8Matrix, rounding: Rounding) {
+        let factors = Some(&weight.row_scales[..weight.rows]);
+        self.quantize(g, [row, rows, weight.rows], factors, rounding, |_, _| {});
     }
 
-    /// Quantizes `x: [T, cols]`, or `x · diag(factors)`, and shows each row to `also`.
+    /// Quantizes rows of `cols` elements that begin `row` elements apart, or these times `factors`, and shows each row to `also`.
     fn quantize(
         &mut self,
         x: &[f32],
-        cols: usize,
+        [row, rows, cols]: [usize; 3],
         factors: Option<&[f32]>,
         rounding: Rounding,
         also: impl Fn(usize, &[f32]) + Sync,
     ) {
-        let (rows, stride, runs) = (x.len() / cols, row_stride(cols), run_count(cols));
+        let (apart, stride, runs) = (row, row_stride(cols), run_count(cols));
         (self.rows, self.cols) = (rows, cols);
         grow(&mut self.values, rows * stride, OFFSET);
         grow(&mut self.scales, rows * runs, 0.0);
@@ -182,7 +184,7 @@ impl Int8Rows {
         parallel::for_each(rows.div_ceil(chunk), |piece| {
             scratch::with(Purpose::Row, if factors.is_some() { cols } else { 0 }, |scaled| {
                 for row in piece * chunk..((piece + 1) * chunk).min(rows) {
-                    let mut from = &x[row * cols..(row + 1) * cols];
+                    let mut from = &x[row * apart..][..cols];
                     also(row, from);
                     if let Some(factors) = factors {
                         multiply(from, factors, scaled);
@@ -619,7 +621,7 @@ mod tests {
                 if transposed {
                     rows.quantize_input(&x, &weight);
                 } else {
-                    rows.quantize_gradient(&x, &weight, Rounding::Nearest);
+                    rows.quantize_gradient(&x, n, m, &weight, Rounding::Nearest);
                 }
                 let term = if transposed { Term::int8(&rows, &weight) } else { Term::int8_plain(&rows, &weight) };
                 let mut y = vec![f32::NAN; m * out];
@@ -631,6 +633,26 @@ mod tests {
                 let expected: Vec<f64> = expected.iter().zip(&addend).map(|(e, a)| e + f64::from(*a)).collect();
                 assert!(relative_error(&y, &expected) < 1e-6, "{m} {n} {k} transposed {transposed}, with an addend");
             }
+        }
+    }
+
+    #[test]
+    fn gradients_may_be_columns_of_wider_rows() {
+        let (m, n, k, row, first) = (13, 70, 40, 131, 9);
+        let (w, wide) = (random(2, n * k), random(1, m * row));
+        let weight = Int8Matrix::new(&F32Panel::new(&w, k), None, &[]);
+        // The last row ends with the columns in question.
+        let columns = &wide[first..(m - 1) * row + first + n];
+        let dense: Vec<f32> = (0..m).flat_map(|t| columns[t * row..t * row + n].to_vec()).collect();
+        for rounding in [Rounding::Nearest, Rounding::Stochastic] {
+            let [mut y, mut expected] = [vec![0.0; m * k], vec![0.0; m * k]];
+            for (g, apart, y) in [(columns, row, &mut y), (&dense[..], n, &mut expected)] {
+                let mut rows = Int8Rows::default();
+                rows.quantize_gradient(g, apart, m, &weight, rounding);
+                assert_eq!((rows.rows(), rows.cols()), (m, n));
+                gemm(m, k, &[Term::int8_plain(&rows, &weight)], Out::set(y, k));
+            }
+            assert!(y == expected);
         }
     }
 
@@ -659,7 +681,7 @@ mod tests {
         x.chunks_mut(k).for_each(|row| row[5] = 0.9);
         let sum = |rounding| {
             let mut rows = Int8Rows::default();
-            rows.quantize(&x, k, None, rounding, |_, _| {});
+            rows.quantize(&x, [k, x.len() / k, k], None, rounding, |_, _| {});
             let row = |t: usize| rows.values(t, 0)[..k].iter().map(|&v| f64::from(v) - 128.0).sum::<f64>();
             (0..40).map(|t| f64::from(rows.scales(t, 0).0[0]) * row(t)).sum::<f64>()
         };

@@ -10,7 +10,7 @@ pub(crate) const LANES: usize = 16;
 
 /// a · b + c, fused or not. What is not fused is two instructions, but fused without an instruction for it is a call.
 #[inline(always)]
-fn multiply_add<const FMA: bool>(a: f32, b: f32, c: f32) -> f32 {
+pub(crate) fn multiply_add<const FMA: bool>(a: f32, b: f32, c: f32) -> f32 {
     if FMA { a.mul_add(b, c) } else { a * b + c }
 }
 
@@ -39,6 +39,22 @@ pub fn exp<const FMA: bool>(x: f32) -> f32 {
     let result = value * f32::from_bits(exponent);
     // A NaN passes both comparisons unchanged and comes out as NaN, so that it is noticed further on.
     if x < -87.0 { 0.0 } else { result }
+}
+
+/// tanh x to about 3 units in the last place, written as [`exp`] is.
+///
+/// Near 0 an odd polynomial (Cephes `tanhf`), elsewhere 1 − 2 / (e^2|x| + 1).
+#[inline(always)]
+pub fn tanh<const FMA: bool>(x: f32) -> f32 {
+    let magnitude = x.abs();
+    let far = 1.0 - 2.0 / (exp::<FMA>(2.0 * magnitude) + 1.0);
+    let square = x * x;
+    let mut p = -5.704_988_7e-3;
+    for coefficient in [2.063_908_8e-2, -5.373_971_5e-2, 1.333_144_2e-1, -3.333_328e-1] {
+        p = multiply_add::<FMA>(p, square, coefficient);
+    }
+    let near = multiply_add::<FMA>(p * square, x, x);
+    if magnitude < 0.625 { near } else { far.copysign(x) }
 }
 
 #[inline(always)]
@@ -134,6 +150,28 @@ mod x86 {
 }
 
 multiversion! {
+    /// Σ values, over fixed lanes.
+    pub fn sum(values: &[f32]) -> f32 {
+        let mut lanes = [0.0f32; LANES];
+        let blocks = values.as_chunks::<LANES>();
+        for block in blocks.0 {
+            for i in 0..LANES {
+                lanes[i] += block[i];
+            }
+        }
+        sum_lanes(lanes) + blocks.1.iter().sum::<f32>()
+    }
+}
+
+multiversion! {
+    fn scale_piece(x: &mut [f32], factor: f32) {
+        for v in x.iter_mut() {
+            *v *= factor;
+        }
+    }
+}
+
+multiversion! {
     fn add_piece(to: &mut [f32], from: &[f32]) {
         for (t, f) in to.iter_mut().zip(from) {
             *t += f;
@@ -172,6 +210,17 @@ pub fn add(to: &mut [f32], from: &[f32]) {
     });
 }
 
+/// `x *= factor`, on all threads.
+pub fn scale(x: &mut [f32], factor: f32) {
+    let len = x.len();
+    let shared = SharedMut::new(x);
+    parallel::for_each(len.div_ceil(PIECE), |piece| {
+        let start = piece * PIECE;
+        // SAFETY: pieces are disjoint.
+        scale_piece(unsafe { shared.slice(start, PIECE.min(len - start)) }, factor);
+    });
+}
+
 /// Σ v² in f64, over fixed pieces added up as a fixed tree, so that it does not depend on the number of threads.
 pub fn sum_squares(values: &[f32]) -> f64 {
     if values.len() <= PIECE {
@@ -192,22 +241,20 @@ pub fn add_transposed(to: &mut [f32], from: &[f32], r: usize, scale: f32) {
     }
 }
 
-/// Adds the vector `bias` to each row of `y: [T, n]`.
-pub fn add_bias(y: &mut [f32], bias: &[f32]) {
-    let n = bias.len();
-    let rows = parallel::chunk_rows(y.len() / n.max(1), 16);
-    let len = y.len();
+/// Adds the vector `bias: [n]` to the first n elements of `tokens` rows of `y`, which begin `row` elements apart.
+pub fn add_bias(y: &mut [f32], row: usize, tokens: usize, bias: &[f32]) {
+    let rows = parallel::chunk_rows(tokens, 16);
     let shared = SharedMut::new(y);
-    parallel::for_each(len.div_ceil(rows * n), |piece| {
-        let start = piece * rows * n;
-        // SAFETY: pieces are disjoint.
-        let y = unsafe { shared.slice(start, (rows * n).min(len - start)) };
-        y.chunks_exact_mut(n).for_each(|row| add_piece(row, bias));
+    parallel::for_each(tokens.div_ceil(rows), |piece| {
+        for token in piece * rows..((piece + 1) * rows).min(tokens) {
+            // SAFETY: pieces are disjoint.
+            add_piece(unsafe { shared.slice(token * row, bias.len()) }, bias);
+        }
     });
 }
 
-/// Adds the column sums of `g: [T, n]` to `db: [n]`: the gradient of a bias.
-pub fn add_column_sums(g: &[f32], db: &mut [f32]) {
+/// Adds the sums of the first n columns of `tokens` rows of `g`, which begin `row` elements apart, to `db: [n]`: the gradient of a bias.
+pub fn add_column_sums(g: &[f32], row: usize, tokens: usize, db: &mut [f32]) {
     const COLUMNS: usize = 64;
     let n = db.len();
     let shared = SharedMut::new(db);
@@ -216,7 +263,7 @@ pub fn add_column_sums(g: &[f32], db: &mut [f32]) {
         let width = COLUMNS.min(n - start);
         // SAFETY: pieces are disjoint.
         let db = unsafe { shared.slice(start, width) };
-        g.chunks_exact(n).for_each(|row| add_piece(db, &row[start..start + width]));
+        (0..tokens).for_each(|token| add_piece(db, &g[token * row + start..][..width]));
     });
 }
 
@@ -241,11 +288,27 @@ mod tests {
     }
 
     #[test]
+    fn tanh_is_close_everywhere_and_keeps_nan() {
+        for tanh in [tanh::<false>, tanh::<true>] {
+            let small = (-150..0).map(|i| 2f32.powi(i) * 1.3);
+            for x in (0..20_000).map(|i| i as f32 * 0.001 + 0.0003).chain(small) {
+                let expected = f64::from(x).tanh();
+                assert!((f64::from(tanh(x)) - expected).abs() <= 4e-7 * expected, "tanh({x}) = {}", tanh(x));
+                assert_eq!(tanh(-x), -tanh(x));
+            }
+            assert_eq!([tanh(0.0), tanh(f32::INFINITY), tanh(f32::NEG_INFINITY)], [0.0, 1.0, -1.0]);
+            assert!(tanh(f32::NAN).is_nan());
+        }
+    }
+
+    #[test]
     fn reductions_equal_plain_sums() {
         for n in [0, 1, 15, 16, 63, 64, 65, 1000, 70_001] {
             let (a, b) = (random(1, n), random(2, n));
             let expected: f64 = to_f64(&a).iter().zip(to_f64(&b)).map(|(x, y)| x * y).sum();
             assert!((f64::from(dot(&a, &b)) - expected).abs() < 1e-5 * (n as f64 + 1.0).sqrt(), "n = {n}");
+            let total: f64 = to_f64(&a).iter().sum();
+            assert!((f64::from(sum(&a)) - total).abs() < 1e-6 * (n as f64 + 1.0), "n = {n}");
             let squares: f64 = to_f64(&a).iter().map(|x| x * x).sum();
             assert!((sum_squares(&a) - squares).abs() < 1e-9 * (squares + 1.0), "n = {n}");
         }
@@ -260,18 +323,30 @@ mod tests {
 
     #[test]
     fn bias_is_added_to_rows_and_its_gradient_sums_columns() {
-        let (t, n) = (37, 70);
-        let (mut y, bias) = (random(1, t * n), random(2, n));
-        let before = y.clone();
-        add_bias(&mut y, &bias);
-        for i in 0..t * n {
-            assert_eq!(y[i], before[i] + bias[i % n]);
+        // Rows that hold nothing else, and rows that do.
+        for (t, n, row) in [(37, 70, 70), (37, 70, 101)] {
+            // The last row ends with the columns in question.
+            let (mut y, bias) = (random(1, (t - 1) * row + n), random(2, n));
+            let before = y.clone();
+            add_bias(&mut y, row, t, &bias);
+            for i in 0..y.len() {
+                let added = if i % row < n { bias[i % row] } else { 0.0 };
+                assert_eq!(y[i], before[i] + added);
+            }
+            let mut db = vec![1.0; n];
+            add_column_sums(&before, row, t, &mut db);
+            for (j, db) in db.iter().enumerate() {
+                let expected = 1.0 + (0..t).map(|i| f64::from(before[i * row + j])).sum::<f64>();
+                assert!((f64::from(*db) - expected).abs() < 1e-4);
+            }
         }
-        let mut db = vec![1.0; n];
-        add_column_sums(&before, &mut db);
-        for (j, db) in db.iter().enumerate() {
-            let expected = 1.0 + (0..t).map(|i| f64::from(before[i * n + j])).sum::<f64>();
-            assert!((f64::from(*db) - expected).abs() < 1e-4);
-        }
+    }
+
+    #[test]
+    fn vectors_are_scaled_whole() {
+        let before = random(1, PIECE + 5);
+        let mut x = before.clone();
+        scale(&mut x, 0.5);
+        assert!(x.iter().zip(&before).all(|(x, before)| *x == 0.5 * before));
     }
 }

@@ -1,52 +1,42 @@
 //! A model on disk, Hugging Face directory or GGUF file, under one set of names: those of transformers.
 //!
-//! Opening maps the files and reads their headers; every tensor that the configuration needs must be there in the right
-//! shape. llama.cpp stores the rows of q and k in another order than transformers (pairs of rotary dimensions side by side
-//! instead of in two halves); the order is undone here, so nobody else has to know.
+//! Opening maps the files and reads their headers; every tensor that the spec needs must be there in the right shape, and none may be
+//! there that the spec does not know: leaving it out would run another model. What llama.cpp stores otherwise is undone here, so that
+//! nobody else has to know: rows of q and k in pairs of rotary dimensions, BLOOM's q, k and v one after the other, Gemma's norms with the
+//! 1 added.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use half::{bf16, f16};
 use rayon::prelude::*;
+use retune_engine::spec::{Linear, ModelSpec, Module, NormKind, Order};
 use retune_formats::bitsandbytes::{self, FourBitWeight};
 use retune_formats::files::{map_file, read_json};
 use retune_formats::gguf::{Gguf, Metadata, TensorInfo};
 use retune_formats::safetensors::{self, RawTensor};
 use retune_formats::weights::{matrix, rows_and_cols};
 use retune_kernels::PanelSource;
-use retune_quant::{Matrix, SharedBytes};
+use retune_quant::{Format, Matrix, SharedBytes};
 use retune_text::tokenizer::Tokenizer;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
-use crate::config::ModelConfig;
 use crate::error::Error;
+use crate::families::{self, Description, Family, TokenIds};
+use crate::translate::Translation;
 
 pub(crate) const CONFIG: &str = "config.json";
-const ROPE_FACTORS: &str = "rope_freqs.weight";
-/// Half of the largest head imaginable.
-const MAX_ROPE_FACTORS: usize = 1 << 16;
 /// Values decoded at a time when all weights are looked through: 256 KB per thread.
 const CHECK_VALUES: usize = 1 << 16;
 
-/// Modules outside of the layers: transformers' name, llama.cpp's name.
-const OUTER_NAMES: [(&str, &str); 3] =
-    [("model.embed_tokens", "token_embd"), ("model.norm", "output_norm"), ("lm_head", "output")];
-
-/// Modules of a layer, transformers' name after `model.layers.N.` and llama.cpp's after `blk.N.`.
-const LAYER_NAMES: [(&str, &str); 9] = [
-    ("input_layernorm", "attn_norm"),
-    ("self_attn.q_proj", "attn_q"),
-    ("self_attn.k_proj", "attn_k"),
-    ("self_attn.v_proj", "attn_v"),
-    ("self_attn.o_proj", "attn_output"),
-    ("post_attention_layernorm", "ffn_norm"),
-    ("mlp.gate_proj", "ffn_gate"),
-    ("mlp.up_proj", "ffn_up"),
-    ("mlp.down_proj", "ffn_down"),
-];
+/// What models that see pictures have besides the text model.
+const VISION: [&str; 4] =
+    ["vision_tower.", "model.vision_tower.", "multi_modal_projector.", "model.multi_modal_projector."];
+/// What stands before a text model's names where it is part of another model.
+const WRAPPER: &str = "language_model.";
 
 /// Where a checkpoint comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,18 +45,23 @@ pub enum CheckpointKind {
     Gguf,
 }
 
-/// A model on disk, opened: its configuration and its tensors, which stay in the files until they are used.
+/// A model on disk, opened: what it computes, and its tensors, which stay in the files until they are used.
 pub struct Checkpoint {
-    pub config: ModelConfig,
+    pub spec: ModelSpec,
+    pub family: &'static Family,
+    /// The tokens that begin, end and pad a text, as the configuration says.
+    pub tokens: TokenIds,
     path: PathBuf,
+    files: Vec<PathBuf>,
     file_bytes: u64,
+    notes: Vec<String>,
     tensors: BTreeMap<String, StoredTensor>,
     source: Source,
 }
 
 enum Source {
     HuggingFace { config_json: Value },
-    Gguf { metadata: Metadata },
+    Gguf { metadata: Metadata, config_json: Value },
 }
 
 struct StoredTensor {
@@ -74,15 +69,16 @@ struct StoredTensor {
     parts: Vec<SharedBytes>,
     /// As in the file.
     storage: &'static str,
-    /// In transformers' row order.
+    /// As the spec has it: in transformers' row order, a linear's weight as `[out, in]`.
     matrix: Matrix,
 }
 
 impl Checkpoint {
     /// Opens a Hugging Face model directory, a `.gguf` file, or a directory with one `.gguf` file and no other weights.
     ///
-    /// Errors: files that cannot be read, are damaged or truncated; models that are not supported; tensors that are missing
-    /// or of another shape than the configuration says.
+    /// # Errors
+    /// Files that cannot be read, are damaged or truncated; models that are not supported; tensors that are missing, of another shape
+    /// than the configuration says, or not part of such a model.
     pub fn open(path: &Path) -> Result<Checkpoint, Error> {
         let found = std::fs::metadata(path).map_err(|error| Error::Io { path: path.to_owned(), error })?;
         if found.is_dir() {
@@ -103,23 +99,15 @@ impl Checkpoint {
     fn open_hugging_face(dir: &Path) -> Result<Checkpoint, Error> {
         let config_path = dir.join(CONFIG);
         let config_json = read_json(&config_path)?;
-        let config = ModelConfig::from_hf_json(&config_json).map_err(|error| error.at(&config_path))?;
-        let mut weights = safetensors::open(dir)?;
-        let mut tensors = BTreeMap::new();
-        let mut missing = Vec::new();
-        for (name, shape) in expected_tensors(&config) {
-            match weights.tensors.remove(&name) {
-                Some(raw) => {
-                    let tensor = hugging_face_tensor(&name, &shape, raw, &mut weights.tensors);
-                    let tensor = tensor.map_err(|error| error.at(dir))?;
-                    tensors.insert(name, tensor);
-                }
-                None => missing.push(name),
-            }
-        }
-        refuse_missing(&missing).map_err(|error| error.at(dir))?;
+        let description = families::describe(&config_json).map_err(|error| error.at(&config_path))?;
+        let weights = safetensors::open(dir)?;
+        let mut files = Files { prefix: description.family.prefix, tensors: weights.tensors };
+        let Description { family, mut spec, tokens } = description;
+        let tensors = files.read(&mut spec).map_err(|error| error.at(dir))?;
         let source = Source::HuggingFace { config_json };
-        Ok(Checkpoint { config, path: dir.to_owned(), file_bytes: weights.file_bytes, tensors, source })
+        let (path, file_bytes, notes) = (dir.to_owned(), weights.file_bytes, files.notes());
+        let files = [vec![config_path], weights.files].concat();
+        Ok(Checkpoint { spec, family, tokens, path, files, file_bytes, notes, tensors, source })
     }
 
     fn open_gguf(path: &Path) -> Result<Checkpoint, Error> {
@@ -129,53 +117,21 @@ impl Checkpoint {
     fn from_gguf_bytes(path: &Path, bytes: SharedBytes) -> Result<Checkpoint, Error> {
         let file_bytes = bytes.len() as u64;
         let file = Gguf::parse(bytes)?;
-        let mut unused: BTreeMap<&str, &TensorInfo> =
-            file.tensors.iter().map(|tensor| (tensor.name.as_str(), tensor)).collect();
-        let rope_factors = match unused.remove(ROPE_FACTORS) {
-            Some(info) => Some(rope_factors_of(info)?),
-            None => None,
-        };
-        let config = ModelConfig::from_gguf(&file, rope_factors)?;
-
-        let mut needed = Vec::new();
-        let mut missing = Vec::new();
-        for (name, shape) in expected_tensors(&config) {
-            let stored_name = gguf_name(&name).unwrap_or_default();
-            match unused.remove(stored_name.as_str()) {
-                Some(info) => {
-                    check_shape(&info.name, info.shape(), &shape)?;
-                    needed.push((name, info));
-                }
-                None => missing.push(stored_name),
-            }
-        }
-        refuse_missing(&missing)?;
-        if let Some(tensor) = unused.into_keys().find(|name| !name.ends_with(".attn_rot_embd.weight")) {
-            return Err(Error::UnexpectedTensor { tensor: tensor.to_owned() });
-        }
-
-        // Only now are the numbers of heads known to fit the file, and safe to allocate by.
-        let query_rows = interleaved_rows(config.num_attention_heads, config.head_dim);
-        let key_rows = interleaved_rows(config.num_key_value_heads, config.head_dim);
-        let mut tensors = BTreeMap::new();
-        for (name, info) in needed {
-            let row_map = if name.contains(".q_proj.") {
-                Some(&query_rows)
-            } else if name.contains(".k_proj.") {
-                Some(&key_rows)
-            } else {
-                None
-            };
-            tensors.insert(name, gguf_tensor(info, row_map)?);
-        }
-        let source = Source::Gguf { metadata: file.metadata };
-        Ok(Checkpoint { config, path: path.to_owned(), file_bytes, tensors, source })
+        let translation = Translation::of(&file)?;
+        let description = families::describe(&translation.config).map_err(|error| translation.name_key(error))?;
+        let Description { family, spec, tokens } = description;
+        let tensors = gguf_tensors(&file, &translation, &spec)?;
+        let Translation { config: config_json, notes, .. } = translation;
+        let source = Source::Gguf { metadata: file.metadata, config_json };
+        let (path, files) = (path.to_owned(), vec![path.to_owned()]);
+        Ok(Checkpoint { spec, family, tokens, path, files, file_bytes, notes, tensors, source })
     }
 
     /// A tensor by its name in transformers, for example "model.layers.0.self_attn.q_proj.weight": `[rows, cols]` in
-    /// transformers' order, a vector of n values as `[1, n]`. Copies no weights.
+    /// transformers' order, a linear's as `[out, in]` however the files hold it, a vector of n values as `[1, n]`. Copies no weights.
     ///
-    /// Errors: a name that the model does not have.
+    /// # Errors
+    /// A name that the model does not have.
     pub fn tensor(&self, name: &str) -> Result<Matrix, Error> {
         match self.tensors.get(name) {
             Some(tensor) => Ok(tensor.matrix.clone()),
@@ -198,6 +154,17 @@ impl Checkpoint {
         &self.path
     }
 
+    /// The files that say what the model computes: its configuration and its weights.
+    pub fn files(&self) -> &[PathBuf] {
+        &self.files
+    }
+
+    /// What the files do not say or what of them is not used, for whoever runs the model to know.
+    pub fn notes(&self) -> &[String] {
+        &self.notes
+    }
+
+    /// Whether it is a directory or a file.
     pub fn kind(&self) -> CheckpointKind {
         match self.source {
             Source::HuggingFace { .. } => CheckpointKind::HuggingFace,
@@ -217,22 +184,40 @@ impl Checkpoint {
 
     /// The tokenizer that comes with the model.
     ///
-    /// Errors: one that is missing, damaged or not supported.
+    /// # Errors
+    /// One that is missing, damaged or not supported.
     pub fn tokenizer(&self) -> Result<Tokenizer, Error> {
         let tokenizer = match &self.source {
             Source::HuggingFace { .. } => Tokenizer::from_dir(&self.path)?,
-            Source::Gguf { metadata } => Tokenizer::from_gguf(metadata).map_err(|error| error.at(&self.path))?,
+            Source::Gguf { metadata, .. } => Tokenizer::from_gguf(metadata).map_err(|error| error.at(&self.path))?,
         };
-        Ok(tokenizer.with_rows(self.config.vocab_size))
+        Ok(tokenizer.with_rows(self.spec.vocab_size))
     }
 
-    /// The `config.json` to write beside a merged model: the directory's own, or one made from the GGUF header.
+    /// The configuration as it was read: the directory's own, or what a GGUF header says in its words.
+    pub fn config_json(&self) -> &Value {
+        match &self.source {
+            Source::HuggingFace { config_json } | Source::Gguf { config_json, .. } => config_json,
+        }
+    }
+
+    /// The `config.json` to write beside a merged model: the directory's own, its part for text where there are others, or one made
+    /// from the GGUF header.
     ///
-    /// Errors: a GGUF model with rotary factors that transformers cannot express.
+    /// # Errors
+    /// A GGUF model with rotary factors that transformers cannot express.
     pub fn hf_config_json(&self) -> Result<Value, Error> {
         match &self.source {
-            Source::HuggingFace { config_json } => Ok(config_json.clone()),
-            Source::Gguf { .. } => self.config.to_hf_json(),
+            Source::HuggingFace { config_json } => Ok(families::text_config(config_json)),
+            Source::Gguf { config_json, .. } => Translation::hf_config(config_json),
+        }
+    }
+
+    /// The name under which a tensor of the spec is written beside [`Self::hf_config_json`].
+    pub fn exported_name(&self, name: &str) -> String {
+        match name.strip_prefix(families::VISION_PREFIX) {
+            Some(inner) => format!("model.{inner}"),
+            None => name.to_owned(),
         }
     }
 
@@ -255,7 +240,8 @@ impl Checkpoint {
 
     /// Decodes every tensor and looks for NaN and infinities.
     ///
-    /// Errors: the first such value in name order, whatever the number of threads.
+    /// # Errors
+    /// The first such value in name order, whatever the number of threads.
     pub fn check_finite(&self) -> Result<(), Error> {
         let panels: Vec<(&str, &Matrix, Range<usize>)> = self
             .tensors
@@ -276,86 +262,228 @@ impl Checkpoint {
             None => Ok(()),
         }
     }
+}
 
-    /// The linear modules an adapter could be put on, layers ascending, each q, k, v, o, gate, up, down, then the head:
-    /// (module, input features, output features, has a bias, is the output head).
-    pub fn linear_modules(&self) -> Vec<(String, usize, usize, bool, bool)> {
-        let config = &self.config;
-        let mut modules = Vec::new();
-        for layer in 0..config.num_hidden_layers {
-            for linear in layer_linears(config) {
-                let module = format!("model.layers.{layer}.{}", linear.name);
-                modules.push((module, linear.cols, linear.rows, linear.has_bias, false));
+/// The tensors of a directory that no part of the model has taken yet.
+struct Files {
+    prefix: &'static str,
+    tensors: BTreeMap<String, RawTensor>,
+}
+
+impl Files {
+    /// Takes the model's tensors out, and sets in the spec what the files decide: whether the head is the table, and how far the factor on
+    /// the table's rows is rounded.
+    fn read(&mut self, spec: &mut ModelSpec) -> Result<BTreeMap<String, StoredTensor>, Error> {
+        self.decide_head(spec);
+        let mut tensors = BTreeMap::new();
+        let mut missing = Vec::new();
+        for module in spec.modules() {
+            let is_transposed = matches!(module, Module::Linear(Linear { transposed: true, .. }));
+            for (name, shape) in module.tensors() {
+                let Some((stored_name, raw)) = self.take(&name) else {
+                    missing.push(name);
+                    continue;
+                };
+                let mut tensor = self.tensor(&stored_name, &shape, raw)?;
+                if is_transposed && shape.len() == 2 {
+                    tensor.matrix = tensor.matrix.transposed();
+                }
+                tensors.insert(name, tensor);
             }
         }
-        modules.push(("lm_head".to_owned(), config.hidden_size, config.vocab_size, false, true));
-        modules
+        if missing == [weight_of(&spec.head.linear.name)] {
+            return Err(Error::HeadMissing { head: missing.remove(0) });
+        }
+        refuse_missing(&missing)?;
+        if let Some(name) = self.tensors.keys().find(|name| !self.may_be_left(name)) {
+            return Err(Error::UnexpectedTensor { tensor: name.clone(), family: spec.family });
+        }
+        // As transformers rounds it, to the type of the table.
+        match tensors.get(&table_of(spec)).map(|table| table.storage) {
+            Some(storage) if storage == Format::BF16.name() => {
+                spec.table.scale = bf16::from_f32(spec.table.scale).to_f32();
+            }
+            Some(storage) if storage == Format::F16.name() => {
+                spec.table.scale = f16::from_f32(spec.table.scale).to_f32();
+            }
+            _ => {}
+        }
+        Ok(tensors)
+    }
+
+    /// Whether the head is the table is for the files to say: a head of its own in them is used whatever the configuration says, and a
+    /// lone one is the table as well.
+    fn decide_head(&mut self, spec: &mut ModelSpec) {
+        let (table, head) = (table_of(spec), weight_of(&spec.head.linear.name));
+        let stored = |name: &str| Some((self.name_of(name)?, self.tensors.get(&self.name_of(name)?)?));
+        match (stored(&table), stored(&head)) {
+            (None, Some((name, _))) if spec.head.tied => {
+                if let Some(raw) = self.tensors.remove(&name) {
+                    self.tensors.insert(table, raw);
+                }
+            }
+            (Some((_, ours)), Some((name, theirs))) if spec.head.tied => {
+                let is_copy =
+                    ours.dtype == theirs.dtype && ours.shape == theirs.shape && ours.bytes[..] == theirs.bytes[..];
+                if is_copy {
+                    self.tensors.remove(&name);
+                } else {
+                    spec.head.tied = false;
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// The name under which the files hold a tensor.
+    fn name_of(&self, name: &str) -> Option<String> {
+        let inner = name.strip_prefix(self.prefix);
+        let is_wrapped = self.prefix.ends_with(WRAPPER);
+        let candidates = [
+            Some(name.to_owned()),
+            inner.map(str::to_owned),
+            inner.filter(|_| is_wrapped).map(|inner| format!("{WRAPPER}model.{inner}")),
+            inner.filter(|_| is_wrapped).map(|inner| format!("model.{inner}")),
+            (inner.is_none() || !is_wrapped).then(|| format!("{WRAPPER}{name}")),
+        ];
+        candidates.into_iter().flatten().find(|name| self.tensors.contains_key(name))
+    }
+
+    fn take(&mut self, name: &str) -> Option<(String, RawTensor)> {
+        self.tensors.remove_entry(&self.name_of(name)?)
+    }
+
+    /// A tensor as its file holds it; what else belongs to it is taken as well.
+    fn tensor(&mut self, name: &str, shape: &[usize], raw: RawTensor) -> Result<StoredTensor, Error> {
+        // First, because packed indices may be stored as if they were floating-point numbers.
+        if let Some(FourBitWeight { matrix, parts }) =
+            bitsandbytes::take_weight(name, shape, &raw.bytes, &mut self.tensors)?
+        {
+            return Ok(StoredTensor { storage: matrix.storage(), parts, matrix });
+        }
+        let Some(format) = raw.format() else {
+            return Err(Error::TensorType { tensor: name.to_owned(), dtype: raw.dtype.to_string() });
+        };
+        check_shape(name, raw.shape, shape)?;
+        let (rows, cols) = rows_and_cols(shape);
+        let matrix = matrix(name, format, rows, cols, raw.bytes.clone())?;
+        Ok(StoredTensor { parts: vec![raw.bytes], storage: format.name(), matrix })
+    }
+
+    /// Whether the model computes the same without a tensor: what sees pictures, frequencies that follow from the configuration, and
+    /// GPT-2's causal masks.
+    fn may_be_left(&self, name: &str) -> bool {
+        let is_mask = || name.ends_with(".attn.bias") || name.ends_with(".attn.masked_bias");
+        name.ends_with(".rotary_emb.inv_freq")
+            || (self.prefix == families::VISION_PREFIX && is_of_vision(name))
+            || (self.prefix == "transformer." && is_mask())
+    }
+
+    fn notes(&self) -> Vec<String> {
+        let left = self.tensors.keys().filter(|name| is_of_vision(name)).count();
+        let note = format!("what sees pictures is left out: {left} tensors of the vision tower and its projector");
+        (left > 0).then_some(note).into_iter().collect()
     }
 }
 
-/// A linear module of a layer; its weight is `[rows, cols]`.
-struct LayerLinear {
-    /// After `model.layers.N.`
-    name: &'static str,
-    rows: usize,
-    cols: usize,
-    has_bias: bool,
+fn is_of_vision(name: &str) -> bool {
+    VISION.iter().any(|prefix| name.starts_with(prefix))
 }
 
-fn layer_linears(config: &ModelConfig) -> [LayerLinear; 7] {
-    let (hidden, inner) = (config.hidden_size, config.intermediate_size);
-    let (query, key_value) = (config.query_size(), config.key_value_size());
-    let attention = |name, rows, cols| LayerLinear { name, rows, cols, has_bias: config.attention_bias };
-    let mlp = |name, rows, cols| LayerLinear { name, rows, cols, has_bias: config.mlp_bias };
-    [
-        attention("self_attn.q_proj", query, hidden),
-        attention("self_attn.k_proj", key_value, hidden),
-        attention("self_attn.v_proj", key_value, hidden),
-        attention("self_attn.o_proj", hidden, query),
-        mlp("mlp.gate_proj", inner, hidden),
-        mlp("mlp.up_proj", inner, hidden),
-        mlp("mlp.down_proj", hidden, inner),
-    ]
+fn weight_of(module: &str) -> String {
+    format!("{module}.weight")
 }
 
-/// Names and shapes of the tensors a model of this configuration consists of, in the order transformers declares them.
-/// Norms and biases have one dimension. A tied head is not listed.
-pub fn expected_tensors(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
-    let (vocab, hidden) = (config.vocab_size, config.hidden_size);
-    let mut tensors = vec![("model.embed_tokens.weight".to_owned(), vec![vocab, hidden])];
-    for layer in 0..config.num_hidden_layers {
-        for linear in layer_linears(config) {
-            let module = format!("model.layers.{layer}.{}", linear.name);
-            tensors.push((format!("{module}.weight"), vec![linear.rows, linear.cols]));
-            if linear.has_bias {
-                tensors.push((format!("{module}.bias"), vec![linear.rows]));
+fn table_of(spec: &ModelSpec) -> String {
+    weight_of(&spec.table.name)
+}
+
+/// The model's tensors in a GGUF file, as transformers has them.
+fn gguf_tensors(
+    file: &Gguf,
+    translation: &Translation,
+    spec: &ModelSpec,
+) -> Result<BTreeMap<String, StoredTensor>, Error> {
+    let mut unused: BTreeMap<&str, &TensorInfo> =
+        file.tensors.iter().map(|tensor| (tensor.name.as_str(), tensor)).collect();
+    unused.retain(|name, _| !translation.reads(name));
+    let mut needed = Vec::new();
+    let mut missing = Vec::new();
+    for module in spec.modules() {
+        // llama.cpp stores every linear as [out, in].
+        let module = match module {
+            Module::Linear(linear) => Stored::Linear(Linear { transposed: false, ..linear.clone() }),
+            Module::Norm(norm) if norm.kind == NormKind::RmsPlusOne => Stored::PlusOne(module),
+            other => Stored::Plain(other),
+        };
+        for (name, shape) in module.tensors() {
+            let stored_name = translation.gguf.name(translation.family.prefix, &name).unwrap_or_default();
+            match unused.remove(stored_name.as_str()) {
+                Some(info) => {
+                    check_shape(&info.name, info.shape(), &shape)?;
+                    needed.push((name, info, matches!(module, Stored::PlusOne(_))));
+                }
+                None => missing.push(stored_name),
             }
         }
-        for norm in ["input_layernorm", "post_attention_layernorm"] {
-            tensors.push((format!("model.layers.{layer}.{norm}.weight"), vec![hidden]));
+    }
+    refuse_missing(&missing)?;
+    if let Some(tensor) = unused.into_keys().find(|name| !name.ends_with(".attn_rot_embd.weight")) {
+        return Err(Error::UnexpectedTensor { tensor: tensor.to_owned(), family: spec.family });
+    }
+
+    // Only now are the numbers of heads known to fit the file, and safe to allocate by.
+    let row_maps = row_maps(spec, translation.gguf.paired_rows);
+    let mut tensors = BTreeMap::new();
+    for (name, info, is_plus_one) in needed {
+        let module = name.rsplit_once('.').map_or("", |(module, _)| module);
+        let tensor = gguf_tensor(info, row_maps.get(module), is_plus_one)?;
+        tensors.insert(name, tensor);
+    }
+    Ok(tensors)
+}
+
+/// A module as llama.cpp stores it.
+enum Stored<'a> {
+    Linear(Linear),
+    /// With 1 added to the weight.
+    PlusOne(Module<'a>),
+    Plain(Module<'a>),
+}
+
+impl Stored<'_> {
+    fn tensors(&self) -> Vec<(String, Vec<usize>)> {
+        match self {
+            Stored::Linear(linear) => Module::Linear(linear).tensors(),
+            Stored::PlusOne(module) | Stored::Plain(module) => module.tensors(),
         }
     }
-    tensors.push(("model.norm.weight".to_owned(), vec![hidden]));
-    if !config.tie_word_embeddings {
-        tensors.push(("lm_head.weight".to_owned(), vec![vocab, hidden]));
-    }
-    tensors
 }
 
-/// llama.cpp's name of a tensor that transformers names so: "model.layers.3.mlp.up_proj.weight" is "blk.3.ffn_up.weight".
-pub fn gguf_name(name: &str) -> Option<String> {
-    let (module, kind) = name.rsplit_once('.')?;
-    let find = |names: &[(&'static str, &'static str)], module: &str| {
-        names.iter().find(|(theirs, _)| *theirs == module).map(|&(_, stored)| stored)
-    };
-    if let Some(stored) = find(&OUTER_NAMES, module) {
-        return Some(format!("{stored}.{kind}"));
+/// For each linear whose rows llama.cpp stores in another order, where each row is.
+fn row_maps(spec: &ModelSpec, paired_rows: bool) -> BTreeMap<&str, Arc<[u32]>> {
+    let mut shared: BTreeMap<(usize, usize), Arc<[u32]>> = BTreeMap::new();
+    let mut maps = BTreeMap::new();
+    for sub_layer in spec.sub_layers() {
+        let Some(attention) = sub_layer.attention() else { continue };
+        let d = attention.head_dim;
+        let mut map = |linear: &'_ Linear, heads: usize, of: fn(usize, usize) -> Arc<[u32]>| {
+            let map = shared.entry((heads, d)).or_insert_with(|| of(heads, d));
+            (linear.rows == map.len()).then(|| Arc::clone(map))
+        };
+        let mapped: Vec<(&Linear, Option<Arc<[u32]>>)> = match (attention.order, sub_layer.inputs.as_slice()) {
+            (Order::Heads, [linear]) => vec![(linear, map(linear, attention.queries, rows_of_heads))],
+            (Order::Planes, [q, k, _]) if paired_rows => {
+                vec![(q, map(q, attention.queries, interleaved_rows)), (k, map(k, attention.keys, interleaved_rows))]
+            }
+            _ => continue,
+        };
+        maps.extend(mapped.into_iter().filter_map(|(linear, map)| Some((linear.name.as_str(), map?))));
     }
-    let (layer, inner) = module.strip_prefix("model.layers.")?.split_once('.')?;
-    find(&LAYER_NAMES, inner).map(|stored| format!("blk.{layer}.{stored}.{kind}"))
+    maps
 }
 
-/// Where llama.cpp stores each row of a q or k projection: row p·d/2 + j of a head of d rows is stored at 2·j + p.
+/// Row p·d/2 + j of a head of d rows of queries or keys is stored at 2·j + p.
 fn interleaved_rows(heads: usize, head_dim: usize) -> Arc<[u32]> {
     let half = head_dim / 2;
     // The configuration's check keeps heads · head_dim below 2^32.
@@ -364,31 +492,24 @@ fn interleaved_rows(heads: usize, head_dim: usize) -> Arc<[u32]> {
         .collect()
 }
 
-/// A tensor of a directory; what else belongs to it is taken out of `others`.
-fn hugging_face_tensor(
-    name: &str,
-    shape: &[usize],
-    raw: RawTensor,
-    others: &mut BTreeMap<String, RawTensor>,
-) -> Result<StoredTensor, Error> {
-    // First, because packed indices may be stored as if they were floating-point numbers.
-    if let Some(FourBitWeight { matrix, parts }) = bitsandbytes::take_weight(name, shape, &raw.bytes, others)? {
-        return Ok(StoredTensor { storage: matrix.storage(), parts, matrix });
-    }
-    let Some(format) = raw.format() else {
-        return Err(Error::TensorType { tensor: name.to_owned(), dtype: raw.dtype.to_string() });
-    };
-    check_shape(name, raw.shape, shape)?;
-    let (rows, cols) = rows_and_cols(shape);
-    let matrix = matrix(name, format, rows, cols, raw.bytes.clone())?;
-    Ok(StoredTensor { parts: vec![raw.bytes], storage: format.name(), matrix })
+/// q, k and v of each head in turn are stored as all queries, all keys, all values.
+fn rows_of_heads(heads: usize, head_dim: usize) -> Arc<[u32]> {
+    (0..heads)
+        .flat_map(|head| {
+            (0..3).flat_map(move |part| (0..head_dim).map(move |i| ((part * heads + head) * head_dim + i) as u32))
+        })
+        .collect()
 }
 
-fn gguf_tensor(info: &TensorInfo, row_map: Option<&Arc<[u32]>>) -> Result<StoredTensor, Error> {
+fn gguf_tensor(info: &TensorInfo, row_map: Option<&Arc<[u32]>>, is_plus_one: bool) -> Result<StoredTensor, Error> {
     let shape = info.shape();
     let (rows, cols) = rows_and_cols(&shape);
     let stored = matrix(&info.name, info.format, rows, cols, info.bytes.clone())?;
     let matrix = match row_map {
+        None if is_plus_one => {
+            let values: Vec<f32> = stored.to_f32().into_iter().map(|weight| weight - 1.0).collect();
+            Matrix::from_f32(1, values.len(), values)
+        }
         None => stored,
         // A bias: one row, whose values are what must be reordered.
         Some(map) if shape.len() == 1 => {
@@ -401,17 +522,6 @@ fn gguf_tensor(info: &TensorInfo, row_map: Option<&Arc<[u32]>>) -> Result<Stored
         }
     };
     Ok(StoredTensor { parts: vec![info.bytes.clone()], storage: info.format.name(), matrix })
-}
-
-fn rope_factors_of(info: &TensorInfo) -> Result<Vec<f32>, Error> {
-    match *info.dims {
-        [len] if len <= MAX_ROPE_FACTORS => Ok(matrix(&info.name, info.format, 1, len, info.bytes.clone())?.to_f32()),
-        _ => Err(retune_formats::Error::GgufHeader {
-            found: format!("tensor {} of shape {:?}", info.name, info.shape()),
-            expected: "one factor for each pair of a head's dimensions".to_owned(),
-        }
-        .into()),
-    }
 }
 
 fn check_shape(name: &str, found: Vec<usize>, expected: &[usize]) -> Result<(), Error> {
@@ -490,11 +600,15 @@ mod tests {
         })
     }
 
+    fn spec_of(config: &Value) -> ModelSpec {
+        families::describe(config).unwrap().spec
+    }
+
     /// Every value of every tensor is another number.
     fn tensors(config: &Value) -> Tensors {
-        let config = ModelConfig::from_hf_json(config).unwrap();
         let mut next = 0.0;
-        expected_tensors(&config)
+        spec_of(config)
+            .tensors()
             .into_iter()
             .map(|(name, shape)| {
                 let count: usize = shape.iter().product();
@@ -551,7 +665,8 @@ mod tests {
                 _ => values.clone(),
             };
             let dims: Vec<u64> = shape.iter().rev().map(|&dim| dim as u64).collect();
-            bytes = bytes.f32_tensor(&gguf_name(name).unwrap(), &dims, &stored);
+            let gguf = families::FAMILIES[0].gguf.as_ref().unwrap();
+            bytes = bytes.f32_tensor(&gguf.name("model.", name).unwrap(), &dims, &stored);
         }
         bytes
     }
@@ -586,37 +701,241 @@ mod tests {
         assert!(theirs.has("lm_head.weight") && !theirs.has("lm_head.bias"));
         assert_eq!(ours.file_bytes(), std::fs::metadata(&path).unwrap().len());
         assert!(theirs.tensor("model.layers.2.mlp.up_proj.weight").is_err());
-        let reread = ModelConfig::from_hf_json(&ours.hf_config_json().unwrap()).unwrap();
-        assert_eq!((reread, theirs.hf_config_json().unwrap()), (ours.config.clone(), config_json()));
+        assert_eq!(ours.spec, theirs.spec);
+        assert_eq!(
+            (spec_of(&ours.hf_config_json().unwrap()), theirs.hf_config_json().unwrap()),
+            (theirs.spec, config_json())
+        );
+    }
+
+    /// What llama.cpp's converter makes of a tensor: linears as [out, in], BLOOM's q, k, v one after the other, 1 added to Gemma's norms.
+    fn converted(spec: &ModelSpec, name: &str, shape: &[usize], values: &[f32]) -> (Vec<usize>, Vec<f32>) {
+        let module = name.rsplit_once('.').unwrap().0;
+        let module = spec.modules().into_iter().find(|other| other.name() == module);
+        let cols = shape.get(1).copied().unwrap_or(1);
+        match module.unwrap() {
+            Module::Linear(linear) if linear.transposed && shape.len() == 2 => {
+                let stored = (0..cols).flat_map(|j| (0..shape[0]).map(move |i| values[i * cols + j])).collect();
+                (vec![shape[1], shape[0]], stored)
+            }
+            Module::Linear(linear) if linear.name.ends_with("query_key_value") => {
+                let (heads, d) = (2, linear.rows / 6);
+                let rows =
+                    (0..3).flat_map(|part| (0..heads).flat_map(move |h| (0..d).map(move |i| (h * 3 + part) * d + i)));
+                (shape.to_vec(), rows.flat_map(|row| values[row * cols..(row + 1) * cols].to_vec()).collect())
+            }
+            Module::Norm(norm) if norm.kind == NormKind::RmsPlusOne => {
+                (shape.to_vec(), values.iter().map(|value| value + 1.0).collect())
+            }
+            _ => (shape.to_vec(), values.to_vec()),
+        }
     }
 
     #[test]
-    fn linear_modules_come_in_order() {
-        let modules = from_bytes(gguf(&tensors(&config_json())).build()).unwrap().linear_modules();
-        assert_eq!(modules.len(), 15);
-        assert_eq!(modules[0], ("model.layers.0.self_attn.q_proj".to_owned(), 4, 12, true, false));
-        assert_eq!(modules[13], ("model.layers.1.mlp.down_proj".to_owned(), 6, 4, false, false));
-        assert_eq!(modules[14], ("lm_head".to_owned(), 4, 3, false, true));
+    fn what_llama_cpp_stores_otherwise_is_undone() {
+        let gemma = json!({"model_type": "gemma", "hidden_size": 4, "intermediate_size": 6, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 6, "vocab_size": 3});
+        let common = |bytes: GgufBytes, architecture: &str| {
+            let key = |name: &str| format!("{architecture}.{name}");
+            let bytes = bytes.str("general.architecture", architecture).u32(&key("block_count"), 2);
+            let bytes = bytes.u32(&key("context_length"), 16).u32(&key("embedding_length"), 4);
+            let bytes = bytes.u32(&key("attention.head_count"), 2).f32(&key("attention.layer_norm_epsilon"), 1e-5);
+            bytes.u32(&key("feed_forward_length"), if architecture == "gemma" { 6 } else { 16 })
+        };
+        for (config, keys) in [
+            (
+                json!({"model_type": "gpt2", "n_embd": 4, "n_head": 2, "n_layer": 2, "n_positions": 16, "vocab_size": 3}),
+                common(GgufBytes::default(), "gpt2"),
+            ),
+            (
+                json!({"model_type": "bloom", "hidden_size": 4, "n_head": 2, "n_layer": 2, "vocab_size": 3}),
+                common(GgufBytes::default(), "bloom"),
+            ),
+            (
+                gemma,
+                common(GgufBytes::default(), "gemma")
+                    .u32("gemma.attention.head_count_kv", 1)
+                    .u32("gemma.attention.key_length", 6)
+                    .f32("gemma.attention.layer_norm_rms_epsilon", 1e-6),
+            ),
+        ] {
+            let dir = tempfile::tempdir().unwrap();
+            let (spec, tensors) = (spec_of(&config), tensors(&config));
+            write_model(dir.path(), &config, &tensors);
+            let theirs = Checkpoint::open(dir.path()).unwrap();
+            let (prefix, gguf) = (theirs.family.prefix, theirs.family.gguf.as_ref().unwrap());
+            let mut bytes = keys;
+            for (name, shape, values) in &tensors {
+                let (shape, values) = converted(&spec, name, shape, values);
+                let dims: Vec<u64> = shape.iter().rev().map(|&dim| dim as u64).collect();
+                bytes = bytes.f32_tensor(&gguf.name(prefix, name).unwrap(), &dims, &values);
+            }
+            let ours = from_bytes(bytes.build()).unwrap();
+            assert!(theirs.names().eq(ours.names()));
+            for name in theirs.names() {
+                let (theirs, ours) = (theirs.tensor(name).unwrap(), ours.tensor(name).unwrap());
+                assert_eq!((theirs.rows(), theirs.cols()), (ours.rows(), ours.cols()), "{name}");
+                assert_eq!(theirs.to_f32(), ours.to_f32(), "{name}");
+            }
+            assert_eq!(spec_of(&ours.hf_config_json().unwrap()), ours.spec);
+        }
+    }
+
+    #[test]
+    fn a_linear_stored_as_in_out_comes_out_as_out_in() {
+        let dir = tempfile::tempdir().unwrap();
+        let config =
+            json!({"model_type": "gpt2", "n_embd": 4, "n_head": 2, "n_layer": 1, "n_positions": 5, "vocab_size": 3});
+        let tensors = tensors(&config);
+        write_model(dir.path(), &config, &tensors);
+        let checkpoint = Checkpoint::open(dir.path()).unwrap();
+        let (name, shape, values) = tensors.iter().find(|tensor| tensor.0.ends_with("c_attn.weight")).unwrap();
+        let matrix = checkpoint.tensor(name).unwrap();
+        assert_eq!((shape.as_slice(), matrix.rows(), matrix.cols()), (&[4, 12][..], 12, 4));
+        let transposed: Vec<f32> = (0..12).flat_map(|j| (0..4).map(move |i| values[i * 12 + j])).collect();
+        assert_eq!(matrix.to_f32(), transposed);
     }
 
     #[test]
     fn rope_factors_are_read_and_are_no_tensor_of_the_model() {
-        let bytes = gguf(&tensors(&config_json())).f32_tensor(ROPE_FACTORS, &[3], &[1.0, 2.0, 4.0]);
-        let checkpoint = from_bytes(bytes.build()).unwrap();
-        assert_eq!(checkpoint.config.rope.scaling, crate::config::RopeScaling::Factors(vec![1.0, 2.0, 4.0]));
-        assert!(!checkpoint.has(ROPE_FACTORS));
+        let with = |factors: &[f32]| {
+            from_bytes(gguf(&tensors(&config_json())).f32_tensor("rope_freqs.weight", &[3], factors).build()).unwrap()
+        };
+        let checkpoint = with(&[1.0, 2.0, 4.0]);
+        let plain = spec_of(&config_json()).ropes.remove(0).frequencies;
+        let expected: Vec<f64> =
+            plain.iter().zip([1.0f32, 2.0, 4.0]).map(|(plain, by)| f64::from(*plain as f32 / by)).collect();
+        assert_eq!(checkpoint.spec.ropes[0].frequencies, expected);
+        assert!(!checkpoint.has("rope_freqs.weight"));
+        assert!(checkpoint.hf_config_json().unwrap_err().to_string().contains("rotary factors"));
+        assert_eq!(with(&[2.0; 3]).hf_config_json().unwrap()["rope_scaling"]["rope_type"], "linear");
     }
 
     #[test]
-    fn a_tied_model_ignores_the_head_in_its_files() {
+    fn the_files_decide_whether_the_head_is_the_table() {
         let dir = tempfile::tempdir().unwrap();
         let mut config = config_json();
-        let with_head = tensors(&config);
+        let untied = tensors(&config);
         config["tie_word_embeddings"] = json!(true);
-        write_model(dir.path(), &config, &with_head);
-        assert!(!Checkpoint::open(dir.path()).unwrap().has("lm_head.weight"));
-        let tied = from_bytes(gguf(&with_head).without_tensor("output.weight").build()).unwrap();
-        assert!(tied.config.tie_word_embeddings && !tied.has("lm_head.weight"));
+        let (table, head) = ("model.embed_tokens.weight", "lm_head.weight");
+        let without = |name: &str| -> Tensors { untied.iter().filter(|tensor| tensor.0 != name).cloned().collect() };
+        let open = |config: &Value, tensors: &Tensors| {
+            write_model(dir.path(), config, tensors);
+            Checkpoint::open(dir.path())
+        };
+        let own = open(&config, &untied).unwrap();
+        assert!(!own.spec.head.tied && own.has(head));
+        assert_ne!(own.tensor(head).unwrap().to_f32(), own.tensor(table).unwrap().to_f32());
+        let mut copied = untied.clone();
+        let values = copied.iter().find(|tensor| tensor.0 == table).unwrap().2.clone();
+        copied.iter_mut().find(|tensor| tensor.0 == head).unwrap().2 = values.clone();
+        let copy = open(&config, &copied).unwrap();
+        assert!(copy.spec.head.tied && !copy.has(head));
+        let lone = open(&config, &without(table)).unwrap();
+        assert!(lone.spec.head.tied && !lone.has(head));
+        assert_eq!(lone.tensor(table).unwrap().to_f32(), untied.iter().find(|tensor| tensor.0 == head).unwrap().2);
+        assert!(open(&config, &without(head)).unwrap().spec.head.tied);
+        let text = open(&config_json(), &without(head)).err().unwrap().to_string();
+        assert!(text.contains("lm_head.weight is missing") && text.contains("tie_word_embeddings"), "{text}");
+        assert!(open(&config_json(), &without(table)).err().unwrap().to_string().contains(table));
+
+        let tied = from_bytes(gguf(&untied).without_tensor("output.weight").build()).unwrap();
+        assert!(tied.spec.head.tied && !tied.has(head));
+    }
+
+    #[test]
+    fn names_may_lack_the_prefix_or_have_another_models_before_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let open = |config: &Value, tensors: &Tensors, rename: &dyn Fn(&str) -> String| {
+            let renamed =
+                tensors.iter().map(|(name, shape, values)| (rename(name), shape.clone(), values.clone())).collect();
+            write_model(dir.path(), config, &renamed);
+            Checkpoint::open(dir.path()).unwrap()
+        };
+        let llama = tensors(&config_json());
+        let bare = open(&config_json(), &llama, &|name| name.strip_prefix("model.").unwrap_or(name).to_owned());
+        let gpt2_config =
+            json!({"model_type": "gpt2", "n_embd": 4, "n_head": 2, "n_layer": 1, "n_positions": 5, "vocab_size": 3});
+        let gpt2 = tensors(&gpt2_config);
+        let bare_gpt2 = open(&gpt2_config, &gpt2, &|name| name.strip_prefix("transformer.").unwrap_or(name).to_owned());
+        for (checkpoint, tensors) in [(bare, llama), (bare_gpt2, gpt2)] {
+            assert_eq!(checkpoint.names().count(), tensors.len());
+            assert!(tensors.iter().all(|tensor| checkpoint.has(&tensor.0)));
+        }
+
+        let text = json!({"hidden_size": 4, "intermediate_size": 6, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "num_key_value_heads": 1, "head_dim": 6, "vocab_size": 3});
+        let wrapped = json!({"model_type": "gemma3", "text_config": text, "vision_config": {}});
+        let mut all = tensors(&wrapped);
+        all.push(("model.language_model.vision".to_owned(), vec![2], vec![0.0; 2]));
+        let old = |name: &str| match name.strip_prefix("model.language_model.") {
+            Some("vision") => "vision_tower.a.weight".to_owned(),
+            Some(inner) => format!("language_model.model.{inner}"),
+            None => format!("language_model.{name}"),
+        };
+        let new = |name: &str| name.replace("model.language_model.vision", "model.multi_modal_projector.a.weight");
+        for rename in [&old as &dyn Fn(&str) -> String, &new] {
+            let checkpoint = open(&wrapped, &all, rename);
+            assert_eq!(checkpoint.names().count(), all.len() - 1);
+            assert!(checkpoint.notes()[0].contains("1 tensors of the vision tower"), "{:?}", checkpoint.notes());
+            let name = "model.language_model.layers.0.mlp.up_proj.weight";
+            assert!(checkpoint.has(name));
+            assert_eq!(checkpoint.exported_name(name), "model.layers.0.mlp.up_proj.weight");
+            assert_eq!(checkpoint.exported_name("lm_head.weight"), "lm_head.weight");
+            let exported = spec_of(&checkpoint.hf_config_json().unwrap());
+            let names: Vec<String> = checkpoint.names().map(|name| checkpoint.exported_name(name)).collect();
+            assert!(exported.tensors().iter().all(|(name, _)| names.contains(name)));
+        }
+    }
+
+    #[test]
+    fn tensors_without_a_place_are_refused_but_for_known_ones() {
+        let dir = tempfile::tempdir().unwrap();
+        let with = |config: &Value, name: &str| {
+            let mut all = tensors(config);
+            all.push((name.to_owned(), vec![2], vec![0.0; 2]));
+            write_model(dir.path(), config, &all);
+            Checkpoint::open(dir.path()).map(|checkpoint| checkpoint.has(name)).map_err(|error| error.to_string())
+        };
+        let llama = config_json();
+        assert_eq!(with(&llama, "model.layers.0.self_attn.rotary_emb.inv_freq"), Ok(false));
+        for name in [
+            "model.layers.0.self_attn.q_norm.weight",
+            "model.layers.2.mlp.up_proj.weight",
+            "vision_tower.x",
+            "model.layers.0.mlp.up_proj.bias",
+            "h.0.attn.bias",
+        ] {
+            let text = with(&llama, name).unwrap_err();
+            assert!(text.contains(name) && text.contains("no place in a llama model"), "{text}");
+        }
+        let gpt2 =
+            json!({"model_type": "gpt2", "n_embd": 4, "n_head": 2, "n_layer": 1, "n_positions": 5, "vocab_size": 3});
+        for name in ["h.0.attn.bias", "transformer.h.0.attn.masked_bias"] {
+            assert_eq!(with(&gpt2, name), Ok(false));
+        }
+    }
+
+    #[test]
+    fn a_rounded_table_rounds_the_factor_on_its_rows() {
+        let dir = tempfile::tempdir().unwrap();
+        let config = json!({"model_type": "gemma", "hidden_size": 40, "intermediate_size": 6, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 6, "vocab_size": 3});
+        for (dtype, expected) in
+            [("F32", 40f32.sqrt()), ("BF16", 6.3125), ("F16", f16::from_f32(40f32.sqrt()).to_f32())]
+        {
+            let (mut header, mut data) = (serde_json::Map::new(), Vec::new());
+            for (name, shape) in spec_of(&config).tensors() {
+                let (count, bytes) = (shape.iter().product::<usize>(), if dtype == "F32" { 4 } else { 2 });
+                let start = data.len();
+                data.resize(start + count * bytes, 0u8);
+                header.insert(name, json!({"dtype": dtype, "shape": shape, "data_offsets": [start, data.len()]}));
+            }
+            std::fs::write(dir.path().join(CONFIG), config.to_string()).unwrap();
+            std::fs::write(dir.path().join("model.safetensors"), file(&Value::Object(header).to_string(), &data))
+                .unwrap();
+            assert_eq!(Checkpoint::open(dir.path()).unwrap().spec.table.scale, expected, "{dtype}");
+        }
     }
 
     #[test]
@@ -746,19 +1065,5 @@ mod tests {
         assert!(open_error(&dir.path().join("model.safetensors")).contains("directory that holds it"));
         assert!(open_error(&dir.path().join("b.gguf")).contains("truncated"));
         assert!(open_error(&dir.path().join("missing.gguf")).contains("missing.gguf"));
-    }
-
-    #[test]
-    fn names_map_to_llama_cpp() {
-        for (theirs, stored) in [
-            ("model.embed_tokens.weight", "token_embd.weight"),
-            ("model.layers.12.self_attn.o_proj.bias", "blk.12.attn_output.bias"),
-            ("model.layers.0.post_attention_layernorm.weight", "blk.0.ffn_norm.weight"),
-            ("lm_head.weight", "output.weight"),
-        ] {
-            assert_eq!(gguf_name(theirs).as_deref(), Some(stored));
-        }
-        assert_eq!(gguf_name("model.layers.0.other.weight"), None);
-        assert_eq!(gguf_name("weight"), None);
     }
 }

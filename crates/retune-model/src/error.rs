@@ -49,9 +49,17 @@ pub enum Error {
     )]
     TensorShape { tensor: String, found: Vec<usize>, expected: Vec<usize> },
 
-    /// A tensor in a GGUF file that the described architecture has no use for: running without it would be another model.
-    #[error("tensor {tensor} has no place in a model of this architecture; supported: plain llama and mistral models")]
-    UnexpectedTensor { tensor: String },
+    /// A tensor that the described model has no use for: running without it would be another model.
+    #[error(
+        "tensor {tensor} has no place in a {family} model of this configuration, and leaving it out would run another model; weights and configuration belong to different models, or the model is of a kind that is not supported"
+    )]
+    UnexpectedTensor { tensor: String, family: &'static str },
+
+    /// A model whose head is neither in the files nor the table.
+    #[error(
+        "tensor {head} is missing, and the configuration says tie_word_embeddings false; the download is incomplete, or tie_word_embeddings should be true"
+    )]
+    HeadMissing { head: String },
 
     /// A tensor asked for by a name that the model does not have.
     #[error("the model has no tensor {tensor}")]
@@ -79,45 +87,9 @@ pub enum Error {
     #[error(transparent)]
     Text(#[from] retune_text::Error),
 
-    /// An adapter that does not fit, or cannot be read or written.
-    #[error(transparent)]
-    Adapter(#[from] retune_adapter::Error),
-
-    /// The head of a model that has none of its own.
-    #[error(
-        "modules_to_save names lm_head, but this model's head is its embedding table (tie_word_embeddings); take lm_head out of modules_to_save"
-    )]
-    TiedHeadSaved,
-
-    /// Dropout where it is not applied.
-    #[error("lora_dropout is not applied to an adapter on lm_head; set it to 0, or take lm_head out of target_modules")]
-    HeadDropout,
-
-    /// A trainable tensor that the adapter's file lacks.
-    #[error("the adapter has no tensor {name}; its file and its configuration do not belong together: save it again")]
-    AdapterTensorMissing { name: String },
-
-    /// A tensor of the adapter with another shape than the base needs.
-    #[error(
-        "the adapter's tensor {name} has the shape {found:?}, this base needs {expected:?}: it was made for another model"
-    )]
-    AdapterShape { name: String, found: Vec<usize>, expected: Vec<usize> },
-
-    /// A tensor of the adapter that nothing of the model uses.
-    #[error(
-        "the adapter's tensor {name} belongs to nothing in this model: it was made for another model, or by an unknown method"
-    )]
-    AdapterTensorUnknown { name: String },
-
     /// A directory to write a model into that holds something already.
     #[error("{} is not empty; a model is written to a directory of its own: give another name, or remove this one first", .dir.display())]
     OutputNotEmpty { dir: PathBuf },
-
-    /// The record of how linears are computed cannot be read, or does not fit.
-    #[error(
-        "the record of which layers are computed in int8 cannot be used: {cause}; restore it, or start anew with --overwrite"
-    )]
-    Calibration { cause: String },
 
     /// A weight beyond the range of the type it is to be written as.
     #[error(

@@ -9,12 +9,11 @@ use std::fs;
 use std::io;
 use std::ops::Range;
 use std::path::Path;
-use std::str::FromStr;
 
 use half::{bf16, f16};
 use rayon::prelude::*;
-use retune_adapter::names::{self, Key, Part};
-use retune_adapter::{AdapterFile, check_against, merged_delta};
+use retune_engine::overlay::{LowRank, Overlay};
+use retune_engine::spec::{ModelSpec, Module};
 use retune_formats::atomic::{Draft, Staged};
 use retune_formats::safetensors::{Dtype, Header, INDEX, SINGLE};
 use retune_kernels::PanelSource;
@@ -22,14 +21,11 @@ use retune_quant::Matrix;
 use retune_text::tokenizer::Tokenizer;
 use serde_json::{Map, Value, json};
 
-use crate::adapter::linear_modules;
-use crate::checkpoint::{CONFIG, Checkpoint, CheckpointKind, expected_tensors};
-use crate::config::ModelConfig;
+use crate::checkpoint::{CONFIG, Checkpoint, CheckpointKind};
 use crate::error::Error;
+use crate::merge::merged_delta;
 
 const GENERATION_CONFIG: &str = "generation_config.json";
-const EMBEDDING: &str = "model.embed_tokens.weight";
-const HEAD: &str = "lm_head.weight";
 
 /// Values of a panel. It exists three times, before and after the change and as bytes: 12 MB.
 const PANEL_VALUES: usize = 1 << 20;
@@ -38,6 +34,7 @@ const PIECE_VALUES: usize = 1 << 14;
 
 /// How the values of a written model are stored.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "clap", derive(clap::ValueEnum), value(rename_all = "lower"))]
 pub enum ExportType {
     #[default]
     F32,
@@ -112,21 +109,6 @@ impl fmt::Display for ExportType {
     }
 }
 
-impl FromStr for ExportType {
-    type Err = Error;
-
-    fn from_str(text: &str) -> Result<Self, Error> {
-        match text {
-            "f32" => Ok(ExportType::F32),
-            "bf16" => Ok(ExportType::BF16),
-            "f16" => Ok(ExportType::F16),
-            _ => {
-                Err(Error::Unsupported { what: "weight type", found: format!("{text:?}"), supported: "f32, bf16, f16" })
-            }
-        }
-    }
-}
-
 /// How a model is written.
 #[derive(Clone, Copy, Debug)]
 pub struct MergeOptions {
@@ -155,53 +137,45 @@ pub struct MergeReport {
     pub changed_modules: usize,
 }
 
-/// Writes a base, with an adapter merged into it if there is one, into a directory that transformers and [`Checkpoint::open`] load.
+/// Writes a model with what stands on it merged into its weights, into a directory that transformers and [`Checkpoint::open`] load.
 /// The same input gives the same bytes. `progress` is told the bytes of weights written so far, and how many there will be.
 ///
-/// A tied model stays tied unless the adapter changes only one of embeddings and head; then both are written.
+/// A tied model stays tied unless only one of embeddings and head is changed; then both are written.
 ///
 /// # Errors
-/// An adapter that does not fit, a directory that is not empty, a base without tokenizer, values that are not finite or beyond the range
+/// A directory that is not empty, a base without tokenizer, values that are not finite or beyond the range
 /// of the type, and what the system refuses. What is left behind then is no model.
-pub fn merge(
+pub fn write(
     checkpoint: &Checkpoint,
-    adapter: Option<&AdapterFile>,
+    overlay: &Overlay,
+    params: &[f32],
     out_dir: &Path,
     options: &MergeOptions,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<MergeReport, Error> {
-    let changes = match adapter {
-        Some(adapter) => adapter_changes(checkpoint, adapter)?,
-        None => Changes::new(),
+    refuse_occupied(out_dir)?;
+    let tied = checkpoint.spec.head.tied && !unties(&checkpoint.spec, overlay);
+    let tokenizer = checkpoint.tokenizer()?;
+    let export = Export {
+        shards: into_shards(tensors(checkpoint, &changes(&checkpoint.spec, overlay, params), tied)?, options),
+        generation_config: generation_config(checkpoint, &tokenizer)?,
+        tokenizer,
+        config: config_json(checkpoint, options.dtype, tied)?,
     };
-    // What is saved with an adapter is a copy of its own: the other one of a tied pair is still the base's.
-    let has_own_head = changes.contains_key(HEAD) || changes.contains_key(EMBEDDING);
-    write(checkpoint, &changes, has_own_head, out_dir, options, progress)
+    let is_new = !out_dir.exists();
+    fs::create_dir_all(out_dir).map_err(|error| Error::Write { path: out_dir.to_owned(), error })?;
+    let report = export.write(out_dir, options.dtype, progress);
+    if report.is_err() && is_new {
+        // Best effort, and only if nothing is in it: the error that matters is the one returned.
+        let _ = fs::remove_dir(out_dir);
+    }
+    report
 }
 
-/// Writes a model whose tensors were trained: `tensors` gives the values of those by name (row-major), the others are the base's.
-/// Otherwise as [`merge`].
-///
-/// # Errors
-/// As [`merge`]; a tensor with another number of values than the base's.
-pub fn write_model<'a>(
-    checkpoint: &Checkpoint,
-    tensors: &dyn Fn(&str) -> Option<&'a [f32]>,
-    out_dir: &Path,
-    options: &MergeOptions,
-    progress: &mut dyn FnMut(u64, u64),
-) -> Result<MergeReport, Error> {
-    let mut changes = Changes::new();
-    for (name, shape) in all_shapes(&checkpoint.config) {
-        if let Some(values) = tensors(&name) {
-            if values.len() != shape.iter().product::<usize>() {
-                return Err(Error::TensorShape { tensor: name, found: vec![values.len()], expected: shape });
-            }
-            changes.insert(name, Change::Replaced(values));
-        }
-    }
-    let has_own_head = changes.contains_key(HEAD);
-    write(checkpoint, &changes, has_own_head, out_dir, options, progress)
+/// Whether table and head of a tied model differ under an overlay.
+fn unties(spec: &ModelSpec, overlay: &Overlay) -> bool {
+    let Some((_, head)) = spec.linears().zip(&overlay.linears).last() else { return false };
+    head.low_rank.is_some() || head.weight != overlay.table
 }
 
 /// What becomes of a tensor of the base.
@@ -219,59 +193,39 @@ enum Change<'a> {
     },
 }
 
-/// The changes by the names of the tensors. Their sizes fit the base.
+/// The changes by the names of the tensors.
 type Changes<'a> = BTreeMap<String, Change<'a>>;
 
-/// Names and shapes of all tensors that a model of this configuration may have, a head beside tied embeddings included.
-fn all_shapes(config: &ModelConfig) -> BTreeMap<String, Vec<usize>> {
-    let mut shapes: BTreeMap<String, Vec<usize>> = expected_tensors(config).into_iter().collect();
-    shapes.insert(HEAD.to_owned(), vec![config.vocab_size, config.hidden_size]);
-    shapes
+fn weight_of(module: &str) -> String {
+    format!("{module}.weight")
 }
 
-fn adapter_changes<'a>(checkpoint: &Checkpoint, adapter: &'a AdapterFile) -> Result<Changes<'a>, Error> {
-    let modules = checkpoint.linear_modules();
-    let targets = check_against(adapter, &linear_modules(&modules))?;
-    let values = |name: String| match adapter.tensors.get(&name) {
-        Some((_, values)) => Ok(values.as_slice()),
-        None => Err(Error::AdapterTensorMissing { name }),
-    };
+/// What an overlay changes.
+fn changes<'a>(spec: &ModelSpec, overlay: &Overlay, params: &'a [f32]) -> Changes<'a> {
     let mut changes = Changes::new();
-    for target in &targets {
-        let (a, b) = (values(names::lora_a(&target.module))?, values(names::lora_b(&target.module))?);
-        let change = Change::Lora { r: target.r, scaling: target.scaling, a, b };
-        changes.insert(format!("{}.weight", target.module), change);
+    for param in overlay.layout.params() {
+        if let Some(base) = &param.base {
+            changes.insert(base.clone(), Change::Replaced(&params[param.range.clone()]));
+        }
     }
-    let shapes = all_shapes(&checkpoint.config);
-    for (key, (shape, values)) in &adapter.tensors {
-        let name = match names::parse(key) {
-            Key::Part(module, Part::Weight) => format!("{module}.weight"),
-            Key::Part(module, Part::Bias) => format!("{module}.bias"),
-            Key::Part(_, Part::LoraA | Part::LoraB | Part::BaseWeight) | Key::Copy => continue,
-            Key::Unknown => return Err(Error::AdapterTensorUnknown { name: key.clone() }),
-        };
-        match shapes.get(&name) {
-            None => return Err(Error::AdapterTensorUnknown { name: key.clone() }),
-            Some(expected) if expected != shape => {
-                return Err(Error::AdapterShape {
-                    name: key.clone(),
-                    found: shape.clone(),
-                    expected: expected.clone(),
-                });
-            }
-            Some(_) => changes.insert(name, Change::Replaced(values)),
-        };
+    for (linear, change) in spec.linears().zip(&overlay.linears) {
+        if let Some(LowRank { a, b, r, scale, .. }) = &change.low_rank {
+            let (a, b) = (&params[a.clone()], &params[b.clone()]);
+            changes.insert(weight_of(&linear.name), Change::Lora { r: *r, scaling: *scale, a, b });
+        }
     }
-    Ok(changes)
+    changes
 }
 
 /// A tensor to be written.
 struct Tensor<'a> {
     name: String,
-    /// `[rows, cols]`, or `[cols]`.
+    /// As it is written: `[rows, cols]`, `[cols, rows]` where it is transposed, or `[cols]`.
     shape: Vec<usize>,
     base: Matrix,
     change: Change<'a>,
+    /// Whether it is written as `[in, out]`.
+    is_transposed: bool,
 }
 
 impl Tensor<'_> {
@@ -325,33 +279,6 @@ struct Export<'a> {
     config: Vec<u8>,
 }
 
-fn write(
-    checkpoint: &Checkpoint,
-    changes: &Changes<'_>,
-    has_own_head: bool,
-    out_dir: &Path,
-    options: &MergeOptions,
-    progress: &mut dyn FnMut(u64, u64),
-) -> Result<MergeReport, Error> {
-    refuse_occupied(out_dir)?;
-    let tied = checkpoint.config.tie_word_embeddings && !has_own_head;
-    let tokenizer = checkpoint.tokenizer()?;
-    let export = Export {
-        shards: into_shards(tensors(checkpoint, changes, tied)?, options),
-        generation_config: generation_config(checkpoint, &tokenizer)?,
-        tokenizer,
-        config: config_json(checkpoint, options.dtype, tied)?,
-    };
-    let is_new = !out_dir.exists();
-    fs::create_dir_all(out_dir).map_err(|error| Error::Write { path: out_dir.to_owned(), error })?;
-    let report = export.write(out_dir, options.dtype, progress);
-    if report.is_err() && is_new {
-        // Best effort, and only if nothing is in it: the error that matters is the one returned.
-        let _ = fs::remove_dir(out_dir);
-    }
-    report
-}
-
 fn refuse_occupied(dir: &Path) -> Result<(), Error> {
     match fs::read_dir(dir).map(|mut entries| entries.next().is_none()) {
         Ok(true) => Ok(()),
@@ -363,14 +290,24 @@ fn refuse_occupied(dir: &Path) -> Result<(), Error> {
 
 /// The tensors to write, in the order of their names.
 fn tensors<'a>(checkpoint: &Checkpoint, changes: &Changes<'a>, tied: bool) -> Result<Vec<Tensor<'a>>, Error> {
-    let shapes = all_shapes(&checkpoint.config).into_iter().filter(|(name, _)| !(tied && name == HEAD));
-    let tensor = |(name, shape): (String, Vec<usize>)| {
-        let is_tied_head = name == HEAD && checkpoint.config.tie_word_embeddings;
-        let base = checkpoint.tensor(if is_tied_head { EMBEDDING } else { &name })?;
-        let change = changes.get(&name).copied().unwrap_or(Change::Nothing);
-        Ok(Tensor { name, shape, base, change })
-    };
-    shapes.map(tensor).collect()
+    let spec = &checkpoint.spec;
+    let mut modules = spec.modules();
+    if spec.head.tied && !tied {
+        modules.push(Module::Linear(&spec.head.linear));
+    }
+    let (table, head) = (weight_of(&spec.table.name), weight_of(&spec.head.linear.name));
+    let mut tensors = Vec::new();
+    for module in modules {
+        let is_transposed = matches!(module, Module::Linear(linear) if linear.transposed);
+        for (name, shape) in module.tensors() {
+            let base = checkpoint.tensor(if name == head && spec.head.tied { &table } else { &name })?;
+            let change = changes.get(&name).copied().unwrap_or(Change::Nothing);
+            let is_transposed = is_transposed && shape.len() == 2;
+            tensors.push(Tensor { name: checkpoint.exported_name(&name), shape, base, change, is_transposed });
+        }
+    }
+    tensors.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(tensors)
 }
 
 fn into_shards<'a>(tensors: Vec<Tensor<'a>>, options: &MergeOptions) -> Vec<Vec<Tensor<'a>>> {
@@ -418,11 +355,11 @@ fn generation_config(checkpoint: &Checkpoint, tokenizer: &Tokenizer) -> Result<V
         }
     }
     let mut fields = Map::new();
-    if let Some(bos) = tokenizer.bos_token_id().or(checkpoint.config.bos_token_id) {
+    if let Some(bos) = tokenizer.bos_token_id().or(checkpoint.tokens.bos) {
         fields.insert("bos_token_id".to_owned(), bos.into());
     }
     let ends = match tokenizer.eos_token_ids() {
-        [] => &checkpoint.config.eos_token_ids,
+        [] => &checkpoint.tokens.eos,
         ends => ends,
     };
     match ends {
@@ -538,11 +475,17 @@ impl<'a> ShardWriter<'a> {
 
     fn write(&mut self, tensor: &Tensor<'_>, draft: &mut Draft) -> Result<(), Error> {
         let (rows, cols) = (tensor.base.rows(), tensor.base.cols());
-        let panel_rows = (PANEL_VALUES / cols.max(1)).max(1);
+        // The transpose of a part is no part of the transpose.
+        let panel_rows = if tensor.is_transposed { rows.max(1) } else { (PANEL_VALUES / cols.max(1)).max(1) };
         let mut largest = Magnitude::default();
         for start in (0..rows).step_by(panel_rows) {
             largest = largest.max(self.decode(tensor, start..(start + panel_rows).min(rows)));
             self.check(tensor, start)?;
+            if tensor.is_transposed {
+                let values = &self.values;
+                self.base = (0..cols).flat_map(|j| (0..rows).map(move |i| values[i * cols + j])).collect();
+                std::mem::swap(&mut self.base, &mut self.values);
+            }
             self.encoded.resize(self.values.len() * self.dtype.bytes(), 0);
             self.dtype.encode(&self.values, &mut self.encoded);
             draft.write_all(&self.encoded)?;
@@ -614,6 +557,7 @@ mod tests {
             shape: shape.to_vec(),
             base: Matrix::from_f32(rows, cols, values.to_vec()),
             change,
+            is_transposed: false,
         }
     }
 
@@ -728,13 +672,5 @@ mod tests {
         assert_eq!(counts(u64::MAX), [5]);
         assert_eq!(shard_names(1), ["model.safetensors"]);
         assert_eq!(shard_names(2), ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]);
-    }
-
-    #[test]
-    fn types_are_spelled_in_one_way() {
-        for dtype in [ExportType::F32, ExportType::BF16, ExportType::F16] {
-            assert_eq!(dtype.to_string().parse::<ExportType>().unwrap(), dtype);
-        }
-        assert!("q4_0".parse::<ExportType>().unwrap_err().to_string().contains("f32, bf16, f16"));
     }
 }

@@ -1,25 +1,16 @@
-//! Models: reading them from disk, and running them forward, backward and for generation.
+//! Models on disk: which families there are, what a configuration means, and reading and writing the tensors.
 //!
-//! A model on disk is a [`checkpoint::Checkpoint`], whatever its format. [`model::Model`] is the same in memory: frozen matrices stay in
-//! their storage, what is trained lies in one flat vector. A [`pass::Pass`] is what goes through it.
+//! A model on disk is a [`checkpoint::Checkpoint`], whatever its format and family: a [`retune_engine::spec::ModelSpec`] and its tensors
+//! under transformers' names. A family is a file of [`families`].
 
-pub mod adapter;
-mod backward;
-pub mod calibration;
 pub mod checkpoint;
-pub mod config;
 pub mod error;
 pub mod export;
-mod forward;
-pub mod generate;
-mod linear;
-pub mod model;
-pub mod params;
-pub mod pass;
-pub mod profile;
-mod work;
-pub mod workspace;
+pub mod families;
+pub mod fields;
+mod load;
+mod merge;
+pub mod rope;
+mod translate;
 
 pub use error::Error;
-pub use linear::Dropout;
-pub use work::Work;

@@ -1,14 +1,10 @@
 //! Directories with weights in bitsandbytes' 4 bits, as transformers saves them (`goldens/make_bitsandbytes.py` makes them).
 
 use std::fs;
-use std::path::{Path, PathBuf};
 
 use retune_model::checkpoint::Checkpoint;
+use retune_testing::{checkpoint, goldens};
 use safetensors::SafeTensors;
-
-fn golden(case: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(case)
-}
 
 const QUERY: &str = "model.layers.0.self_attn.q_proj.weight";
 
@@ -16,9 +12,9 @@ const QUERY: &str = "model.layers.0.self_attn.q_proj.weight";
 fn every_weight_has_the_values_of_bitsandbytes() {
     // NF4 with double quantization; FP4 without, its bytes declared as bf16.
     for (case, storage) in [("bnb_nf4_double", "NF4"), ("bnb_fp4_in_bf16", "FP4")] {
-        let checkpoint = Checkpoint::open(&golden(case)).unwrap();
+        let checkpoint = checkpoint(case);
         checkpoint.check_finite().unwrap();
-        let file = fs::read(golden(case).join("golden.safetensors")).unwrap();
+        let file = fs::read(goldens().join(case).join("golden.safetensors")).unwrap();
         let expected = SafeTensors::deserialize(&file).unwrap();
         assert_eq!(expected.len(), 7);
         for (name, values) in expected.tensors() {
@@ -37,8 +33,8 @@ fn every_weight_has_the_values_of_bitsandbytes() {
 /// A copy of a fixture whose weights' file has been changed.
 fn changed(case: &str, change: impl FnOnce(&mut Vec<u8>)) -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
-    fs::copy(golden(case).join("config.json"), dir.path().join("config.json")).unwrap();
-    let mut bytes = fs::read(golden(case).join("model.safetensors")).unwrap();
+    fs::copy(goldens().join(case).join("config.json"), dir.path().join("config.json")).unwrap();
+    let mut bytes = fs::read(goldens().join(case).join("model.safetensors")).unwrap();
     change(&mut bytes);
     fs::write(dir.path().join("model.safetensors"), bytes).unwrap();
     dir
@@ -53,7 +49,7 @@ fn data_of(bytes: &[u8], name: &str) -> usize {
 #[test]
 fn the_hash_covers_every_part_of_a_weight() {
     let case = "bnb_nf4_double";
-    let whole = Checkpoint::open(&golden(case)).unwrap().content_hash();
+    let whole = checkpoint(case).content_hash();
     for part in ["", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map"] {
         let dir = changed(case, |bytes| {
             let at = data_of(bytes, &format!("{QUERY}{part}"));

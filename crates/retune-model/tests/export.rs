@@ -3,61 +3,36 @@
 //! The expected logits are those of transformers and peft, from the fixtures of `goldens.rs`.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use retune_adapter::{AdapterFile, InitLoraWeights, ModuleSelection, names};
+use retune_adapter::{AdapterFile, Full, ModuleSelection, names};
+use retune_engine::compute::Compute;
+use retune_engine::overlay::{LowRank, Overlay};
+use retune_engine::pass::Pass;
 use retune_model::Error;
-use retune_model::adapter::AdapterPlan;
 use retune_model::checkpoint::Checkpoint;
-use retune_model::export::{ExportType, MergeOptions, MergeReport, merge, write_model};
-use retune_model::model::{Model, Trainable};
-use retune_model::pass::Pass;
-use retune_model::workspace::{Keep, Workspace};
+use retune_model::export::{self, ExportType, MergeOptions, MergeReport};
+use retune_testing::{Case, Golden, Lcg, checkpoint, goldens, relative};
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
 const EMBEDDING: &str = "model.embed_tokens.weight";
 
-fn goldens() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens")
-}
-
 /// The golden's rows as one pass, and the logits of all its tokens.
 fn golden(case: &str) -> (Pass, Vec<f32>) {
-    let bytes = fs::read(goldens().join(case).join("golden.safetensors")).unwrap();
-    let file = SafeTensors::deserialize(&bytes).unwrap();
-    let integers = |name: &str| -> Vec<u32> {
-        let data = file.tensor(name).unwrap().data().as_chunks::<8>().0;
-        data.iter().map(|bytes| i64::from_le_bytes(*bytes) as u32).collect()
-    };
-    let ids = integers("input_ids");
-    let (mut pass, mut start) = (Pass::default(), 0);
-    for (row, length) in integers("sequence_lengths").into_iter().enumerate() {
-        let end = start + length as usize;
-        pass.push(row as u64, &ids[start..end], &[]);
-        start = end;
-    }
-    let logits = file.tensor("logits").unwrap();
-    (pass, logits.data().as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect())
+    let mut golden = Golden::read(&goldens().join(case));
+    let (_, logits) = golden.tensors.remove("logits").unwrap();
+    (golden.passes(true).remove(0), logits)
 }
 
-fn logits(model: &Model, params: &[f32], pass: &Pass) -> Vec<f32> {
-    let all: Vec<u32> = (0..pass.tokens() as u32).collect();
-    model.logits(params, pass, &all, &mut Workspace::new(model, Keep::Nothing))
+/// The logits of a model with what stands on it.
+fn logits(case: &Case, pass: &Pass) -> Vec<f32> {
+    case.logits(&Compute::default(), pass)
 }
 
 fn logits_of(dir: &Path, pass: &Pass) -> Vec<f32> {
-    let checkpoint = Checkpoint::open(dir).unwrap();
-    logits(&Model::load(&checkpoint, Trainable::Nothing).unwrap(), &[], pass)
-}
-
-/// ‖a − b‖ / ‖b‖
-fn relative(a: &[f32], b: &[f32]) -> f64 {
-    assert_eq!(a.len(), b.len());
-    let difference: f64 = a.iter().zip(b).map(|(x, y)| (f64::from(*x) - f64::from(*y)).powi(2)).sum();
-    let norm: f64 = b.iter().map(|y| f64::from(*y).powi(2)).sum();
-    (difference / norm).sqrt()
+    logits(&Case::bare("written", Checkpoint::open(dir).unwrap()), pass)
 }
 
 /// A copy of a case's model with a tokenizer, which the fixtures do without.
@@ -88,8 +63,23 @@ fn base_of(case: &str) -> (TempDir, Checkpoint) {
     base(fs::read_to_string(goldens().join(case).join("base.txt")).unwrap().trim())
 }
 
-fn merged(checkpoint: &Checkpoint, adapter: Option<&AdapterFile>, out: &Path) -> Result<MergeReport, Error> {
-    merge(checkpoint, adapter, out, &MergeOptions::default(), &mut |_, _| {})
+/// Writes a model with what stands on it.
+fn written(case: &Case, out: &Path, options: &MergeOptions) -> Result<MergeReport, Error> {
+    export::write(&case.checkpoint, &case.overlay, &case.params, out, options, &mut |_, _| {})
+}
+
+/// Writes a base with an adapter, unrounded.
+fn merged(checkpoint: Checkpoint, adapter: &AdapterFile, out: &Path) -> (Case, MergeReport) {
+    let case = Case::with_adapter("merged", checkpoint, adapter);
+    let report = written(&case, out, &MergeOptions::default()).unwrap();
+    (case, report)
+}
+
+/// Writes a base with nothing on it, unrounded.
+fn copied(checkpoint: &Checkpoint, out: &Path) -> Result<MergeReport, Error> {
+    let spec = &checkpoint.spec;
+    let overlay = Overlay::of_sizes(spec.linears().count(), spec.vectors().len());
+    export::write(checkpoint, &overlay, &[], out, &MergeOptions::default(), &mut |_, _| {})
 }
 
 fn json_of(dir: &Path, file: &str) -> Value {
@@ -111,12 +101,7 @@ fn contents(dir: &Path) -> Vec<(String, Vec<u8>)> {
 
 /// Numbers around zero.
 fn numbers(count: usize) -> Vec<f32> {
-    let mut state = 7u64;
-    let mut next = || {
-        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-        ((state >> 40) as f32 / (1 << 23) as f32 - 1.0) * 0.1
-    };
-    (0..count).map(|_| next()).collect()
+    Lcg(7).small(count)
 }
 
 #[test]
@@ -131,13 +116,32 @@ fn merged_models_give_the_logits_of_base_and_adapter() {
         ("lora_save_embeddings", 5),
         ("lora_bias_all", 14),
         ("lora_bias_lora_only", 6),
+        // Weights that are written as [in, out].
+        ("gpt2_lora_all", 8),
+        ("gpt2_lora_two", 4),
+        ("bloom_lora_all", 8),
+        ("bloom_lora_two", 4),
+        // Queries, keys and values in one linear, gate and up in another.
+        ("phi3_lora_all", 8),
+        // Tied, with 1 added to the norms' weights.
+        ("gemma3_lora_all", 42),
+        ("gemma3_lora_two", 12),
+        ("gemma3_wrapped_lora_two", 4),
+        ("qwen2_lora_save_bias", 6),
     ] {
         let (_dir, checkpoint) = base_of(case);
+        let tied = checkpoint.spec.head.tied;
         let out = tempfile::tempdir().unwrap();
-        let report = merged(&checkpoint, Some(&adapter(case)), out.path()).unwrap();
+        let (adapted, report) = merged(checkpoint, &adapter(case), out.path());
         let (pass, expected) = golden(case);
-        let error = relative(&logits_of(out.path(), &pass), &expected);
+        let found = logits_of(out.path(), &pass);
+        let error = relative(&found, &expected);
         assert!(error < 1e-4, "{case}: logits {error}");
+        // Against what was merged there is only the order of the sums.
+        let error = relative(&found, &logits(&adapted, &pass));
+        assert!(error < 1e-5, "{case}: logits {error} from those of base and adapter");
+        let saved_table = adapted.overlay.table.is_some();
+        assert_eq!(Checkpoint::open(out.path()).unwrap().spec.head.tied, tied && !saved_table, "{case}");
         assert!(report.largest_change > 0.0 && report.largest_change.is_finite(), "{case}: {report:?}");
         assert_eq!((report.changed_modules, report.shards), (modules, 1), "{case}");
         assert_eq!(report.bytes, fs::metadata(out.path().join("model.safetensors")).unwrap().len());
@@ -148,7 +152,7 @@ fn merged_models_give_the_logits_of_base_and_adapter() {
 fn a_base_in_4_bits_is_written_as_plain_numbers() {
     let (_dir, checkpoint) = base("bnb_nf4_double");
     let out = tempfile::tempdir().unwrap();
-    merged(&checkpoint, None, out.path()).unwrap();
+    copied(&checkpoint, out.path()).unwrap();
     let again = Checkpoint::open(out.path()).unwrap();
     for name in checkpoint.names() {
         let (stored, written) = (checkpoint.tensor(name).unwrap(), again.tensor(name).unwrap());
@@ -159,27 +163,29 @@ fn a_base_in_4_bits_is_written_as_plain_numbers() {
 
 #[test]
 fn a_base_alone_is_written_as_it_is() {
-    for case in ["llama_tied", "llama_untied_mha", "llama_gqa_head_dim", "mistral_window"] {
+    for case in
+        ["llama_tied", "llama_untied_mha", "llama_gqa_head_dim", "mistral_window", "gpt2", "bloom", "gemma3", "phi3"]
+    {
         let (_dir, checkpoint) = base(case);
         let out = tempfile::tempdir().unwrap();
-        let report = merged(&checkpoint, None, out.path()).unwrap();
+        let report = copied(&checkpoint, out.path()).unwrap();
         assert_eq!((report.changed_modules, report.largest_change), (0, 0.0));
         let again = Checkpoint::open(out.path()).unwrap();
         assert_eq!(again.content_hash(), checkpoint.content_hash());
-        assert_eq!(again.config, checkpoint.config);
+        assert_eq!(again.spec, checkpoint.spec);
         assert_eq!(again.tokenizer().unwrap().content_hash(), checkpoint.tokenizer().unwrap().content_hash());
         let stored = fs::read(out.path().join("model.safetensors")).unwrap();
         let head = SafeTensors::deserialize(&stored).unwrap().tensor("lm_head.weight").is_ok();
-        assert_ne!(head, checkpoint.config.tie_word_embeddings, "{case}");
+        assert_ne!(head, checkpoint.spec.head.tied, "{case}");
         assert_eq!(json_of(out.path(), "generation_config.json"), json!({"bos_token_id": 1, "eos_token_id": 2}));
     }
 }
 
 #[test]
 fn a_gguf_model_becomes_a_directory() {
-    let checkpoint = Checkpoint::open(&goldens().join("gguf_llama/model.gguf")).unwrap();
+    let checkpoint = checkpoint("gguf_llama");
     let out = tempfile::tempdir().unwrap();
-    merged(&checkpoint, None, out.path()).unwrap();
+    copied(&checkpoint, out.path()).unwrap();
     let (pass, expected) = golden("gguf_llama");
     let error = relative(&logits_of(out.path(), &pass), &expected);
     assert!(error < 1e-4, "logits {error}");
@@ -191,12 +197,13 @@ fn a_gguf_model_becomes_a_directory() {
 #[test]
 fn shards_hold_the_same_model_and_the_same_input_gives_the_same_bytes() {
     let (_dir, checkpoint) = base("llama_tied");
-    let adapter = adapter("lora_all_linear");
+    let case = Case::with_adapter("lora_all_linear", checkpoint, &adapter("lora_all_linear"));
     let written = |max_shard_bytes| {
         let out = tempfile::tempdir().unwrap();
         let options = MergeOptions { max_shard_bytes, ..MergeOptions::default() };
         let mut steps = Vec::new();
-        let report = merge(&checkpoint, Some(&adapter), out.path(), &options, &mut |done, total| {
+        let Case { checkpoint, overlay, params, .. } = &case;
+        let report = export::write(checkpoint, overlay, params, out.path(), &options, &mut |done, total| {
             steps.push((done, total));
         });
         assert!(steps.is_sorted() && steps.last().is_some_and(|(done, total)| done == total));
@@ -211,6 +218,7 @@ fn shards_hold_the_same_model_and_the_same_input_gives_the_same_bytes() {
 
     let index = json_of(sharded.path(), "model.safetensors.index.json");
     let places = index["weight_map"].as_object().unwrap();
+    let checkpoint = &case.checkpoint;
     assert_eq!(places.len(), checkpoint.names().count());
     let last = format!("model-{0:05}-of-{0:05}.safetensors", report.shards);
     assert_eq!(places["model.norm.weight"], json!(last));
@@ -226,14 +234,14 @@ fn shards_hold_the_same_model_and_the_same_input_gives_the_same_bytes() {
 #[test]
 fn types_are_rounded_and_named() {
     let (_dir, checkpoint) = base("llama_untied_mha");
-    let adapter = adapter("lora_patterns");
+    let case = Case::with_adapter("lora_patterns", checkpoint, &adapter("lora_patterns"));
     let (pass, expected) = golden("lora_patterns");
     for (dtype, name, tolerance) in
         [(ExportType::F32, "float32", 1e-4), (ExportType::F16, "float16", 1e-2), (ExportType::BF16, "bfloat16", 5e-2)]
     {
         let out = tempfile::tempdir().unwrap();
         let options = MergeOptions { dtype, ..MergeOptions::default() };
-        merge(&checkpoint, Some(&adapter), out.path(), &options, &mut |_, _| {}).unwrap();
+        written(&case, out.path(), &options).unwrap();
         let error = relative(&logits_of(out.path(), &pass), &expected);
         assert!(error < tolerance, "{dtype}: logits {error}");
         let config = json_of(out.path(), "config.json");
@@ -243,7 +251,7 @@ fn types_are_rounded_and_named() {
     let (_dir, checkpoint) = base("llama_tied");
     let out = tempfile::tempdir().unwrap();
     let options = MergeOptions { dtype: ExportType::BF16, ..MergeOptions::default() };
-    merge(&checkpoint, None, out.path(), &options, &mut |_, _| {}).unwrap();
+    written(&Case::bare("llama_tied", checkpoint), out.path(), &options).unwrap();
     let config = json_of(out.path(), "config.json");
     assert_eq!((&config["torch_dtype"], config.get("dtype")), (&json!("bfloat16"), None));
 }
@@ -251,7 +259,6 @@ fn types_are_rounded_and_named() {
 /// The merged model of a tied base has two tensors once only one of the pair was changed.
 #[test]
 fn embeddings_or_head_that_an_adapter_changes_are_untied() {
-    let (_dir, checkpoint) = base("llama_tied");
     let mut saved = adapter("lora_all_linear");
     saved.config.modules_to_save = vec!["embed_tokens".to_owned()];
     saved.tensors.insert(names::saved_weight("model.embed_tokens"), (vec![96, 32], numbers(96 * 32)));
@@ -263,41 +270,105 @@ fn embeddings_or_head_that_an_adapter_changes_are_untied() {
 
     let (pass, plain) = golden("lora_all_linear");
     for adapter in [saved, adapted] {
-        let plan = AdapterPlan::new(&adapter.config, &checkpoint).unwrap();
-        let model = Model::load(&checkpoint, Trainable::Adapter(&plan)).unwrap();
-        let expected = logits(&model, &model.params_from(&adapter.tensors).unwrap(), &pass);
-        assert!(relative(&expected, &plain) > 1e-3, "the adapter's addition changes nothing");
+        let (_dir, checkpoint) = base("llama_tied");
         let out = tempfile::tempdir().unwrap();
-        merged(&checkpoint, Some(&adapter), out.path()).unwrap();
+        let (case, _) = merged(checkpoint, &adapter, out.path());
+        let expected = logits(&case, &pass);
+        assert!(relative(&expected, &plain) > 1e-3, "the adapter's addition changes nothing");
         assert_eq!(json_of(out.path(), "config.json")["tie_word_embeddings"], json!(false));
         let error = relative(&logits_of(out.path(), &pass), &expected);
         assert!(error < 1e-4, "logits {error}");
     }
 }
 
+/// A model whose table or whose head alone is another one.
+fn with_table(case: &mut Case) {
+    let (rows, cols, name) = (case.model.spec.vocab_size, case.model.spec.hidden_size, &case.model.spec.table.name);
+    let name = format!("{name}.weight");
+    case.params = case.checkpoint.tensor(&name).unwrap().to_f32();
+    case.params.iter_mut().zip(numbers(rows * cols)).for_each(|(value, change)| *value += change);
+    case.overlay.table = Some(case.overlay.layout.add(name.clone(), vec![rows, cols], Some(name)));
+}
+
+fn with_head(case: &mut Case) {
+    let (rows, cols, r) = (case.model.spec.vocab_size, case.model.spec.hidden_size, 4);
+    let a = case.overlay.layout.add("A".to_owned(), vec![r, cols], None);
+    let b = case.overlay.layout.add("B".to_owned(), vec![rows, r], None);
+    case.params = numbers(r * (rows + cols)).into_iter().map(|value| 10.0 * value).collect();
+    let head = case.overlay.linears.last_mut().unwrap();
+    head.low_rank = Some(LowRank { a, b, r, scale: 0.5, dropout: 0.0, key: 0 });
+}
+
+#[test]
+fn tables_and_heads_of_other_families_are_untied_too() {
+    for name in ["gemma3", "gpt2", "bloom", "qwen2"] {
+        for change in [with_table, with_head] {
+            let (_dir, checkpoint) = base(name);
+            assert!(checkpoint.spec.head.tied, "{name}");
+            let mut case = Case::bare(name, checkpoint);
+            let (pass, _) = golden(name);
+            let plain = logits(&case, &pass);
+            change(&mut case);
+            let expected = logits(&case, &pass);
+            assert!(relative(&expected, &plain) > 1e-2, "{name}: nothing has changed");
+            let out = tempfile::tempdir().unwrap();
+            written(&case, out.path(), &MergeOptions::default()).unwrap();
+            assert_eq!(json_of(out.path(), "config.json")["tie_word_embeddings"], json!(false), "{name}");
+            let again = Checkpoint::open(out.path()).unwrap();
+            assert!(!again.spec.head.tied, "{name}");
+            let stored = |name: &str| again.tensor(&format!("{name}.weight")).unwrap().to_f32();
+            let (table, head) = (stored(&again.spec.table.name), stored(&again.spec.head.linear.name));
+            assert_ne!(table, head, "{name}");
+            let base = case.checkpoint.tensor(&format!("{}.weight", again.spec.table.name)).unwrap().to_f32();
+            assert!((table == base) != (head == base), "{name}: one of the two is the base's");
+            let error = relative(&logits_of(out.path(), &pass), &expected);
+            assert!(error < 1e-5, "{name}: logits {error}");
+        }
+    }
+}
+
 #[test]
 fn a_trained_model_is_written_from_its_parameters() {
-    for case in ["llama_tied", "llama_bias"] {
-        let (_dir, checkpoint) = base(case);
-        let model = Model::load(&checkpoint, Trainable::Everything).unwrap();
-        let mut params = model.initial_params(&checkpoint, &InitLoraWeights::Kaiming, 0).unwrap();
-        params.iter_mut().zip(numbers(10_000).iter().cycle()).for_each(|(param, change)| *param += change);
-        let tensor = |name: &str| {
-            let param = model.layout.params().iter().find(|param| param.name == name)?;
-            Some(&params[param.range.clone()])
-        };
+    for name in ["llama_tied", "llama_bias", "gpt2", "bloom", "phi3", "gemma3"] {
+        let (_dir, checkpoint) = base(name);
+        let mut case = Case::with_method(name, checkpoint, &Full);
+        let (pass, plain) = golden(name);
+        case.params.iter_mut().zip(numbers(10_000).iter().cycle()).for_each(|(param, change)| *param += change);
+        let expected = logits(&case, &pass);
+        assert!(relative(&expected, &plain) > 1e-2, "{name}: nothing has changed");
         let out = tempfile::tempdir().unwrap();
-        let write =
-            |options: &MergeOptions, out: &Path| write_model(&checkpoint, &tensor, out, options, &mut |_, _| {});
-        write(&MergeOptions::default(), out.path()).unwrap();
-        let written = Checkpoint::open(out.path()).unwrap();
-        assert_eq!(written.config.tie_word_embeddings, checkpoint.config.tie_word_embeddings);
-        for param in model.layout.params() {
-            assert_eq!(written.tensor(&param.name).unwrap().to_f32(), params[param.range.clone()], "{}", param.name);
+        written(&case, out.path(), &MergeOptions::default()).unwrap();
+        let again = Checkpoint::open(out.path()).unwrap();
+        assert_eq!(again.spec, case.checkpoint.spec, "{name}");
+        let file = fs::read(out.path().join("model.safetensors")).unwrap();
+        let file = SafeTensors::deserialize(&file).unwrap();
+        assert_eq!(file.len(), case.overlay.layout.params().len(), "{name}");
+        for param in case.overlay.layout.params() {
+            // In memory as the engine has it, in the file as transformers does.
+            let values = &case.params[param.range.clone()];
+            assert_eq!(again.tensor(&param.name).unwrap().to_f32(), values, "{name}: {}", param.name);
+            let stored = file.tensor(&case.checkpoint.exported_name(&param.name)).unwrap();
+            let bytes: Vec<u8> = param.to_file(&case.params).iter().flat_map(|value| value.to_le_bytes()).collect();
+            assert_eq!((stored.shape(), stored.data()), (&param.shape[..], &bytes[..]), "{name}: {}", param.name);
         }
-        let (pass, _) = golden(case);
-        assert!(relative(&logits_of(out.path(), &pass), &logits(&model, &params, &pass)) < 1e-5);
+        assert!(relative(&logits_of(out.path(), &pass), &expected) < 1e-5, "{name}");
     }
+}
+
+#[test]
+fn what_does_not_fit_the_base_is_refused() {
+    let case = Case::base("llama_tied");
+    let spec = &case.checkpoint.spec;
+    let text = adapter("lora_bias_all").lower(spec).unwrap_err().to_string();
+    assert!(text.contains("no place in this model"), "{text}");
+
+    let mut resized = adapter("lora_all_linear");
+    resized.config.modules_to_save = vec!["embed_tokens".to_owned()];
+    let key = names::saved_weight("model.embed_tokens");
+    resized.tensors.insert(key.clone(), (vec![97, 32], numbers(97 * 32)));
+    let lowered = resized.lower(spec).and_then(|overlay| resized.params(&overlay));
+    let text = lowered.unwrap_err().to_string();
+    assert!(text.contains(&key) && text.contains("[97, 32]") && text.contains("[96, 32]"), "{text}");
 }
 
 #[test]
@@ -310,24 +381,13 @@ fn what_cannot_be_written_leaves_nothing_behind() {
         result.unwrap_err().to_string()
     };
 
-    let misfit = merged(&checkpoint, Some(&adapter("lora_bias_all")), &out);
-    assert!(message(misfit).contains("no place in this model"));
-
-    let mut resized = adapter("lora_all_linear");
-    resized.config.modules_to_save = vec!["embed_tokens".to_owned()];
-    let key = names::saved_weight("model.embed_tokens");
-    resized.tensors.insert(key.clone(), (vec![97, 32], numbers(97 * 32)));
-    let text = message(merged(&checkpoint, Some(&resized), &out));
-    assert!(text.contains(&key) && text.contains("[97, 32]") && text.contains("[96, 32]"), "{text}");
-
+    let mut overlay = Case::base("llama_tied").overlay;
+    overlay.table = Some(overlay.layout.add(EMBEDDING.to_owned(), vec![96, 32], Some(EMBEDDING.to_owned())));
     let write = |values: &[f32], dtype| {
-        let tensor = |name: &str| (name == EMBEDDING).then_some(values);
         let options = MergeOptions { dtype, ..MergeOptions::default() };
-        write_model(&checkpoint, &tensor, &out, &options, &mut |_, _| {})
+        export::write(&checkpoint, &overlay, values, &out, &options, &mut |_, _| {})
     };
     let mut values = numbers(96 * 32);
-    let text = message(write(&values[1..], ExportType::F32));
-    assert!(text.contains(EMBEDDING) && text.contains("[96, 32]"), "{text}");
     values[33] = 7e4;
     let text = message(write(&values, ExportType::F16));
     assert!(text.contains(EMBEDDING) && text.contains("70000 at row 1, column 1"), "{text}");
@@ -336,20 +396,20 @@ fn what_cannot_be_written_leaves_nothing_behind() {
     assert!(text.contains(EMBEDDING) && text.contains("NaN at row 1, column 1"), "{text}");
 
     // Nothing of all this is in the way of a good one.
-    merged(&checkpoint, None, &out).unwrap();
-    let text = merged(&checkpoint, None, &out).unwrap_err().to_string();
+    copied(&checkpoint, &out).unwrap();
+    let text = copied(&checkpoint, &out).unwrap_err().to_string();
     assert!(text.contains("is not empty"), "{text}");
     let file = out.join("config.json");
-    assert!(merged(&checkpoint, None, &file).unwrap_err().to_string().contains("config.json"));
-    assert!(merged(&checkpoint, None, &file.join("below")).is_err());
+    assert!(copied(&checkpoint, &file).unwrap_err().to_string().contains("config.json"));
+    assert!(copied(&checkpoint, &file.join("below")).is_err());
 }
 
 #[test]
 fn a_base_without_tokenizer_is_refused_before_anything_is_written() {
-    let checkpoint = Checkpoint::open(&goldens().join("llama_tied")).unwrap();
+    let checkpoint = checkpoint("llama_tied");
     let parent = tempfile::tempdir().unwrap();
     let out = parent.path().join("merged");
-    assert!(matches!(merged(&checkpoint, None, &out), Err(Error::TokenizerMissing { .. })));
+    assert!(matches!(copied(&checkpoint, &out), Err(Error::Text(retune_text::Error::TokenizerMissing { .. }))));
     assert!(!out.exists());
 }
 
@@ -357,6 +417,7 @@ fn a_base_without_tokenizer_is_refused_before_anything_is_written() {
 #[test]
 fn a_write_that_fails_leaves_nothing_that_loads() {
     let (_dir, checkpoint) = base("llama_tied");
+    let Case { checkpoint, overlay, .. } = Case::bare("llama_tied", checkpoint);
     let options = MergeOptions { max_shard_bytes: 10_000, ..MergeOptions::default() };
     for taken in [
         "config.json",
@@ -369,7 +430,7 @@ fn a_write_that_fails_leaves_nothing_that_loads() {
         let parent = tempfile::tempdir().unwrap();
         let out = parent.path().join("merged");
         let mut files = 0;
-        let result = merge(&checkpoint, None, &out, &options, &mut |_, _| {
+        let result = export::write(&checkpoint, &overlay, &[], &out, &options, &mut |_, _| {
             fs::create_dir_all(out.join(taken)).unwrap();
             files = files.max(fs::read_dir(&out).unwrap().count());
         });

@@ -1,161 +1,191 @@
-//! The model's logits, loss and every gradient against transformers and peft, on small random models.
+//! The model's logits, loss and every gradient against transformers and peft, on small random models of every family.
 //!
-//! `goldens/make_llama.py` and `goldens/make_gguf.py` make the fixtures. "Relative" is ‖ours − theirs‖ / ‖theirs‖ per tensor.
+//! `goldens/make_llama.py`, `make_families.py`, `make_gguf.py` and `make_families_gguf.py` make the fixtures; a folder is a case.
+//! "Relative" is ‖ours − theirs‖ / ‖theirs‖ per tensor.
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::{Path, PathBuf};
 
-use retune_adapter::{AdapterFile, InitLoraWeights};
-use retune_model::adapter::{AdapterPlan, Tensors};
-use retune_model::checkpoint::Checkpoint;
-use retune_model::model::{Model, Trainable};
-use retune_model::pass::Pass;
-use retune_model::workspace::{Keep, Workspace};
-use safetensors::{Dtype, SafeTensors};
+use retune_adapter::METHODS;
+use retune_engine::compute::Compute;
+use retune_engine::generate::{Generation, Sampling};
+use retune_engine::pass::Pass;
+use retune_engine::workspace::Workspace;
+use retune_engine::{Run, Saving, Step};
+use retune_model::checkpoint::{Checkpoint, CheckpointKind};
+use retune_model::families::FAMILIES;
+use retune_testing::{Case, goldens, relative};
 
-fn goldens() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens")
+/// The largest relative error of a logit, a loss or a gradient.
+const TOLERANCE: f64 = 1e-4;
+
+/// The folders of goldens that hold what a reference computed: all but those that other tests read.
+fn cases() -> Vec<String> {
+    let mut cases: Vec<String> = fs::read_dir(goldens())
+        .unwrap()
+        .map(|entry| entry.unwrap())
+        .filter(|entry| entry.path().join("golden.safetensors").exists())
+        .map(|entry| entry.file_name().into_string().unwrap())
+        .filter(|name| !name.starts_with("bnb_"))
+        .collect();
+    cases.sort();
+    cases
 }
 
-struct Golden {
-    integers: BTreeMap<String, Vec<i64>>,
-    tensors: Tensors,
+fn is_gguf(case: &str) -> bool {
+    goldens().join(case).join("model.gguf").exists()
 }
 
-fn read_golden(case: &Path) -> Golden {
-    let bytes = fs::read(case.join("golden.safetensors")).unwrap();
-    let file = SafeTensors::deserialize(&bytes).unwrap();
-    let (mut integers, mut tensors) = (BTreeMap::new(), Tensors::new());
-    for (name, tensor) in file.tensors() {
-        match tensor.dtype() {
-            Dtype::I64 => {
-                let values = tensor.data().as_chunks::<8>().0.iter().map(|b| i64::from_le_bytes(*b));
-                integers.insert(name, values.collect());
-            }
-            _ => {
-                let values = tensor.data().as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b));
-                tensors.insert(name, (tensor.shape().to_vec(), values.collect()));
-            }
+fn is_adapter(case: &str) -> bool {
+    goldens().join(case).join("adapter").exists()
+}
+
+/// The largest errors of a case.
+#[derive(Clone, Copy, Debug, Default)]
+struct Errors {
+    logits: f64,
+    loss: f64,
+    gradients: f64,
+    tensors: usize,
+}
+
+impl Errors {
+    fn max(self, other: Self) -> Self {
+        Self {
+            logits: self.logits.max(other.logits),
+            loss: self.loss.max(other.loss),
+            gradients: self.gradients.max(other.gradients),
+            tensors: self.tensors.max(other.tensors),
         }
     }
-    Golden { integers, tensors }
 }
 
-/// ‖a − b‖ / ‖b‖, or ‖a‖ · 1000 where b is zero, so that 1e-4 allows 1e-7.
-fn relative(a: &[f32], b: &[f32]) -> f64 {
-    assert_eq!(a.len(), b.len());
-    let difference: f64 = a.iter().zip(b).map(|(x, y)| (f64::from(*x) - f64::from(*y)).powi(2)).sum();
-    let norm: f64 = b.iter().map(|y| f64::from(*y).powi(2)).sum();
-    if norm == 0.0 { difference.sqrt() * 1e3 } else { (difference / norm).sqrt() }
-}
-
-/// The golden's sequences as one pass, or each as a pass of its own.
-fn passes(golden: &Golden, packed: bool) -> Vec<Pass> {
-    let ids: Vec<u32> = golden.integers["input_ids"].iter().map(|&id| id as u32).collect();
-    let trained: Vec<bool> = golden.integers["labels"].iter().map(|&l| l != -100).collect();
-    let (mut passes, mut start) = (vec![Pass::default()], 0);
-    for (row, &length) in golden.integers["sequence_lengths"].iter().enumerate() {
-        let range = start..start + length as usize;
-        start = range.end;
-        if !packed && row > 0 {
-            passes.push(Pass::default());
-        }
-        passes.last_mut().unwrap().push(row as u64, &ids[range.clone()], &trained[range]);
-    }
-    passes
-}
-
-struct Case {
-    name: String,
-    model: Model,
-    params: Vec<f32>,
-    golden: Golden,
-}
-
-fn load(case: &str) -> Case {
-    let dir = goldens().join(case);
-    let golden = read_golden(&dir);
-    let (model, params) = match fs::read_to_string(dir.join("base.txt")) {
-        Err(_) => {
-            let checkpoint = Checkpoint::open(&dir).unwrap();
-            let model = Model::load(&checkpoint, Trainable::Everything).unwrap();
-            let params = model.initial_params(&checkpoint, &InitLoraWeights::Kaiming, 0).unwrap();
-            (model, params)
-        }
-        Ok(base) => {
-            let checkpoint = Checkpoint::open(&goldens().join(base.trim())).unwrap();
-            let adapter = AdapterFile::read(&dir.join("adapter")).unwrap();
-            let plan = AdapterPlan::new(&adapter.config, &checkpoint).unwrap();
-            let model = Model::load(&checkpoint, Trainable::Adapter(&plan)).unwrap();
-            let params = model.params_from(&adapter.tensors).unwrap();
-            (model, params)
-        }
-    };
-    Case { name: case.to_owned(), model, params, golden }
-}
-
-const CASES: [&str; 16] = [
-    "llama_tied",
-    "llama_untied_mha",
-    "llama_gqa_head_dim",
-    "llama_bias",
-    "rope_linear",
-    "rope_llama3",
-    "mistral_window",
-    "lora_all_linear",
-    "lora_rs",
-    "lora_patterns",
-    "lora_regex",
-    "lora_layers",
-    "lora_save_head",
-    "lora_save_embeddings",
-    "lora_bias_all",
-    "lora_bias_lora_only",
-];
-
-fn check(case: &Case, packed: bool, keep: Keep) {
-    let Case { name, model, params, golden } = case;
-    let name = format!("{name} (packed {packed}, {keep:?})");
-    let mut workspace = Workspace::new(model, keep);
-    let mut grads = vec![0.0; params.len()];
+/// Runs a case's rows in one pass or each in one of its own, and measures everything that its golden holds.
+fn measure(case: &Case, packed: bool, saving: Saving) -> Errors {
+    let (golden, compute) = (case.golden(), Compute::default());
+    let name = format!("{} (packed {packed}, {saving:?})", case.name);
+    let mut workspace = Workspace::new(&case.model, saving);
+    let mut grads = vec![0.0; case.params.len()];
     let (mut loss, mut labels, mut logits) = (0.0, 0, Vec::new());
-    for pass in passes(golden, packed) {
+    for pass in golden.passes(packed) {
         let all: Vec<u32> = (0..pass.tokens() as u32).collect();
-        logits.extend(model.logits(params, &pass, &all, &mut workspace));
-        let sum = model.loss(params, &pass, &mut workspace);
-        let again = model.loss_and_gradient(params, &mut grads, &pass, None, &mut workspace);
-        assert_eq!(sum, again, "{name}: the loss with and without gradient");
+        let run = case.run(&compute, &pass);
+        logits.extend(run.logits(&all, &mut workspace));
+        let sum = run.loss(&mut workspace);
+        if !case.params.is_empty() {
+            let again = run.loss_and_gradient(&mut grads, &mut workspace);
+            assert_eq!(sum, again, "{name}: the loss with and without gradient");
+        }
         loss += sum;
         labels += pass.labels.len();
     }
-    let error = relative(&logits, &golden.tensors["logits"].1);
-    assert!(error < 1e-4, "{name}: logits {error}");
-    let expected = f64::from(golden.tensors["loss"].1[0]);
-    let loss = loss / labels as f64;
-    assert!((loss - expected).abs() < 1e-4 * expected, "{name}: loss {loss} instead of {expected}");
+    let mut errors = Errors {
+        logits: relative(&logits, &golden.tensors["logits"].1),
+        loss: (loss / labels as f64 - golden.loss()).abs() / golden.loss(),
+        ..Errors::default()
+    };
     grads.iter_mut().for_each(|g| *g /= labels as f32);
-    let ours = model.tensors_of(&grads);
-    let theirs = golden.tensors.iter().filter_map(|(name, tensor)| Some((name.strip_prefix("grad.")?, tensor)));
-    let mut count = 0;
-    for (tensor, (shape, expected)) in theirs {
+    let ours = retune_adapter::tensors_of(&case.overlay, &grads);
+    let mut worst = String::new();
+    for (tensor, (shape, expected)) in golden.gradients() {
         let (our_shape, gradient) = ours.get(tensor).unwrap_or_else(|| panic!("{name}: {tensor} is not trained"));
         assert_eq!(our_shape, shape, "{name}: {tensor}");
         let error = relative(gradient, expected);
-        assert!(error < 1e-4, "{name}: gradient of {tensor} {error}");
-        count += 1;
+        if error > errors.gradients {
+            (errors.gradients, worst) = (error, tensor.to_owned());
+        }
+        errors.tensors += 1;
     }
-    assert_eq!(count, ours.len(), "{name}: number of trained tensors");
+    assert_eq!(errors.tensors, ours.len(), "{name}: number of trained tensors");
+    assert!(errors.logits < TOLERANCE, "{name}: logits {}", errors.logits);
+    assert!(errors.loss < TOLERANCE, "{name}: loss {}", errors.loss);
+    assert!(errors.gradients < TOLERANCE, "{name}: gradient of {worst} {}", errors.gradients);
+    errors
 }
 
 #[test]
 fn logits_loss_and_every_gradient_equal_transformers_and_peft() {
-    for case in CASES {
-        let case = load(case);
-        for packed in [true, false] {
-            check(&case, packed, Keep::Activations);
+    // What each family gave, from a directory and from a GGUF file, trained whole and with LoRA.
+    let mut table: BTreeMap<(String, &str, &str), Errors> = BTreeMap::new();
+    for name in cases() {
+        let case = if is_gguf(&name) { Case::base(&name) } else { Case::load(&name) };
+        let mut errors = Errors::default();
+        for (packed, saving) in [(true, Saving::Full), (false, Saving::Full), (true, Saving::BlockInputs)] {
+            errors = errors.max(measure(&case, packed, saving));
         }
-        check(&case, true, Keep::Inputs);
+        let format = if is_gguf(&name) { "gguf" } else { "directory" };
+        let method = match format {
+            "gguf" => "base",
+            _ if is_adapter(&name) => "lora",
+            _ => "full",
+        };
+        let family = case.checkpoint.spec.family.to_owned();
+        let of_table = table.entry((family, format, method)).or_default();
+        *of_table = of_table.max(errors);
+        println!(
+            "{name:32} {:.1e} logits, {:.1e} loss, {:.1e} gradients",
+            errors.logits, errors.loss, errors.gradients
+        );
+    }
+    println!("{:12} {:10} {:5} {:>8} {:>8} {:>9}", "family", "format", "what", "logits", "loss", "gradients");
+    for ((family, format, method), e) in &table {
+        println!("{family:12} {format:10} {method:5} {:8.1e} {:8.1e} {:9.1e}", e.logits, e.loss, e.gradients);
+    }
+    for family in FAMILIES {
+        for model_type in family.model_types {
+            for (format, method) in [("directory", "full"), ("directory", "lora"), ("gguf", "base")] {
+                // llama.cpp's converter knows no Ministral, and writes a Mistral as a Llama.
+                if format == "gguf" && (family.gguf.is_none() || *model_type == "mistral") {
+                    continue;
+                }
+                let name = (*model_type).to_owned();
+                let found = table.keys().any(|(f, g, m)| *f == name && (*g, *m) == (format, method));
+                assert!(found, "{model_type} has no golden: {format}, {method}");
+            }
+        }
+    }
+}
+
+#[test]
+fn greedy_generation_equals_transformers() {
+    let mut count = 0;
+    for name in cases() {
+        if is_gguf(&name) || is_adapter(&name) {
+            continue;
+        }
+        let case = Case::base(&name);
+        let golden = case.golden();
+        let (Some(prompt), Some(expected)) = (golden.integers.get("prompt"), golden.integers.get("generated")) else {
+            continue;
+        };
+        let ids = |values: &[i64]| values.iter().map(|&id| id as u32).collect::<Vec<u32>>();
+        let mut generation = Generation::new(&case.model, &case.overlay, &case.params, Sampling::GREEDY);
+        let generated = generation.run(&ids(prompt), expected.len(), &[], |_| true);
+        assert_eq!(generated, ids(expected), "{name}");
+        count += 1;
+    }
+    assert!(count >= FAMILIES.len() - 2, "{count} models generated");
+}
+
+#[test]
+fn generation_with_a_cache_equals_running_the_whole_text() {
+    for name in ["llama_tied", "mistral_window", "lora_all_linear", "gemma3", "bloom_lora_two"] {
+        let case = Case::load(name);
+        let prompt = [5, 9, 33, 2, 71, 8, 8, 40];
+        let mut generation = Generation::new(&case.model, &case.overlay, &case.params, Sampling::GREEDY);
+        let generated = generation.run(&prompt, 6, &[], |_| true);
+        let mut text = prompt.to_vec();
+        let mut workspace = Workspace::new(&case.model, Saving::None);
+        for &token in &generated {
+            let mut pass = Pass::default();
+            pass.push(0, &text, &[]);
+            let compute = Compute::default();
+            let logits = case.run(&compute, &pass).logits(&[text.len() as u32 - 1], &mut workspace);
+            let best = (0..logits.len()).max_by(|&a, &b| logits[a].total_cmp(&logits[b])).unwrap();
+            assert_eq!(best as u32, token, "{name}");
+            text.push(token);
+        }
+        assert_eq!(generated.len(), 6);
     }
 }
 
@@ -166,75 +196,50 @@ fn old_and_new_spellings_of_rope_scaling_are_the_same_model() {
     fs::copy(case.join("model.safetensors"), dir.path().join("model.safetensors")).unwrap();
     fs::copy(case.join("config_old.json"), dir.path().join("config.json")).unwrap();
     let (old, new) = (Checkpoint::open(dir.path()).unwrap(), Checkpoint::open(&case).unwrap());
-    assert_eq!(old.config.rope, new.config.rope);
+    assert_eq!(old.spec.ropes, new.spec.ropes);
 }
 
-#[test]
-fn gguf_models_give_the_logits_of_their_dequantized_weights() {
-    for case in ["gguf_llama", "gguf_llama_rope_freqs"] {
-        let dir = goldens().join(case);
-        let golden = read_golden(&dir);
-        let checkpoint = Checkpoint::open(&dir.join("model.gguf")).unwrap();
-        let model = Model::load(&checkpoint, Trainable::Nothing).unwrap();
-        let mut workspace = Workspace::new(&model, Keep::Nothing);
-        let pass = &passes(&golden, true)[0];
-        let all: Vec<u32> = (0..pass.tokens() as u32).collect();
-        let logits = model.logits(&[], pass, &all, &mut workspace);
-        let error = relative(&logits, &golden.tensors["logits"].1);
-        assert!(error < 1e-4, "{case}: logits {error}");
-        let loss = model.loss(&[], pass, &mut workspace) / pass.labels.len() as f64;
-        let expected = f64::from(golden.tensors["loss"].1[0]);
-        assert!((loss - expected).abs() < 1e-4 * expected, "{case}: loss {loss} instead of {expected}");
-    }
-}
-
-#[test]
-fn generation_with_a_cache_equals_running_the_whole_text() {
-    use retune_model::generate::{Generation, Sampling};
-    for case in ["llama_tied", "mistral_window", "lora_all_linear"] {
-        let Case { model, params, .. } = load(case);
-        let prompt = [5, 9, 33, 2, 71, 8, 8, 40];
-        let generated = Generation::new(&model, &params, Sampling::GREEDY).run(&prompt, 6, &[], |_| true);
-        let mut text = prompt.to_vec();
-        let mut workspace = Workspace::new(&model, Keep::Nothing);
-        for &token in &generated {
-            let mut pass = Pass::default();
-            pass.push(0, &text, &[]);
-            let logits = model.logits(&params, &pass, &[text.len() as u32 - 1], &mut workspace);
-            let best = (0..logits.len()).max_by(|&a, &b| logits[a].total_cmp(&logits[b])).unwrap();
-            assert_eq!(best as u32, token, "{case}");
-            text.push(token);
-        }
-        assert_eq!(generated.len(), 6);
-    }
-}
-
-/// What `kept` gives must not depend on how rows are packed into passes, dropout included.
+/// What a row gives must not depend on how rows are packed into passes, dropout included.
 #[test]
 fn dropout_is_the_same_however_rows_are_packed() {
-    let base = Checkpoint::open(&goldens().join("llama_tied")).unwrap();
-    let adapter = AdapterFile::read(&goldens().join("lora_all_linear/adapter")).unwrap();
-    let mut plan = AdapterPlan::new(&adapter.config, &base).unwrap();
-    let golden = read_golden(&goldens().join("lora_all_linear"));
-    let run = |plan: &AdapterPlan, packed: bool, keep: Keep| {
-        let model = Model::load(&base, Trainable::Adapter(plan)).unwrap();
-        let params = model.params_from(&adapter.tensors).unwrap();
-        let mut workspace = Workspace::new(&model, keep);
-        let mut grads = vec![0.0; params.len()];
+    let mut case = Case::load("lora_all_linear");
+    let golden = case.golden();
+    let run = |case: &Case, packed: bool, saving: Saving| {
+        let compute = Compute::default();
+        let mut workspace = Workspace::new(&case.model, saving);
+        let mut grads = vec![0.0; case.params.len()];
         let mut loss = 0.0;
-        for pass in passes(&golden, packed) {
-            let dropout = retune_model::Dropout { seed: 3, step: 5, sequences: &pass.sequences };
-            loss += model.loss_and_gradient(&params, &mut grads, &pass, Some(dropout), &mut workspace);
+        for pass in golden.passes(packed) {
+            let run = Run { step: Some(Step { seed: 3, step: 5 }), ..case.run(&compute, &pass) };
+            loss += run.loss_and_gradient(&mut grads, &mut workspace);
         }
         (loss, grads)
     };
-    let without = run(&plan, true, Keep::Activations);
-    plan.lora_dropout = 0.3;
-    let (loss, grads) = run(&plan, true, Keep::Activations);
+    let without = run(&case, true, Saving::Full);
+    for change in &mut case.overlay.linears {
+        change.low_rank.iter_mut().for_each(|term| term.dropout = 0.3);
+    }
+    let (loss, grads) = run(&case, true, Saving::Full);
     assert!((loss - without.0).abs() > 1e-3, "dropout changes nothing");
-    for (packed, keep) in [(false, Keep::Activations), (true, Keep::Inputs)] {
-        let (other, other_grads) = run(&plan, packed, keep);
+    for (packed, saving) in [(false, Saving::Full), (true, Saving::BlockInputs)] {
+        let (other, other_grads) = run(&case, packed, saving);
         assert!((loss - other).abs() < 1e-5 * loss, "{loss} and {other}");
         assert!(relative(&other_grads, &grads) < 1e-5);
     }
+}
+
+#[test]
+fn every_family_and_method_is_known_by_its_name() {
+    for family in FAMILIES {
+        assert!(!family.model_types.is_empty() && family.class.ends_with(char::is_alphabetic));
+        for model_type in family.model_types {
+            let same = FAMILIES.iter().filter(|other| other.model_types.contains(model_type)).count();
+            assert_eq!(same, 1, "{model_type} is of {same} families");
+        }
+    }
+    for method in METHODS {
+        assert_eq!(METHODS.iter().filter(|other| other.name == method.name).count(), 1, "{}", method.name);
+    }
+    let gguf = goldens().join("gguf_llama/model.gguf");
+    assert_eq!(Checkpoint::open(&gguf).unwrap().kind(), CheckpointKind::Gguf);
 }

@@ -4,12 +4,12 @@
 
 mod common;
 
-use std::path::Path;
-
+use retune_engine::Saving;
+use retune_engine::compute::Compute;
+use retune_engine::pass::Pass;
+use retune_engine::workspace::Workspace;
 use retune_model::checkpoint::Checkpoint;
-use retune_model::model::{Model, Trainable};
-use retune_model::pass::Pass;
-use retune_model::workspace::{Keep, Workspace};
+use retune_testing::{Case, goldens};
 use safetensors::SafeTensors;
 
 #[test]
@@ -19,8 +19,7 @@ fn smollm2_gives_the_logits_of_transformers() {
         println!("skipped: {} holds no {}", folder.display(), common::GGUF);
         return;
     };
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/smollm2_logits.safetensors");
-    let bytes = std::fs::read(path).unwrap();
+    let bytes = std::fs::read(goldens().join("smollm2_logits.safetensors")).unwrap();
     let golden = SafeTensors::deserialize(&bytes).unwrap();
     let ids = golden.tensor("input_ids").unwrap();
     let ids: Vec<u32> = ids.data().as_chunks::<8>().0.iter().map(|b| i64::from_le_bytes(*b) as u32).collect();
@@ -29,11 +28,12 @@ fn smollm2_gives_the_logits_of_transformers() {
     let positions = logits.shape()[0];
     assert_eq!((ids.len(), logits.shape()), (48, &[8, 49152][..]));
 
-    let model = Model::load(&Checkpoint::open(&gguf).unwrap(), Trainable::Nothing).unwrap();
+    let case = Case::bare("smollm2", Checkpoint::open(&gguf).unwrap());
     let mut pass = Pass::default();
     pass.push(0, &ids, &[]);
     let last: Vec<u32> = (ids.len() - positions..ids.len()).map(|token| token as u32).collect();
-    let ours = model.logits(&[], &pass, &last, &mut Workspace::new(&model, Keep::Nothing));
+    let compute = Compute::default();
+    let ours = case.run(&compute, &pass).logits(&last, &mut Workspace::new(&case.model, Saving::None));
     assert_eq!(ours.len(), expected.len());
     // NaN is the largest of all in this order.
     let differences = ours.iter().zip(&expected).map(|(a, b)| (a - b).abs());

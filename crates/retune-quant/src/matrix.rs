@@ -26,7 +26,12 @@ enum Values {
     Blocks { format: Format, row_bytes: usize, bytes: SharedBytes },
     /// Blocks do not end with a row, and their scales lie apart from them.
     FourBit(Arc<FourBit>),
+    /// Rows are the columns of this matrix.
+    Transposed(Arc<Matrix>),
 }
+
+/// Rows and columns of a tile that is transposed at a time: 16 KB, which fit a first-level cache twice.
+const TILE: usize = 64;
 
 impl Matrix {
     /// The matrix that `bytes` are.
@@ -86,6 +91,15 @@ impl Matrix {
         Ok(Self { row_map: Some(row_map), ..self })
     }
 
+    /// The transpose: rows are columns. Nothing is copied; a panel is decoded from the stored rows a tile at a time.
+    pub fn transposed(self) -> Self {
+        let (rows, cols) = (self.cols, self.rows);
+        match self {
+            Self { values: Values::Transposed(matrix), row_map: None, .. } => Arc::unwrap_or_clone(matrix),
+            matrix => Self { rows, cols, values: Values::Transposed(Arc::new(matrix)), row_map: None },
+        }
+    }
+
     /// Number of rows (for a weight: output features).
     pub fn rows(&self) -> usize {
         self.rows
@@ -101,6 +115,7 @@ impl Matrix {
         match &self.values {
             Values::Blocks { format, .. } => format.name(),
             Values::FourBit(values) => values.name(),
+            Values::Transposed(matrix) => matrix.storage(),
         }
     }
 
@@ -109,6 +124,7 @@ impl Matrix {
         match &self.values {
             Values::Blocks { bytes, .. } => bytes.len(),
             Values::FourBit(values) => values.bytes_len(),
+            Values::Transposed(matrix) => matrix.bytes_len(),
         }
     }
 
@@ -117,6 +133,30 @@ impl Matrix {
         let mut values = vec![0.0; self.rows * self.cols];
         self.panel_f32(0..self.rows, 0..self.cols, &mut values);
         values
+    }
+}
+
+impl Matrix {
+    /// Writes the panel `rows` x `cols` of the transpose, whose rows are this matrix's columns.
+    fn transposed_panel(&self, rows: Range<usize>, cols: Range<usize>, dst: &mut [f32]) {
+        let mut tile = [0.0f32; TILE * TILE];
+        let width = cols.len();
+        for first_row in rows.clone().step_by(TILE) {
+            let of_rows = first_row..(first_row + TILE).min(rows.end);
+            let height = of_rows.len();
+            let at_row = (first_row - rows.start) * width;
+            for first_col in cols.clone().step_by(TILE) {
+                let of_cols = first_col..(first_col + TILE).min(cols.end);
+                let at_col = first_col - cols.start;
+                let tile = &mut tile[..of_cols.len() * height];
+                self.panel_f32(of_cols.clone(), of_rows.clone(), tile);
+                for (row, out) in dst[at_row..].chunks_mut(width).take(height).enumerate() {
+                    for (out, values) in out[at_col..at_col + of_cols.len()].iter_mut().zip(tile.chunks_exact(height)) {
+                        *out = values[row];
+                    }
+                }
+            }
+        }
     }
 }
 
@@ -149,6 +189,15 @@ impl PanelSource for Matrix {
                 blocks::decode_panel(*format, stored, rows, cols, dst);
             }
             Values::FourBit(values) => four_bit::decode_panel(values, self.cols, row_map, rows, cols, dst),
+            Values::Transposed(matrix) => match row_map {
+                None => matrix.transposed_panel(rows, cols, dst),
+                Some(map) => {
+                    for (&row, out) in map[rows].iter().zip(dst.chunks_exact_mut(cols.len())) {
+                        let row = row as usize;
+                        matrix.panel_f32(cols.clone(), row..row + 1, out);
+                    }
+                }
+            },
         }
     }
 
@@ -156,7 +205,7 @@ impl PanelSource for Matrix {
         match &self.values {
             Values::Blocks { format, .. } => format.block_len(),
             // Every value is decoded by itself.
-            Values::FourBit(_) => 1,
+            Values::FourBit(_) | Values::Transposed(_) => 1,
         }
     }
 
@@ -205,6 +254,43 @@ mod tests {
         assert_eq!(mapped.as_f32(), None);
         let back = mapped.with_row_map(Arc::from([1, 2, 0])).unwrap();
         assert_eq!(back.to_f32(), example().to_f32());
+    }
+
+    #[test]
+    fn a_transpose_gives_columns_as_rows() {
+        let transposed = example().transposed();
+        assert_eq!((transposed.rows(), transposed.cols(), transposed.as_f32()), (4, 3, None));
+        assert_eq!(panel(&transposed, 1..3, 0..3), [1.0, 11.0, 21.0, 2.0, 12.0, 22.0]);
+        assert_eq!(panel(&transposed, 3..4, 1..2), [13.0]);
+        assert_eq!(transposed.clone().transposed().to_f32(), example().to_f32());
+        let mapped = transposed.clone().with_row_map(Arc::from([3, 0, 1, 2])).unwrap();
+        assert_eq!(panel(&mapped, 0..2, 1..3), [13.0, 23.0, 10.0, 20.0]);
+        assert_eq!(panel(&mapped.transposed(), 1..2, 0..4), [13.0, 10.0, 11.0, 12.0]);
+        let of_mapped = example().with_row_map(Arc::from([2, 0, 1])).unwrap().transposed();
+        assert_eq!(panel(&of_mapped, 0..1, 0..3), [20.0, 0.0, 10.0]);
+    }
+
+    #[test]
+    fn panels_of_a_transpose_of_several_tiles_are_those_of_its_values() {
+        let (rows, cols) = (150, 200);
+        let bytes = |seed: usize, i: usize| (i.wrapping_mul(2_654_435_761).wrapping_add(seed) >> 7) as u8;
+        for format in [Format::F32, Format::BF16, Format::Q8_0] {
+            let cols = cols / 32 * 32;
+            let len = format.bytes_for(rows, cols).unwrap();
+            // Exponents of all ones would be no numbers.
+            let stored = (0..len).map(|i| bytes(7, i) & 0x3F).collect();
+            let matrix = Matrix::new(format, rows, cols, SharedBytes::from_vec(stored)).unwrap();
+            let (values, transposed) = (matrix.to_f32(), matrix.transposed());
+            for (of_rows, of_cols) in [(0..cols, 0..rows), (63..130, 1..150), (5..6, 60..70), (64..128, 64..128)] {
+                let expected: Vec<f32> = of_rows
+                    .clone()
+                    .flat_map(|r| of_cols.clone().map(move |c| (r, c)))
+                    .map(|(r, c)| values[c * cols + r])
+                    .collect();
+                assert_eq!(panel(&transposed, of_rows, of_cols), expected, "{format}");
+            }
+            assert_eq!(transposed.storage(), format.name());
+        }
     }
 
     #[test]

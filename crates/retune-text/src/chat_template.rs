@@ -1,15 +1,16 @@
 //! Chat templates: the Jinja source that a model carries, rendered the way transformers renders it.
 //!
-//! The same whitespace rules (`trim_blocks`, `lstrip_blocks`), Python's string and dict methods, `raise_exception`, and a
-//! `tojson` that writes what Python's `json.dumps` writes. One thing is left out on purpose: `strftime_now`. A template that
-//! prints today's date would make every day's training data different; templates test whether the function is defined and
-//! fall back to a fixed date.
+//! The same whitespace rules (`trim_blocks`, `lstrip_blocks`), Python's string and dict methods, `raise_exception`, the tests
+//! `iterable`, `sequence` and `number` of Jinja2, and a `tojson` that writes what Python's `json.dumps` writes. `strftime_now`
+//! is another matter: a template that prints today's date makes every day's training data different. A template that asks
+//! whether the function is defined has a fixed date to fall back to, and is told no until a date is given.
 
-use minijinja::value::{Kwargs, Value};
+use minijinja::value::{Kwargs, Value, ValueKind};
 use minijinja::{Environment, ErrorKind, context};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use crate::date::Date;
 use crate::error::Error;
 
 const NAME: &str = "chat_template";
@@ -32,12 +33,14 @@ pub struct ChatTemplate {
     bos_token: String,
     eos_token: String,
     environment: Environment<'static>,
+    date: Option<Date>,
 }
 
 impl ChatTemplate {
     /// Compiles `source`; `bos_token` and `eos_token` are the texts the template may print, empty for a model without them.
     ///
-    /// Errors: a template that is not valid Jinja, with the line.
+    /// # Errors
+    /// A template that is not valid Jinja, with the line.
     pub fn new(source: &str, bos_token: &str, eos_token: &str) -> Result<ChatTemplate, Error> {
         let mut environment = Environment::new();
         environment.set_trim_blocks(true);
@@ -46,20 +49,52 @@ impl ChatTemplate {
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.add_function("raise_exception", raise_exception);
         environment.add_filter("tojson", tojson);
+        // minijinja's own answer otherwise for none, texts, mappings and booleans.
+        environment.add_test("iterable", |value: &Value| is_sequence(value) || value.kind() == ValueKind::Iterable);
+        environment.add_test("sequence", is_sequence);
+        environment.add_test("number", |value: &Value| matches!(value.kind(), ValueKind::Number | ValueKind::Bool));
         environment
             .add_template_owned(NAME, replace_generation_tags(source))
             .map_err(|error| Error::ChatTemplateSyntax { line: error.line().unwrap_or(0), cause: cause(&error) })?;
-        Ok(ChatTemplate {
+        let mut template = ChatTemplate {
             source: source.to_owned(),
             bos_token: bos_token.to_owned(),
             eos_token: eos_token.to_owned(),
             environment,
-        })
+            date: None,
+        };
+        if template.prints_today() {
+            template.define_strftime_now(Date::today());
+        }
+        Ok(template)
+    }
+
+    /// The same template on a given day: `strftime_now` is defined and tells that day.
+    pub fn with_date(mut self, date: Date) -> ChatTemplate {
+        self.date = Some(date);
+        self.define_strftime_now(date);
+        self
+    }
+
+    /// Whether the same conversation is another text tomorrow: the template calls `strftime_now` without asking whether it is
+    /// defined, and no date is given.
+    pub fn prints_today(&self) -> bool {
+        self.date.is_none() && self.source.contains("strftime_now") && !self.source.contains("strftime_now is ")
+    }
+
+    fn define_strftime_now(&mut self, date: Date) {
+        self.environment.add_function("strftime_now", move |format: String| {
+            date.strftime(&format).map_err(|directive| {
+                let cause = format!("strftime_now does not know {directive}");
+                minijinja::Error::new(ErrorKind::InvalidOperation, cause)
+            })
+        });
     }
 
     /// The conversation as the text the model was trained on. `add_generation_prompt` opens the assistant's next turn.
     ///
-    /// Errors: what the template itself raises (roles that do not alternate, say), what it cannot evaluate, and loops without end.
+    /// # Errors
+    /// What the template itself raises (roles that do not alternate, say), what it cannot evaluate, and loops without end.
     pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String, Error> {
         let render = || {
             self.environment.get_template(NAME)?.render(context! {
@@ -97,6 +132,14 @@ fn cause(error: &minijinja::Error) -> String {
 
 fn raise_exception(message: String) -> Result<Value, minijinja::Error> {
     Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
+}
+
+/// What Python can index and knows the length of. An undefined value has the length 0 there.
+fn is_sequence(value: &Value) -> bool {
+    matches!(
+        value.kind(),
+        ValueKind::Seq | ValueKind::Map | ValueKind::String | ValueKind::Bytes | ValueKind::Undefined
+    )
 }
 
 /// transformers marks the assistant's words with `{% generation %}`, which is not Jinja. It prints nothing; a block that is
@@ -282,9 +325,38 @@ mod tests {
     }
 
     #[test]
-    fn the_date_of_today_is_never_printed() {
-        let source = "{% if strftime_now is defined %}{{ strftime_now('%d') }}{% else %}26 Jul 2024{% endif %}";
-        assert_eq!(render_one(source), "26 Jul 2024");
+    fn a_template_that_can_do_without_the_date_of_today_does() {
+        let source = "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% else %}26 Jul 2024{% endif %}";
+        let template = ChatTemplate::new(source, "", "").unwrap();
+        assert_eq!(template.render(&[], false).unwrap(), "26 Jul 2024");
+        assert!(!template.prints_today());
+        let dated = template.with_date("2025-03-01".parse().unwrap());
+        assert_eq!(dated.render(&[], false).unwrap(), "01 Mar 2025");
+    }
+
+    #[test]
+    fn a_template_that_needs_a_date_gets_the_one_given_or_todays() {
+        let template = ChatTemplate::new("{{ strftime_now('%Y-%m-%d') }}", "", "").unwrap();
+        assert!(template.prints_today());
+        let printed = template.render(&[], false).unwrap();
+        assert!(printed.parse::<Date>().is_ok(), "{printed}");
+        let dated = template.with_date("2025-03-01".parse().unwrap());
+        assert!(!dated.prints_today());
+        assert_eq!(dated.render(&[], false).unwrap(), "2025-03-01");
+        let error = render("{{ strftime_now('%Q') }}", &[]).unwrap_err().to_string();
+        assert!(error.contains("%Q"), "{error}");
+    }
+
+    #[test]
+    fn tests_of_kinds_answer_as_jinja2_does() {
+        let kinds = ["none", "'x'", "{}", "[]", "1", "true", "unknown", "range(2)", "(1, 2)"];
+        let answers = |test: &str| -> String {
+            kinds.map(|kind| render_one(&format!("{{{{ ({kind}) is {test} }}}}")).remove(0)).iter().collect()
+        };
+        assert_eq!(answers("iterable"), "FTTTFFTTT");
+        assert_eq!(answers("sequence"), "FTTTFFTFT");
+        assert_eq!(answers("number"), "FFFFTTFFF");
+        assert_eq!(render_one("{% if tools is iterable and tools | length > 0 %}t{% else %}no{% endif %}"), "no");
     }
 
     #[test]

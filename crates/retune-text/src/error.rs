@@ -35,12 +35,6 @@ pub enum Error {
     )]
     GgufTokenizerModel { model: String },
 
-    /// A GGUF file that does not say how its tokenizer splits text.
-    #[error(
-        "the GGUF file does not name its pre-tokenizer (tokenizer.ggml.pre), so numbers and spaces could be split wrongly; convert the model again with a current llama.cpp, or use its Hugging Face directory (known: {known})"
-    )]
-    GgufPreTokenizerMissing { known: String },
-
     /// A way of splitting text that is not implemented.
     #[error(
         "pre-tokenizer {name:?} (tokenizer.ggml.pre) is not known; known: {known}: use the model's Hugging Face directory"

@@ -3,6 +3,7 @@
 //! The heavy dependencies of both, the `tokenizers` crate and a Jinja engine, stop here.
 
 pub mod chat_template;
+pub mod date;
 pub mod error;
 pub mod tokenizer;
 

@@ -92,17 +92,25 @@ pub enum Error {
 
     /// A row longer than allowed, where that is to be an error.
     #[error(
-        "the row has {tokens} tokens, data.max_length is {max_length}; raise it, shorten the row, or set data.overlong to truncate or drop"
+        "the row has {tokens} tokens, {key} is {max_length}; raise it, shorten the row, or set data.overlong to truncate or drop"
     )]
-    TooLong { tokens: usize, max_length: usize },
+    TooLong { tokens: usize, key: &'static str, max_length: usize },
 
     /// A data set in which no token is a target.
     #[error(
-        "{}: none of the {rows} rows has a token to train on within data.max_length = {max_length}; raise it or shorten the prompts. \
+        "{}: none of the {rows} rows has a token to train on within {key} = {max_length}; raise it or shorten the prompts. \
          Line {line} has {tokens} tokens, the part to train between «»: {sample}",
         .path.display()
     )]
-    NothingToTrain { path: PathBuf, rows: usize, max_length: usize, line: usize, tokens: usize, sample: String },
+    NothingToTrain {
+        path: PathBuf,
+        rows: usize,
+        key: &'static str,
+        max_length: usize,
+        line: usize,
+        tokens: usize,
+        sample: String,
+    },
 
     /// A configuration that is not YAML.
     #[error("{origin} is not valid YAML: {cause}")]
@@ -163,6 +171,12 @@ pub enum Error {
     #[error("{} belongs to another run: it holds {found}, this run has {expected}; use another output_dir", .path.display())]
     CheckpointOfAnotherRun { path: PathBuf, found: String, expected: String },
 
+    /// The record of how linears are computed cannot be read, or does not fit.
+    #[error(
+        "the record of which layers are computed in int8 cannot be used: {cause}; restore it, or start anew with --overwrite"
+    )]
+    Calibration { cause: String },
+
     /// A checkpoint that cannot be put together.
     #[error("the checkpoint cannot be written: {error}")]
     Serialize { error: String },
@@ -178,6 +192,12 @@ pub enum Error {
     /// An adapter.
     #[error(transparent)]
     Adapter(#[from] retune_adapter::Error),
+
+    /// A record of how linears are computed that is not of this model.
+    #[error(
+        "the record of which layers are computed in int8 cannot be used: {0}; restore it, or start anew with --overwrite"
+    )]
+    Choices(#[from] retune_engine::calibrate::Error),
 
     /// A tokenizer or a chat template.
     #[error(transparent)]

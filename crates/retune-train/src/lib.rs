@@ -1,5 +1,6 @@
 //! Training: data sets, the run's configuration, the optimizer, the loop, and checkpoints.
 
+pub mod calibration;
 pub mod data;
 pub mod error;
 pub mod optimizer;

@@ -1,9 +1,9 @@
 //! AdamW over the flat parameter vector (Loshchilov and Hutter 2019), in PyTorch's form.
 
+use retune_engine::params::ParamLayout;
+use retune_engine::profile::{Operation, span};
 use retune_kernels::multiversion;
 use retune_kernels::parallel::{self, SharedMut};
-use retune_model::params::ParamLayout;
-use retune_model::profile::{Operation, span};
 
 /// Constants of AdamW.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -114,7 +114,7 @@ mod tests {
     fn equals_pytorch() {
         // torch.optim.AdamW(lr=0.1, weight_decay=0.5) on [1.0, -2.0] with the gradients below, three steps.
         let mut layout = ParamLayout::default();
-        layout.add("w".into(), vec![1, 2]);
+        layout.add("w".into(), vec![1, 2], None);
         let options = AdamWOptions { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.5 };
         let mut optimizer = AdamW::new(options, 2);
         let mut p = [1.0, -2.0];
@@ -131,7 +131,7 @@ mod tests {
     #[test]
     fn vectors_do_not_decay() {
         let mut layout = ParamLayout::default();
-        layout.add("norm".into(), vec![2]);
+        layout.add("norm".into(), vec![2], None);
         let options = AdamWOptions { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.5 };
         let mut p = [1.0, -2.0];
         AdamW::new(options, 2).step(&layout, 0.1, 1.0, &mut [0.0, 0.0], &mut p);

@@ -13,14 +13,10 @@ use schemars::{JsonSchema, schema_for};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::data::{ColumnMap, DataFormat, EncodeOptions, Overlong, read_text};
+use crate::data::{ColumnMap, DataFormat, EncodeOptions, Names, Overlong, read_text};
 use crate::error::Error;
 use crate::schedule::SchedulerType;
 
-/// The peak learning rate of LoRA where none is given.
-const LORA_LEARNING_RATE: f64 = 2e-4;
-/// The peak learning rate of full fine-tuning where none is given; it needs about a tenth of LoRA's.
-const FULL_LEARNING_RATE: f64 = 2e-5;
 /// More threads or tokens than any machine or model has: what is above is a slip.
 pub const MOST_THREADS: usize = 4096;
 const MOST_TOKENS: usize = 1 << 24;
@@ -49,7 +45,7 @@ pub struct RawRunConfig {
     pub data: DataConfig,
     /// How long, how fast and in what pieces is learnt.
     #[serde(default)]
-    pub training: RawTrainingConfig,
+    pub training: TrainingConfig,
     /// Threads to compute with; all of the machine when absent. The result does not depend on it.
     #[serde(default)]
     pub threads: Option<usize>,
@@ -58,12 +54,23 @@ pub struct RawRunConfig {
 /// What is trained.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
+#[cfg_attr(feature = "clap", derive(clap::ValueEnum), value(rename_all = "snake_case"))]
 pub enum Method {
     /// A low-rank adapter; the base model stays as it is.
     #[default]
     Lora,
     /// All weights of the model.
     Full,
+}
+
+impl Method {
+    /// The peak learning rate where none is given. Full fine-tuning needs about a tenth of LoRA's.
+    fn learning_rate(self) -> f64 {
+        match self {
+            Method::Lora => 2e-4,
+            Method::Full => 2e-5,
+        }
+    }
 }
 
 /// How the frozen base model is computed.
@@ -78,6 +85,7 @@ pub struct BaseConfig {
 /// The arithmetic of the products with the base model's weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
+#[cfg_attr(feature = "clap", derive(clap::ValueEnum), value(rename_all = "snake_case"))]
 pub enum Compute {
     /// 8-bit integers where the machine multiplies them several times as fast and the error measured on the run's own data is small,
     /// layer by layer; f32 elsewhere.
@@ -137,17 +145,68 @@ fn default_shuffle() -> bool {
 }
 
 impl DataConfig {
-    /// How rows become examples.
-    pub fn encode_options(&self) -> EncodeOptions {
+    /// A file of rows with every key left to its default.
+    pub fn new(train: PathBuf) -> Self {
+        DataConfig {
+            train,
+            eval: None,
+            eval_fraction: default_eval_fraction(),
+            eval_limit: None,
+            format: DataFormat::default(),
+            columns: ColumnMap::default(),
+            max_length: default_max_length(),
+            overlong: Overlong::default(),
+            train_on_prompt: false,
+            shuffle: default_shuffle(),
+        }
+    }
+
+    /// How rows become examples; messages call settings as `names` says.
+    pub fn encode_options(&self, names: &Names) -> EncodeOptions {
         let DataConfig { max_length, overlong, train_on_prompt, .. } = *self;
-        EncodeOptions { max_length, overlong, train_on_prompt }
+        EncodeOptions { max_length, overlong, train_on_prompt, names: *names }
+    }
+
+    /// Checks ranges and contradictions.
+    ///
+    /// # Errors
+    /// A value out of range, or a column's name that is of no use, each with what it is called.
+    pub fn check(&self, names: &Names) -> Result<(), Error> {
+        check_path(names.rows, &self.train, "Name the file of training rows")?;
+        if let Some(eval) = &self.eval {
+            check_path("data.eval", eval, "Name the file of held-out rows")?;
+        }
+        let fraction = self.eval_fraction;
+        require(
+            (0.0..1.0).contains(&fraction),
+            "data.eval_fraction",
+            fraction,
+            "at least 0 and below 1",
+            "0.05 holds out a twentieth",
+        )?;
+        if let Some(limit) = self.eval_limit {
+            require(limit > 0, "data.eval_limit", limit, "at least 1", "Remove the key to score all held-out rows")?;
+        }
+        let length = self.max_length;
+        let expected = format!("2 to {MOST_TOKENS}");
+        require((2..=MOST_TOKENS).contains(&length), names.max_length, length, &expected, "1024 is usual")?;
+        if let Some(column) = self.columns.not_read_by(self.format) {
+            return require(
+                false,
+                &format!("{}{column}", names.column),
+                "given",
+                &format!("no name for a column that the chosen {} does not read", names.format),
+                &format!("Remove it, or choose another {}", names.format),
+            );
+        }
+        Ok(())
     }
 }
 
 /// How long, how fast and in what pieces is learnt.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
-pub struct RawTrainingConfig {
+pub struct TrainingConfig {
     /// How many times the training rows are gone through; need not be whole.
     pub epochs: f64,
     /// Steps of the run, in place of `epochs`.
@@ -194,9 +253,9 @@ pub struct RawTrainingConfig {
     pub activation_checkpointing: ActivationCheckpointing,
 }
 
-impl Default for RawTrainingConfig {
+impl Default for TrainingConfig {
     fn default() -> Self {
-        RawTrainingConfig {
+        TrainingConfig {
             epochs: 1.0,
             max_steps: None,
             batch_size: 8,
@@ -246,7 +305,7 @@ pub enum ActivationCheckpointing {
     Layer,
 }
 
-/// A checked configuration, nothing of it left open. Its fields are those of [`RawRunConfig`].
+/// A checked configuration, in which what depends on the method is decided. Its fields are those of [`RawRunConfig`].
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct RunConfig {
     pub model: String,
@@ -259,33 +318,6 @@ pub struct RunConfig {
     pub data: DataConfig,
     pub training: TrainingConfig,
     pub threads: Option<usize>,
-}
-
-/// The checked form of [`RawTrainingConfig`].
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct TrainingConfig {
-    pub epochs: f64,
-    pub max_steps: Option<usize>,
-    pub batch_size: usize,
-    pub gradient_accumulation_steps: usize,
-    pub learning_rate: f64,
-    pub lr_scheduler_type: SchedulerType,
-    pub warmup_steps: Option<usize>,
-    pub warmup_ratio: f64,
-    pub weight_decay: f64,
-    pub adam_beta1: f64,
-    pub adam_beta2: f64,
-    pub adam_epsilon: f64,
-    pub max_grad_norm: f64,
-    pub eval_steps: Option<usize>,
-    pub save_steps: usize,
-    pub save_total_limit: usize,
-    pub seed: u64,
-    /// `None` where it depends on the model ([`crate::trainer::Passes`]).
-    pub tokens_per_pass: Option<usize>,
-    pub share_prefixes: bool,
-    pub saved_activations: SavedActivations,
-    pub activation_checkpointing: ActivationCheckpointing,
 }
 
 impl RunConfig {
@@ -331,7 +363,7 @@ impl RawRunConfig {
         )?;
         check_path("output_dir", &output_dir, "Name the directory to write to")?;
         let adapter = check_adapter(method, adapter, adapter_init.as_deref())?;
-        check_data(&data)?;
+        data.check(&Names::KEYS)?;
         require(
             method == Method::Lora || base.compute != Compute::Int8,
             "base.compute",
@@ -375,44 +407,15 @@ fn check_adapter(
     Ok(adapter)
 }
 
-fn check_data(data: &DataConfig) -> Result<(), Error> {
-    check_path("data.train", &data.train, "Name the file of training rows")?;
-    if let Some(eval) = &data.eval {
-        check_path("data.eval", eval, "Name the file of held-out rows")?;
+impl TrainingConfig {
+    /// The peak learning rate: the one that is given, which a checked configuration has, or LoRA's.
+    pub fn peak_learning_rate(&self) -> f64 {
+        self.learning_rate.unwrap_or_else(|| Method::Lora.learning_rate())
     }
-    let fraction = data.eval_fraction;
-    require(
-        (0.0..1.0).contains(&fraction),
-        "data.eval_fraction",
-        fraction,
-        "at least 0 and below 1",
-        "0.05 holds out a twentieth",
-    )?;
-    if let Some(limit) = data.eval_limit {
-        require(limit > 0, "data.eval_limit", limit, "at least 1", "Remove the key to score all held-out rows")?;
-    }
-    let length = data.max_length;
-    let expected = format!("2 to {MOST_TOKENS}");
-    require((2..=MOST_TOKENS).contains(&length), "data.max_length", length, &expected, "1024 is usual")?;
-    if let Some(column) = data.columns.not_read_by(data.format) {
-        let expected = "no name for a column that the chosen data.format does not read";
-        return require(
-            false,
-            &format!("data.columns.{column}"),
-            "given",
-            expected,
-            "Remove it, or choose another data.format",
-        );
-    }
-    Ok(())
-}
 
-impl RawTrainingConfig {
+    /// Checks ranges and contradictions, and lets the method decide what it has a say in.
     fn check(self, method: Method, data: &DataConfig) -> Result<TrainingConfig, Error> {
-        let learning_rate = self.learning_rate.unwrap_or(match method {
-            Method::Lora => LORA_LEARNING_RATE,
-            Method::Full => FULL_LEARNING_RATE,
-        });
+        let learning_rate = self.learning_rate.unwrap_or_else(|| method.learning_rate());
         self.check_steps()?;
         self.check_optimizer(learning_rate)?;
         let key = "training.tokens_per_pass";
@@ -426,29 +429,7 @@ impl RawTrainingConfig {
                 "A row is computed in one pass: raise it or lower data.max_length",
             )?;
         }
-        Ok(TrainingConfig {
-            epochs: self.epochs,
-            max_steps: self.max_steps,
-            batch_size: self.batch_size,
-            gradient_accumulation_steps: self.gradient_accumulation_steps,
-            learning_rate,
-            lr_scheduler_type: self.lr_scheduler_type,
-            warmup_steps: self.warmup_steps,
-            warmup_ratio: self.warmup_ratio,
-            weight_decay: self.weight_decay,
-            adam_beta1: self.adam_beta1,
-            adam_beta2: self.adam_beta2,
-            adam_epsilon: self.adam_epsilon,
-            max_grad_norm: self.max_grad_norm,
-            eval_steps: self.eval_steps,
-            save_steps: self.save_steps,
-            save_total_limit: self.save_total_limit,
-            seed: self.seed,
-            tokens_per_pass: self.tokens_per_pass,
-            share_prefixes: self.share_prefixes,
-            saved_activations: self.saved_activations,
-            activation_checkpointing: self.activation_checkpointing,
-        })
+        Ok(TrainingConfig { learning_rate: Some(learning_rate), ..self })
     }
 
     fn check_steps(&self) -> Result<(), Error> {
@@ -598,7 +579,7 @@ mod tests {
         assert_eq!((max_length, overlong, train_on_prompt, shuffle), (1024, Overlong::Truncate, false, true));
         let training = config.training;
         assert_eq!((training.epochs, training.max_steps, training.batch_size), (1.0, None, 8));
-        assert_eq!((training.learning_rate, training.lr_scheduler_type), (2e-4, SchedulerType::Cosine));
+        assert_eq!((training.learning_rate, training.lr_scheduler_type), (Some(2e-4), SchedulerType::Cosine));
         assert_eq!((training.warmup_steps, training.warmup_ratio, training.weight_decay), (None, 0.03, 0.0));
         assert_eq!((training.adam_beta1, training.adam_beta2, training.adam_epsilon), (0.9, 0.999, 1e-8));
         assert_eq!((training.max_grad_norm, training.eval_steps), (1.0, None));
@@ -636,7 +617,7 @@ threads: 2
         let adapter = config.adapter.unwrap();
         assert_eq!((adapter.r, adapter.lora_alpha), (8, 16.0));
         assert_eq!(config.data.columns.completion.as_deref(), Some("answer"));
-        assert_eq!((config.training.epochs, config.training.learning_rate), (0.5, 1e-3));
+        assert_eq!((config.training.epochs, config.training.learning_rate), (0.5, Some(1e-3)));
         assert_eq!(config.training.tokens_per_pass, None);
         assert_eq!((config.data.overlong, config.threads), (Overlong::Drop, Some(2)));
     }
@@ -662,12 +643,70 @@ threads: 2
     #[test]
     fn what_depends_on_the_method_is_decided_by_it() {
         let full = parse(&["method=full"]).unwrap();
-        assert_eq!((full.training.learning_rate, full.adapter), (2e-5, None));
-        assert_eq!(parse(&["method=full", "training.learning_rate=1e-5"]).unwrap().training.learning_rate, 1e-5);
+        assert_eq!((full.training.learning_rate, full.adapter), (Some(2e-5), None));
+        assert_eq!(parse(&["method=full", "training.learning_rate=1e-5"]).unwrap().training.learning_rate, Some(1e-5));
         assert!(error(&["method=full", "adapter.r=8"]).contains("adapter is given with method full"));
         assert!(error(&["method=full", "adapter_init=a"]).contains("adapter_init is given with method full"));
         assert_eq!(parse(&["adapter_init=a"]).unwrap().adapter, None);
         assert_eq!(parse(&["adapter_init=a", "adapter.r=8"]).unwrap().adapter.map(|adapter| adapter.r), Some(8));
+    }
+
+    #[test]
+    fn data_is_checked_in_the_callers_words() {
+        const FLAGS: Names = Names {
+            rows: "--data",
+            columns: "--columns",
+            column: "--columns ",
+            format: "--format",
+            max_length: "--max-length",
+            overlong: None,
+        };
+        let new = || DataConfig::new("rows.jsonl".into());
+        assert_eq!(new(), parse(&[]).unwrap().data, "what is left out has the documented defaults");
+        let error = |data: DataConfig| data.check(&FLAGS).unwrap_err().to_string();
+        let short = error(DataConfig { max_length: 1, ..new() });
+        assert!(short.starts_with("--max-length is 1; expected 2 to"), "{short}");
+        assert!(error(DataConfig::new("".into())).starts_with("--data is empty; expected a path"));
+        let mut columns = ColumnMap::default();
+        assert_eq!(columns.set("prompt", "query", &FLAGS).unwrap(), None);
+        assert_eq!(columns.set("prompt", "question", &FLAGS).unwrap().as_deref(), Some("query"));
+        assert_eq!(columns.prompt.as_deref(), Some("question"));
+        let unread = error(DataConfig { columns: columns.clone(), format: DataFormat::Text, ..new() });
+        assert!(
+            unread.starts_with("--columns prompt is given; expected no name for a column that the chosen --format"),
+            "{unread}"
+        );
+        assert!(unread.ends_with("choose another --format"), "{unread}");
+        let unknown = columns.set("promt", "q", &FLAGS).unwrap_err().to_string();
+        assert!(
+            unknown.starts_with("unknown key --columns promt; did you mean --columns prompt? Keys of --columns:"),
+            "{unknown}"
+        );
+        // Every column can be set, and each is its own.
+        for column in ["messages", "prompt", "completion", "instruction", "input", "output", "text"] {
+            let mut one = ColumnMap::default();
+            one.set(column, "name", &FLAGS).unwrap();
+            assert_eq!(serde_json::to_value(&one).unwrap()[column], "name");
+        }
+    }
+
+    #[test]
+    fn the_record_of_a_run_reads_as_it_always_did() {
+        // What run.json held before training keys stood in one struct.
+        let text = r#"{"model":"m","output_dir":"out","method":"full","adapter":null,"adapter_init":null,"base":{"compute":"auto"},
+            "data":{"train":"rows.jsonl","eval":null,"eval_fraction":0.05,"eval_limit":null,"format":"auto","columns":{"messages":null,
+            "prompt":null,"completion":null,"instruction":null,"input":null,"output":null,"text":null},"max_length":1024,
+            "overlong":"truncate","train_on_prompt":false,"shuffle":true},"training":{"epochs":1.0,"max_steps":null,"batch_size":8,
+            "gradient_accumulation_steps":1,"learning_rate":2e-05,"lr_scheduler_type":"cosine","warmup_steps":null,"warmup_ratio":0.03,
+            "weight_decay":0.0,"adam_beta1":0.9,"adam_beta2":0.999,"adam_epsilon":1e-08,"max_grad_norm":1.0,"eval_steps":null,
+            "save_steps":50,"save_total_limit":2,"seed":42,"tokens_per_pass":null,"share_prefixes":true,"saved_activations":"auto",
+            "activation_checkpointing":"none"},"threads":null}"#;
+        let record: Value = serde_json::from_str(text).unwrap();
+        let now = serde_json::to_value(parse(&["method=full"]).unwrap()).unwrap();
+        assert_eq!(now, record);
+        let keys = |value: &Value| value["training"].as_object().unwrap().keys().cloned().collect::<Vec<_>>();
+        assert_eq!(keys(&now), keys(&record), "the order of the keys");
+        assert_eq!(RunConfig::parse(text, "run.json", &[]).unwrap(), parse(&["method=full"]).unwrap());
     }
 
     #[test]

@@ -33,6 +33,10 @@ pub struct Progress {
     pub last_loss: Option<f64>,
     pub best_loss: Option<f64>,
     pub best_step: u64,
+    /// Whether scoring the held-out rows after this step was interrupted. It is not written where it is false, so that a run that was
+    /// interrupted ends with the bytes of one that was not.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub owes_score: bool,
 }
 
 fn write_file(path: &Path, tensors: &[(&str, &[f32])], progress: &Progress) -> Result<(), Error> {

@@ -3,11 +3,13 @@
 use std::path::Path;
 use std::time::Instant;
 
+use retune_engine::compute::Compute;
+use retune_engine::model::Model;
+use retune_engine::overlay::Overlay;
+use retune_engine::pass::{Pass, PassSize};
+use retune_engine::workspace::Workspace;
+use retune_engine::{Run, Saving, Step};
 use retune_kernels::vector;
-use retune_model::Dropout;
-use retune_model::model::Model;
-use retune_model::pass::{Pass, PassSize};
-use retune_model::workspace::{Keep, Workspace};
 use serde::{Deserialize, Serialize};
 
 use crate::data::{Example, batches, order, steps_per_epoch};
@@ -32,33 +34,36 @@ const MOST_ACTIVATIONS: usize = 2 << 30;
 pub struct Passes {
     /// Tokens of a pass at most.
     pub tokens: usize,
-    pub keep: Keep,
+    #[serde(rename = "keep")]
+    pub saving: Saving,
     /// Whether rows of a pass share what they begin with in common.
     pub share_prefixes: bool,
 }
 
 impl Passes {
     /// Resolves what the configuration leaves open. `int8` says whether the base is computed in 8 bits.
-    pub fn resolve(config: &TrainingConfig, model: &Model, int8: bool, longest: usize) -> Self {
+    pub fn resolve(config: &TrainingConfig, model: &Model, overlay: &Overlay, int8: bool, longest: usize) -> Self {
         let rounded = match config.saved_activations {
             SavedActivations::Auto => int8,
             SavedActivations::F32 => false,
             SavedActivations::Bf16 => true,
         };
-        let keep = match config.activation_checkpointing {
-            ActivationCheckpointing::Layer => Keep::Inputs,
-            ActivationCheckpointing::None if rounded => Keep::RoundedActivations,
-            ActivationCheckpointing::None => Keep::Activations,
+        let saving = match config.activation_checkpointing {
+            ActivationCheckpointing::Layer => Saving::BlockInputs,
+            ActivationCheckpointing::None if rounded => Saving::Bf16,
+            ActivationCheckpointing::None => Saving::Full,
         };
         let mut tokens = if int8 { INT8_TOKENS_PER_PASS } else { TOKENS_PER_PASS };
         while tokens > longest
-            && Workspace::planned_bytes(model, keep, int8, PassSize::dense(tokens)) > MOST_ACTIVATIONS
+            && Workspace::planned_bytes(model, overlay, saving, int8, PassSize::dense(tokens)) > MOST_ACTIVATIONS
         {
             tokens /= 2;
         }
         let tokens = config.tokens_per_pass.unwrap_or(tokens).max(longest);
-        // Dropout treats each row's tokens differently.
-        Self { tokens, keep, share_prefixes: config.share_prefixes && !model.has_dropout() }
+        // Dropout treats each row's tokens differently, and so does a rotation that depends on the row's length.
+        let by_length = model.spec.ropes.iter().any(|rope| rope.long.is_some());
+        let share_prefixes = config.share_prefixes && !overlay.has_dropout() && !by_length;
+        Self { tokens, saving, share_prefixes }
     }
 }
 
@@ -95,7 +100,7 @@ pub trait Observer {
     fn step(&mut self, report: &StepReport) -> Result<(), Error>;
     /// The held-out rows were scored.
     fn evaluation(&mut self, evaluation: &Evaluation) -> Result<(), Error>;
-    /// Whether to stop after this step, with everything saved.
+    /// Whether to stop, with everything saved. Asked after each step, and before each pass over the held-out rows.
     fn interrupted(&self) -> bool;
 }
 
@@ -103,17 +108,33 @@ pub trait Observer {
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Outcome {
     Finished,
-    /// Stopped at the observer's wish after this step; saved.
+    /// Stopped at the observer's wish after this step; saved. [`Progress::owes_score`] says whether the held-out rows are still to be
+    /// scored.
     Interrupted {
         step: u64,
     },
 }
 
+/// What is trained: a model with what stands on it, and the arithmetic of its steps.
+#[derive(Clone, Copy)]
+pub struct Trained<'a> {
+    pub model: &'a Model,
+    pub overlay: &'a Overlay,
+    pub compute: &'a Compute,
+}
+
+impl<'a> Trained<'a> {
+    /// A pass of it.
+    pub fn run(self, params: &'a [f32], pass: &'a Pass) -> Run<'a> {
+        Run { model: self.model, overlay: self.overlay, params, compute: self.compute, pass, step: None }
+    }
+}
+
 /// A run in memory.
 pub struct Trainer<'a> {
-    model: &'a Model,
-    /// The same in f32, for the held-out rows: what is trained will be used so.
-    scored: Model,
+    trained: Trained<'a>,
+    /// All in f32, for the held-out rows: what is trained will be used so.
+    scoring: Compute,
     config: &'a TrainingConfig,
     passes: Passes,
     shuffle: bool,
@@ -150,7 +171,7 @@ pub fn total_steps(config: &TrainingConfig, rows: usize) -> usize {
 impl<'a> Trainer<'a> {
     /// A run that has not begun, from the given first parameters.
     pub fn new(
-        model: &'a Model,
+        trained: Trained<'a>,
         config: &'a TrainingConfig,
         passes: Passes,
         shuffle: bool,
@@ -169,8 +190,8 @@ impl<'a> Trainer<'a> {
         let workspace_tokens = passes.tokens.min(largest_step(config, train));
         let schedule = Schedule { kind: config.lr_scheduler_type, warmup_steps, total_steps: total };
         Self {
-            model,
-            scored: model.in_f32(),
+            trained,
+            scoring: Compute::default(),
             config,
             passes,
             shuffle,
@@ -179,7 +200,7 @@ impl<'a> Trainer<'a> {
             grads: vec![0.0; params.len()],
             optimizer: AdamW::new(options, params.len()),
             params,
-            workspace: Workspace::for_passes(model, passes.keep, workspace_tokens),
+            workspace: Workspace::for_passes(trained.model, passes.saving, workspace_tokens),
             workspace_tokens,
             schedule,
             pass: Pass::sharing_prefixes(passes.share_prefixes),
@@ -210,31 +231,52 @@ impl<'a> Trainer<'a> {
 
     /// Runs to the end, or until the observer interrupts. Checkpoints go to `directory`, each under its final name only when it is whole.
     ///
+    /// A score that was interrupted is begun anew by the resumed run, so that it is that of the whole held-out data.
+    ///
     /// # Errors
     /// A loss or gradient that is not finite; a checkpoint that cannot be written (what was saved before stays).
     pub fn run(&mut self, directory: &Path, observer: &mut dyn Observer) -> Result<Outcome, Error> {
+        if self.progress.owes_score {
+            if !self.score_step(directory, observer)? {
+                return Ok(Outcome::Interrupted { step: self.progress.step });
+            }
+            // The checkpoint that owed the score holds it from now on.
+            self.save(directory)?;
+        }
         while self.progress.step < self.progress.total_steps {
             let report = self.step()?;
             observer.step(&report)?;
             let step = self.progress.step;
             let last = step == self.progress.total_steps;
-            if !self.eval.is_empty() && (last || self.evaluates_after(step)) {
-                let evaluation = self.evaluate()?;
-                if evaluation.best {
-                    state::write_best(directory, &self.progress, &self.params)?;
-                }
-                observer.evaluation(&evaluation)?;
-            }
-            let interrupted = observer.interrupted();
+            self.progress.owes_score = !self.eval.is_empty() && (last || self.evaluates_after(step));
+            let scored = !self.progress.owes_score || self.score_step(directory, observer)?;
+            let interrupted = !scored || observer.interrupted();
             if last || interrupted || step.is_multiple_of(self.config.save_steps as u64) {
-                let tensors = [&self.params[..], &self.optimizer.first, &self.optimizer.second];
-                state::write(directory, &self.progress, tensors, self.config.save_total_limit)?;
+                self.save(directory)?;
             }
-            if interrupted && !last {
+            if interrupted && !(last && scored) {
                 return Ok(Outcome::Interrupted { step });
             }
         }
         Ok(Outcome::Finished)
+    }
+
+    /// Scores the held-out rows after a step, and keeps the parameters if they are the best so far. Returns false where the observer
+    /// interrupts: nothing has changed then.
+    fn score_step(&mut self, directory: &Path, observer: &mut dyn Observer) -> Result<bool, Error> {
+        let Some((loss, label_tokens)) = self.score(observer)? else { return Ok(false) };
+        let evaluation = self.record_score(loss, label_tokens);
+        if evaluation.best {
+            state::write_best(directory, &self.progress, &self.params)?;
+        }
+        observer.evaluation(&evaluation)?;
+        Ok(true)
+    }
+
+    fn save(&self, directory: &Path) -> Result<(), Error> {
+        let tensors = [&self.params[..], &self.optimizer.first, &self.optimizer.second];
+        state::write(directory, &self.progress, tensors, self.config.save_total_limit)?;
+        Ok(())
     }
 
     fn steps_per_epoch(&self) -> usize {
@@ -260,10 +302,9 @@ impl<'a> Trainer<'a> {
         let mut next = 0;
         while next < self.rows.len() {
             next = fill_pass(&mut self.pass, self.train, &self.rows, next, self.passes.tokens);
-            let sequences = &self.pass.sequences;
-            let dropout = Dropout { seed: self.config.seed, step: index, sequences };
-            let (params, grads) = (&self.params, &mut self.grads);
-            let sum = self.model.loss_and_gradient(params, grads, &self.pass, Some(dropout), &mut self.workspace);
+            let step = Some(Step { seed: self.config.seed, step: index });
+            let run = Run { step, ..self.trained.run(&self.params, &self.pass) };
+            let sum = run.loss_and_gradient(&mut self.grads, &mut self.workspace);
             if !sum.is_finite() {
                 return Err(self.non_finite_loss(index + 1));
             }
@@ -275,15 +316,16 @@ impl<'a> Trainer<'a> {
         let gradient_norm = vector::sum_squares(&self.grads).sqrt() / divisor;
         if !gradient_norm.is_finite() {
             // The backward runs from the last tensor to the first: what comes before the cause is spoilt by it.
-            let tensor = self.grads.iter().rposition(|g| !g.is_finite()).and_then(|i| self.model.layout.at(i));
+            let tensor =
+                self.grads.iter().rposition(|g| !g.is_finite()).and_then(|i| self.trained.overlay.layout.at(i));
             let tensor = tensor.map_or_else(|| "the whole gradient".to_owned(), |p| p.name.clone());
             return Err(Error::NonFiniteGradient { step: index + 1, tensor });
         }
         let limit = self.config.max_grad_norm;
         let clip = if limit > 0.0 { (limit / (gradient_norm + 1e-6)).min(1.0) } else { 1.0 };
-        let learning_rate = self.config.learning_rate * self.schedule.factor(index as usize);
+        let learning_rate = self.config.peak_learning_rate() * self.schedule.factor(index as usize);
         let scale = (clip / divisor) as f32;
-        self.optimizer.step(&self.model.layout, learning_rate, scale, &mut self.grads, &mut self.params);
+        self.optimizer.step(&self.trained.overlay.layout, learning_rate, scale, &mut self.grads, &mut self.params);
         self.progress.step += 1;
         self.progress.tokens += tokens as u64;
         Ok(StepReport {
@@ -314,8 +356,8 @@ impl<'a> Trainer<'a> {
     fn non_finite_loss(&self, step: u64) -> Error {
         let bad = self.workspace.losses.iter().position(|l| !l.is_finite());
         let row = bad.and_then(|i| self.pass.sequence_of_label(i)).map_or(0, |s| s.row);
-        let place = self.model.first_non_finite_layer(&self.pass, &self.workspace);
-        let layers = self.model.layers.len();
+        let place = self.trained.run(&self.params, &self.pass).first_non_finite_block(&self.workspace);
+        let layers = self.trained.model.spec.blocks.len();
         let (layer, row) = match place {
             Some((0, row)) => ("the token embedding".to_owned(), row),
             Some((l, row)) if l <= layers => (format!("layer {}", l - 1), row),
@@ -324,32 +366,42 @@ impl<'a> Trainer<'a> {
         Error::NonFiniteLoss { step, row, layer }
     }
 
-    /// Scores the held-out rows before the first step, for comparison.
+    /// Scores the held-out rows before the first step, for comparison; `None` where the observer interrupts.
     ///
     /// # Errors
     /// A loss that is not finite.
-    pub fn score_untrained(&mut self) -> Result<Evaluation, Error> {
-        let (loss, label_tokens) = self.score()?;
+    pub fn score_untrained(&mut self, observer: &dyn Observer) -> Result<Option<Evaluation>, Error> {
+        let Some((loss, label_tokens)) = self.score(observer)? else { return Ok(None) };
         self.progress.initial_loss = Some(loss);
-        Ok(Evaluation { step: 0, loss, label_tokens, best: false })
+        Ok(Some(Evaluation { step: 0, loss, label_tokens, best: false }))
     }
 
-    fn score(&mut self) -> Result<(f64, usize), Error> {
-        let (limit, pass, workspace) = (self.workspace_tokens, &mut self.pass, &mut self.workspace);
-        let (sum, labels) = held_out_loss(&self.scored, &self.params, self.eval, limit, pass, workspace, |_| {})?;
-        Ok((sum / labels.max(1) as f64, labels))
+    /// The mean held-out loss and the number of label tokens; `None` where the observer interrupts.
+    fn score(&mut self, observer: &dyn Observer) -> Result<Option<(f64, usize)>, Error> {
+        let scored = Trained { compute: &self.scoring, ..self.trained };
+        let rows: Vec<usize> = (0..self.eval.len()).collect();
+        let (mut sum, mut labels, mut next) = (0.0, 0, 0);
+        while next < rows.len() {
+            if observer.interrupted() {
+                return Ok(None);
+            }
+            next = fill_pass(&mut self.pass, self.eval, &rows, next, self.workspace_tokens);
+            sum += loss_of_pass(scored, &self.params, &self.pass, &mut self.workspace)?;
+            labels += self.pass.labels.len();
+        }
+        Ok(Some((sum / labels.max(1) as f64, labels)))
     }
 
-    /// Scores the held-out rows with the current parameters.
-    fn evaluate(&mut self) -> Result<Evaluation, Error> {
-        let (loss, label_tokens) = self.score()?;
+    /// Takes the held-out loss of the current parameters into the progress.
+    fn record_score(&mut self, loss: f64, label_tokens: usize) -> Evaluation {
         let best = self.progress.best_loss.is_none_or(|best| loss < best);
         if best {
             self.progress.best_loss = Some(loss);
             self.progress.best_step = self.progress.step;
         }
         self.progress.last_loss = Some(loss);
-        Ok(Evaluation { step: self.progress.step, loss, label_tokens, best })
+        self.progress.owes_score = false;
+        Evaluation { step: self.progress.step, loss, label_tokens, best }
     }
 }
 
@@ -369,7 +421,13 @@ pub fn fill_pass(pass: &mut Pass, examples: &[Example], rows: &[usize], next: us
     end
 }
 
+/// Epochs in another order each that are looked through for their largest pass.
+const EPOCHS_LOOKED_THROUGH: usize = 3;
+
 /// What holds every pass of a run, scoring included.
+///
+/// It is exact where the run has few epochs or all have the same order. For more epochs it is a bound that holds for every order of the
+/// rows, so that the work does not grow with the number of epochs: see [`PassBound`].
 pub fn largest_pass(
     config: &TrainingConfig,
     passes: Passes,
@@ -393,7 +451,13 @@ pub fn largest_pass(
     let TrainingConfig { batch_size, gradient_accumulation_steps, seed, .. } = *config;
     let per_epoch = steps_per_epoch(train.len(), batch_size, gradient_accumulation_steps).max(1);
     let total = total_steps(config, train.len());
-    for epoch in 0..total.div_ceil(per_epoch) {
+    // Without shuffling every epoch is like the first, which has the most steps.
+    let epochs = if shuffle { total.div_ceil(per_epoch) } else { total.div_ceil(per_epoch).min(1) };
+    if epochs > EPOCHS_LOOKED_THROUGH {
+        let rows = batch_size.saturating_mul(gradient_accumulation_steps);
+        return size.max(PassBound { rows, tokens: passes.tokens, share_prefixes: passes.share_prefixes }.over(train));
+    }
+    for epoch in 0..epochs {
         let rows = order(seed, epoch, train.len(), shuffle);
         let steps = batches(&rows, batch_size, gradient_accumulation_steps);
         for step in steps.take(total - epoch * per_epoch) {
@@ -403,13 +467,56 @@ pub fn largest_pass(
     size
 }
 
+/// What no pass of a step exceeds, whatever the order of the rows.
+///
+/// [`fill_pass`] takes rows of one step, so that a pass has no more rows than a step, and no more tokens or labels than the longest rows
+/// of that number. It takes a further row only within its limits, of tokens that are computed and of tokens of rows; a first row alone may
+/// exceed them, and the longest row is the bound then. There are no more labels than tokens of rows.
+struct PassBound {
+    /// Rows of a step.
+    rows: usize,
+    /// Tokens of a pass that are computed.
+    tokens: usize,
+    share_prefixes: bool,
+}
+
+impl PassBound {
+    fn over(&self, train: &[Example]) -> PassSize {
+        let mut lengths: Vec<usize> = train.iter().map(|example| example.ids.len()).collect();
+        let mut labels: Vec<usize> = train.iter().map(Example::trained_tokens).collect();
+        let largest = |values: &mut Vec<usize>| -> usize {
+            values.sort_unstable_by(|a, b| b.cmp(a));
+            values.iter().take(self.rows).sum()
+        };
+        let (longest, of_labels) = (largest(&mut lengths), largest(&mut labels));
+        let one = lengths.first().copied().unwrap_or(0);
+        let is_shared = self.share_prefixes && any_share_a_prefix(train);
+        let tokens = longest.min(self.tokens.max(one));
+        let row_tokens = if is_shared { longest.min((ROW_TOKENS * self.tokens).max(one)) } else { tokens };
+        PassSize { tokens, row_tokens, labels: of_labels.min(row_tokens), scored_labels: 0, is_shared }
+    }
+}
+
+/// Whether any two rows would share what they begin with. In the order of their ids rows that begin alike are neighbours.
+fn any_share_a_prefix(examples: &[Example]) -> bool {
+    let mut sorted: Vec<&Example> = examples.iter().collect();
+    sorted.sort_unstable_by(|a, b| a.ids.cmp(&b.ids));
+    let mut pass = Pass::sharing_prefixes(true);
+    let mut shares = |first: &Example, second: &Example| {
+        pass.clear();
+        pass.push(0, &first.ids, &first.trained);
+        pass.own_tokens(&second.ids) < second.ids.len()
+    };
+    sorted.windows(2).any(|pair| shares(pair[0], pair[1]) || shares(pair[1], pair[0]))
+}
+
 /// The summed loss over the label tokens of `examples`, and their number, pass by pass in `pass`. `done` is told the number of examples
 /// scored so far.
 ///
 /// # Errors
 /// A loss that is not finite, with its row.
 pub fn held_out_loss(
-    model: &Model,
+    scored: Trained,
     params: &[f32],
     examples: &[Example],
     tokens_per_pass: usize,
@@ -421,15 +528,76 @@ pub fn held_out_loss(
     let (mut sum, mut labels, mut next) = (0.0, 0, 0);
     while next < rows.len() {
         next = fill_pass(pass, examples, &rows, next, tokens_per_pass);
-        let loss = model.loss(params, pass, workspace);
-        if !loss.is_finite() {
-            let label = workspace.losses.iter().position(|l| !l.is_finite());
-            let row = label.and_then(|i| pass.sequence_of_label(i)).map_or(0, |s| s.row);
-            return Err(Error::NonFiniteEvaluation { row });
-        }
-        sum += loss;
+        sum += loss_of_pass(scored, params, pass, workspace)?;
         labels += pass.labels.len();
         done(next);
     }
     Ok((sum, labels))
+}
+
+/// The summed loss of a pass over held-out rows.
+fn loss_of_pass(scored: Trained, params: &[f32], pass: &Pass, workspace: &mut Workspace) -> Result<f64, Error> {
+    let loss = scored.run(params, pass).loss(workspace);
+    if loss.is_finite() {
+        return Ok(loss);
+    }
+    let label = workspace.losses.iter().position(|l| !l.is_finite());
+    let row = label.and_then(|i| pass.sequence_of_label(i)).map_or(0, |s| s.row);
+    Err(Error::NonFiniteEvaluation { row })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Rows of different lengths, of which some begin alike.
+    fn examples(alike: bool) -> Vec<Example> {
+        let row = |row: usize| {
+            let length = 10 + 7 * row % 31;
+            let id = |i: usize| if alike && i < 9 && row.is_multiple_of(3) { i as u32 } else { (100 * row + i) as u32 };
+            Example { row, ids: (0..length).map(id).collect(), trained: (0..length).map(|i| i > length / 2).collect() }
+        };
+        (0..23).map(row).collect()
+    }
+
+    fn size(epochs: f64, passes: Passes, shuffle: bool, train: &[Example]) -> PassSize {
+        let config = TrainingConfig { epochs, batch_size: 5, ..config() };
+        largest_pass(&config, passes, shuffle, train, &[])
+    }
+
+    fn config() -> TrainingConfig {
+        let text = "model: m\noutput_dir: o\ndata: {train: t.jsonl}\n";
+        crate::run_config::RunConfig::parse(text, "run.yaml", &[]).unwrap().training
+    }
+
+    #[test]
+    fn the_bound_for_many_epochs_holds_every_order() {
+        for alike in [false, true] {
+            let train = examples(alike);
+            for (tokens, share_prefixes) in [(41, true), (60, true), (60, false), (90, true), (1000, true)] {
+                let passes = Passes { tokens, saving: Saving::Full, share_prefixes };
+                let bound = size(1e6, passes, true, &train);
+                for seed in 0..200 {
+                    let config = TrainingConfig { epochs: 3.0, batch_size: 5, seed, ..config() };
+                    let exact = largest_pass(&config, passes, true, &train, &[]);
+                    assert_eq!(exact.max(bound), bound, "{exact:?} is not within {bound:?}");
+                }
+                assert_eq!(bound.is_shared, alike && share_prefixes);
+                let longest: usize = 5 * train.iter().map(|example| example.ids.len()).max().unwrap();
+                assert!(bound.tokens <= tokens && bound.row_tokens <= longest, "{bound:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn few_epochs_and_epochs_that_are_alike_are_looked_through() {
+        let train = examples(true);
+        let passes = Passes { tokens: 60, saving: Saving::Full, share_prefixes: true };
+        assert_eq!(size(1e6, passes, false, &train), size(1.0, passes, false, &train));
+        assert_eq!(
+            size(2.0, passes, true, &train).max(size(3.0, passes, true, &train)),
+            size(3.0, passes, true, &train)
+        );
+        assert_ne!(size(3.0, passes, true, &train), size(4.0, passes, true, &train), "the bound is no exact number");
+    }
 }

@@ -1,16 +1,18 @@
 //! How a run's rows are put into passes.
 
-use std::path::Path;
+use std::convert::Infallible;
 
-use retune_adapter::InitLoraWeights;
-use retune_model::adapter::AdapterPlan;
-use retune_model::checkpoint::Checkpoint;
-use retune_model::model::{Model, Trainable};
-use retune_model::pass::PassSize;
-use retune_model::workspace::Keep;
+use retune_engine::Saving;
+use retune_engine::compute::Compute;
+use retune_engine::model::{Model, Weights};
+use retune_engine::overlay::Overlay;
+use retune_engine::pass::PassSize;
+use retune_engine::spec::ModelSpec;
+use retune_quant::{Format, Matrix, SharedBytes};
+use retune_testing::{Case, checkpoint};
 use retune_train::data::Example;
 use retune_train::run_config::RunConfig;
-use retune_train::trainer::{Passes, Trainer, largest_pass};
+use retune_train::trainer::{Passes, Trained, Trainer, largest_pass};
 use serde_json::json;
 
 #[test]
@@ -25,7 +27,7 @@ fn the_largest_pass_holds_the_fullest_of_training_and_scoring() {
     });
     let config = RunConfig::parse(&run.to_string(), "the run", &[]).unwrap().training;
     let largest = |tokens, share_prefixes, eval: &[Example]| {
-        let passes = Passes { tokens, keep: Keep::Inputs, share_prefixes };
+        let passes = Passes { tokens, saving: Saving::BlockInputs, share_prefixes };
         largest_pass(&config, passes, false, &train, eval)
     };
     let size = |tokens, row_tokens, labels, scored_labels| PassSize {
@@ -46,31 +48,66 @@ fn the_largest_pass_holds_the_fullest_of_training_and_scoring() {
     assert_eq!(largest(60, true, &many), size(31, 4 * 60, 19, 12));
 }
 
+/// Weights of a spec that are all zero: pages that nobody touches take no memory.
+struct Zeros(ModelSpec);
+
+impl Weights for Zeros {
+    type Error = Infallible;
+
+    fn tensor(&self, name: &str) -> Result<Matrix, Infallible> {
+        let tensors = self.0.tensors();
+        let (_, shape) = tensors.iter().find(|(of_spec, _)| of_spec == name).unwrap();
+        let (rows, cols) = if let [rows, cols] = shape[..] { (rows, cols) } else { (1, shape[0]) };
+        let bytes = SharedBytes::from_vec(vec![0; 2 * rows * cols]);
+        Ok(Matrix::new(Format::BF16, rows, cols, bytes).unwrap())
+    }
+}
+
+/// A model of two layers whose MLPs are this wide.
+fn with_intermediate_size(size: usize) -> Model {
+    let mut spec = checkpoint("gguf_llama").spec;
+    assert_eq!(spec.blocks.len(), 2);
+    for block in &mut spec.blocks {
+        let mlp = &mut block.sub_layers[1];
+        mlp.inputs.iter_mut().for_each(|linear| linear.rows = size);
+        mlp.output.cols = size;
+    }
+    Model::load(spec.clone(), &Zeros(spec)).unwrap()
+}
+
 /// Passes hold fewer tokens where what is kept of them would take more than 2 GB, but never less than the longest row.
 #[test]
 fn passes_are_smaller_where_activations_would_be_too_large() {
-    let goldens = Path::new(env!("CARGO_MANIFEST_DIR")).join("../retune-model/tests/goldens");
-    let checkpoint = Checkpoint::open(&goldens.join("gguf_llama/model.gguf")).unwrap();
-    let mut model = Model::load(&checkpoint, Trainable::Nothing).unwrap();
     let run = json!({
         "model": "base", "output_dir": "out", "adapter": {}, "data": { "train": "train.jsonl" },
     });
     let config = RunConfig::parse(&run.to_string(), "the run", &[]).unwrap().training;
-    let tokens = |model: &Model, longest| Passes::resolve(&config, model, false, longest).tokens;
-    assert_eq!(tokens(&model, 60), 1280);
+    let tokens =
+        |model: &Model, longest| Passes::resolve(&config, model, &Overlay::empty(model), false, longest).tokens;
+    assert_eq!(tokens(&Case::base("gguf_llama").model, 60), 1280);
     // Two layers that keep gate and up: 1.6 MB a token.
-    model.config.intermediate_size = 100_000;
-    assert_eq!(tokens(&model, 60), 640);
-    assert_eq!(tokens(&model, 900), 900);
-    model.config.intermediate_size = 400_000;
-    assert_eq!(tokens(&model, 60), 160);
+    let wide = with_intermediate_size(100_000);
+    assert_eq!((tokens(&wide, 60), tokens(&wide, 900)), (640, 900));
+    assert_eq!(tokens(&with_intermediate_size(400_000), 60), 160);
+}
+
+/// A rotation that depends on the length of the row turns what rows begin with in common otherwise for each.
+#[test]
+fn rows_share_nothing_where_their_length_decides_the_rotation() {
+    let run = json!({
+        "model": "base", "output_dir": "out", "adapter": {}, "data": { "train": "train.jsonl" },
+    });
+    let config = RunConfig::parse(&run.to_string(), "the run", &[]).unwrap().training;
+    for (name, shares) in [("phi3", true), ("phi3_longrope", false), ("llama_tied", true), ("rope_dynamic", false)] {
+        let case = Case::base(name);
+        let passes = Passes::resolve(&config, &case.model, &case.overlay, false, 60);
+        assert_eq!(passes.share_prefixes, shares, "{name}");
+    }
 }
 
 /// Where rows share what they begin with in common, steps are the same but for rounding, and tokens are those of the rows.
 #[test]
 fn rows_share_their_beginnings_unless_told_otherwise_or_dropped() {
-    let goldens = Path::new(env!("CARGO_MANIFEST_DIR")).join("../retune-model/tests/goldens");
-    let checkpoint = Checkpoint::open(&goldens.join("gguf_llama/model.gguf")).unwrap();
     let row = |row: usize| {
         let first = |i: usize| if row.is_multiple_of(2) && i < 20 { 0 } else { 31 * row };
         let ids = (0..40).map(|i| ((first(i) + 7 * i) % 288) as u32).collect();
@@ -84,14 +121,14 @@ fn rows_share_their_beginnings_unless_told_otherwise_or_dropped() {
             "training": { "batch_size": examples.len(), "tokens_per_pass": 400, "share_prefixes": share },
         });
         let config = RunConfig::parse(&run.to_string(), "the run", &[]).unwrap();
-        let plan = AdapterPlan::new(config.adapter.as_ref().unwrap(), &checkpoint).unwrap();
-        let model = Model::load(&checkpoint, Trainable::Adapter(&plan)).unwrap();
-        let params = model.initial_params(&checkpoint, &InitLoraWeights::Kaiming, 0).unwrap();
-        let passes = Passes::resolve(&config.training, &model, false, 60);
+        let case = Case::with_method("gguf_llama", checkpoint("gguf_llama"), config.adapter.as_ref().unwrap());
+        let passes = Passes::resolve(&config.training, &case.model, &case.overlay, false, 60);
         assert_eq!(passes.share_prefixes, share && dropout == 0.0);
         let size = largest_pass(&config.training, passes, false, &examples, &[]);
-        let report = Trainer::new(&model, &config.training, passes, false, &examples, &[], params).step().unwrap();
-        (report, size)
+        let compute = Compute::default();
+        let trained = Trained { model: &case.model, overlay: &case.overlay, compute: &compute };
+        let mut trainer = Trainer::new(trained, &config.training, passes, false, &examples, &[], case.params.clone());
+        (trainer.step().unwrap(), size)
     };
     let ((with, shared), (without, whole)) = (run(true, 0.0), run(false, 0.0));
     assert!(shared.is_shared && shared.tokens < whole.tokens && !whole.is_shared, "{shared:?} and {whole:?}");

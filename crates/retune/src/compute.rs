@@ -1,31 +1,20 @@
 //! The arithmetic of the frozen base: what `base.compute` and `--compute` ask for, done to a model and put into words.
 
-use anyhow::Result;
+use retune_engine::calibrate::{Choice, ERROR_LIMIT};
+use retune_engine::compute as engine;
+use retune_engine::model::Model;
+use retune_engine::overlay::Overlay;
+use retune_engine::pass::Pass;
 use retune_kernels::isa::int8_isa;
-use retune_model::calibration::{Choice, ERROR_LIMIT};
-use retune_model::model::Model;
-use retune_model::pass::Pass;
 use retune_train::data::{Example, order};
 use retune_train::run_config::Compute;
 use retune_train::trainer::fill_pass;
 use serde_json::{Value, json};
 
-use crate::args;
-
 /// Tokens of the pass on which errors are measured.
 const CALIBRATION_TOKENS: usize = 512;
 /// Names listed of layers that stay in f32.
 const LISTED: usize = 6;
-
-impl From<args::Compute> for Compute {
-    fn from(compute: args::Compute) -> Self {
-        match compute {
-            args::Compute::Auto => Compute::Auto,
-            args::Compute::F32 => Compute::F32,
-            args::Compute::Int8 => Compute::Int8,
-        }
-    }
-}
 
 /// The largest error of a linear in int8; `None` when all is computed in f32.
 pub fn limit(compute: Compute) -> Option<f64> {
@@ -44,11 +33,18 @@ pub fn calibration_pass(examples: &[Example]) -> Pass {
     pass
 }
 
-/// Puts a model that is all in f32 into the arithmetic asked for, measured on `pass`, and says how each linear is computed: nothing for f32.
-pub fn apply(model: &mut Model, params: &[f32], compute: Compute, pass: &Pass, backward: bool) -> Result<Vec<Choice>> {
+/// The arithmetic asked for, measured on `pass`, and how each linear is computed: nothing is said of f32.
+pub fn choose(
+    model: &Model,
+    overlay: &Overlay,
+    params: &[f32],
+    compute: Compute,
+    pass: &Pass,
+    backward: bool,
+) -> (engine::Compute, Vec<Choice>) {
     match limit(compute) {
-        Some(limit) => Ok(model.calibrate(params, pass, backward, limit)?),
-        None => Ok(Vec::new()),
+        Some(limit) => engine::Compute::calibrate(model, overlay, params, pass, backward, limit),
+        None => Default::default(),
     }
 }
 

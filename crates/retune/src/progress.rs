@@ -9,6 +9,7 @@ use anyhow::Context;
 use indicatif::{ProgressBar, ProgressStyle};
 use retune_formats::atomic;
 use retune_train::Error;
+use retune_train::state::Progress as RunProgress;
 use retune_train::trainer::{Evaluation, Observer, StepReport};
 use serde_json::{Value, json};
 
@@ -17,13 +18,13 @@ use crate::memory;
 /// Set by Ctrl-C.
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
-/// Makes the first Ctrl-C stop the run after its current step, and a second one at once.
+/// Makes the first Ctrl-C stop the run after its current step or its current pass over held-out rows, and a second one at once.
 pub fn watch_interrupts() -> anyhow::Result<()> {
     ctrlc::set_handler(|| {
         if INTERRUPTED.swap(true, Ordering::SeqCst) {
             std::process::exit(130);
         }
-        note!("\nstopping after this step, with everything saved (Ctrl-C again stops at once)");
+        note!("\nstopping after what is computed now, with everything saved (Ctrl-C again stops at once)");
     })?;
     Ok(())
 }
@@ -44,18 +45,20 @@ pub struct Progress {
 }
 
 impl Progress {
-    /// Opens the metrics file of a run that has done `step` steps; what was written beyond them, before a kill, is dropped.
+    /// Opens the metrics file of a run that has come so far; what was written beyond that, before a kill, is dropped.
     ///
     /// # Errors
     /// A metrics file that cannot be read or written.
-    pub fn new(path: &Path, step: u64, total_steps: u64) -> anyhow::Result<Self> {
+    pub fn new(path: &Path, run: &RunProgress) -> anyhow::Result<Self> {
+        let &RunProgress { step, total_steps, owes_score, .. } = run;
         if path.exists() {
             let kept: String = fs::read_to_string(path)
                 .with_context(|| format!("cannot read {}; move it away to go on without it", path.display()))?
                 .lines()
                 .filter(|line| {
-                    let value: Option<Value> = serde_json::from_str(line).ok();
-                    value.and_then(|v| v["step"].as_u64()).is_some_and(|s| s <= step && step > 0)
+                    let Ok(value) = serde_json::from_str::<Value>(line) else { return false };
+                    let is_owed = |at: u64| owes_score && at == step && !value["eval_loss"].is_null();
+                    value["step"].as_u64().is_some_and(|at| at <= step && step > 0 && !is_owed(at))
                 })
                 .map(|line| format!("{line}\n"))
                 .collect();
@@ -149,5 +152,35 @@ impl Observer for Progress {
 
     fn interrupted(&self) -> bool {
         INTERRUPTED.load(Ordering::SeqCst)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn metrics_beyond_what_the_run_goes_on_from_are_dropped() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("metrics.jsonl");
+        let lines = [
+            r#"{"step":0,"eval_loss":3.0}"#,
+            r#"{"step":1,"loss":2.0}"#,
+            r#"{"step":2,"loss":1.5}"#,
+            r#"{"step":2,"eval_loss":1.25}"#,
+            r#"{"step":3,"loss":1.0}"#,
+            r#"{"step":4,"lo"#,
+        ];
+        let kept = |run: RunProgress| {
+            fs::write(&path, lines.join("\n")).unwrap();
+            Progress::new(&path, &run).unwrap();
+            let text = fs::read_to_string(&path).unwrap();
+            lines.map(|line| text.lines().any(|kept| kept == line))
+        };
+        let after = |step, owes_score| RunProgress { step, total_steps: 9, owes_score, ..RunProgress::default() };
+        assert_eq!(kept(after(2, false)), [true, true, true, true, false, false]);
+        // The score is computed again, and written again.
+        assert_eq!(kept(after(2, true)), [true, true, true, false, false, false]);
+        assert_eq!(kept(after(0, false)), [false; 6]);
     }
 }

@@ -3,7 +3,7 @@
 use anyhow::Result;
 use retune_text::tokenizer::Tokenizer;
 use retune_train::Error;
-use retune_train::data::{Dataset, Encoder, read_rows, split};
+use retune_train::data::{Dataset, Encoder, Names, read_rows, split};
 use retune_train::run_config::RunConfig;
 
 /// Both data sets; no held-out one when none was asked for.
@@ -16,16 +16,16 @@ impl RunData {
     /// Reads the files a run names. One file alone is split.
     pub fn load(config: &RunConfig, tokenizer: &Tokenizer) -> Result<Self> {
         let data = &config.data;
-        let rows = read_rows(&data.train, data.format, &data.columns)?;
+        let rows = read_rows(&data.train, data.format, &data.columns, &Names::KEYS)?;
         let (rows, held_out) = match &data.eval {
-            Some(path) => (rows, Some(read_rows(path, data.format, &data.columns)?)),
+            Some(path) => (rows, Some(read_rows(path, data.format, &data.columns, &Names::KEYS)?)),
             None if data.eval_fraction > 0.0 => {
                 let (rows, held_out) = split(rows, data.eval_fraction, config.training.seed);
                 (rows, Some(held_out).filter(|file| !file.rows.is_empty()))
             }
             None => (rows, None),
         };
-        let encoder = Encoder::new(tokenizer, data.encode_options())?;
+        let encoder = Encoder::new(tokenizer, data.encode_options(&Names::KEYS))?;
         let train = Dataset::build(&rows, &encoder, held_out.as_ref())?;
         let eval = held_out.map(|mut file| {
             file.rows.truncate(data.eval_limit.unwrap_or(usize::MAX));

@@ -1,58 +1,121 @@
 //! A model with an adapter on it, ready to run: what most commands begin with.
 
 use std::path::Path;
+use std::sync::OnceLock;
 
 use anyhow::{Context, Result, bail};
 use retune_adapter::AdapterFile;
-use retune_model::adapter::AdapterPlan;
+use retune_engine::model::Model;
+use retune_engine::overlay::Overlay;
+use retune_formats::stamp::{Stamp, StampFile};
 use retune_model::checkpoint::Checkpoint;
-use retune_model::model::{Model, Trainable};
 use retune_text::tokenizer::Tokenizer;
-
 use serde_json::{Value, json};
 
 use crate::args::ModelArgs;
 use crate::fetch;
 
-/// A model, its adapter and the flat vector of the adapter's values (empty without one).
-pub struct Session {
+/// Where stamps are kept, within the cache. No model's folder begins with a dot.
+const STAMPS: &str = ".stamps";
+
+/// A base model, opened, of which nothing is read twice: neither its tokenizer by one command, nor all its weights by one after another.
+pub struct Base {
     pub checkpoint: Checkpoint,
+    stamp: Option<StampFile>,
+    tokenizer: OnceLock<Tokenizer>,
+}
+
+impl Base {
+    /// Opens a model, and says what its files leave unsaid.
+    pub fn open(path: &Path) -> Result<Self> {
+        let checkpoint = Checkpoint::open(path)?;
+        for text in checkpoint.notes() {
+            note!("! {text}");
+        }
+        let stamps = fetch::cache_dir().map(|cache| cache.join(STAMPS)).ok();
+        let stamp = stamps.and_then(|folder| StampFile::of(&folder, checkpoint.files()));
+        Ok(Self { checkpoint, stamp, tokenizer: OnceLock::new() })
+    }
+
+    /// The model's tokenizer.
+    pub fn tokenizer(&self) -> Result<&Tokenizer> {
+        if let Some(tokenizer) = self.tokenizer.get() {
+            return Ok(tokenizer);
+        }
+        let tokenizer = self.checkpoint.tokenizer()?;
+        Ok(self.tokenizer.get_or_init(|| tokenizer))
+    }
+
+    /// As [`Checkpoint::check_finite`], but reads the weights only if they have changed since it last did.
+    pub fn check_finite(&self) -> Result<()> {
+        let known = self.known();
+        if !known.finite {
+            self.checkpoint.check_finite()?;
+            self.learn(&Stamp { finite: true, ..known });
+        }
+        Ok(())
+    }
+
+    /// As [`Checkpoint::content_hash`], but reads the weights only if they have changed since it last did.
+    pub fn content_hash(&self) -> String {
+        let known = self.known();
+        if let Some(hash) = known.content_hash {
+            return hash;
+        }
+        let hash = self.checkpoint.content_hash();
+        self.learn(&Stamp { content_hash: Some(hash.clone()), ..known });
+        hash
+    }
+
+    fn known(&self) -> Stamp {
+        self.stamp.as_ref().map(StampFile::read).unwrap_or_default()
+    }
+
+    fn learn(&self, stamp: &Stamp) {
+        if let Some(file) = &self.stamp {
+            file.write(stamp);
+        }
+    }
+}
+
+/// A model, what stands on it (nothing without an adapter), and the flat vector of its values.
+pub struct Session {
+    pub base: Base,
     pub model: Model,
+    pub overlay: Overlay,
     pub params: Vec<f32>,
 }
 
 impl Session {
     /// Opens what the arguments name.
     pub fn open(args: &ModelArgs) -> Result<Self> {
-        let checkpoint = Checkpoint::open(&fetch::resolve(&args.model)?)?;
-        checkpoint.check_finite()?;
-        let Some(directory) = &args.adapter else {
-            let model = Model::load(&checkpoint, Trainable::Nothing)?;
-            return Ok(Self { checkpoint, model, params: Vec::new() });
+        let base = Base::open(&fetch::resolve(&args.model)?)?;
+        base.check_finite()?;
+        let model = base.checkpoint.model()?;
+        let (overlay, params) = match &args.adapter {
+            None => (Overlay::empty(&model), Vec::new()),
+            Some(directory) => {
+                let (overlay, params, _) = adapted(&base, directory)?;
+                (overlay, params)
+            }
         };
-        let (model, params, _) = adapted(&checkpoint, directory)?;
-        Ok(Self { checkpoint, model, params })
-    }
-
-    /// The model's tokenizer.
-    pub fn tokenizer(&self) -> Result<Tokenizer> {
-        Ok(self.checkpoint.tokenizer()?)
+        Ok(Self { base, model, overlay, params })
     }
 }
 
-/// Reads an adapter and puts it on a base it fits.
-pub fn adapted(checkpoint: &Checkpoint, directory: &Path) -> Result<(Model, Vec<f32>, AdapterFile)> {
+/// Reads an adapter for a base it fits: what it lays on the base, and its values.
+pub fn adapted(base: &Base, directory: &Path) -> Result<(Overlay, Vec<f32>, AdapterFile)> {
     let file = AdapterFile::read(directory)?;
-    let put = || -> Result<_> {
-        let plan = AdapterPlan::for_file(&file, checkpoint)?;
-        let model = Model::load(checkpoint, Trainable::Adapter(&plan))?;
-        let params = model.params_from(&file.tensors)?;
-        Ok((model, params))
+    let checkpoint = &base.checkpoint;
+    let lower = || -> Result<_> {
+        let overlay = file.lower(&checkpoint.spec)?;
+        let params = file.params(&overlay)?;
+        Ok((overlay, params))
     };
-    check_provenance(checkpoint, directory)?;
-    let (model, params) =
-        put().with_context(|| format!("{} does not fit {}", directory.display(), checkpoint.path().display()))?;
-    Ok((model, params, file))
+    check_provenance(base, directory)?;
+    let (overlay, params) =
+        lower().with_context(|| format!("{} does not fit {}", directory.display(), checkpoint.path().display()))?;
+    Ok((overlay, params, file))
 }
 
 /// Holds what an adapter of ours says of its base against the base at hand, and warns of another chat template or other weights (training
@@ -60,28 +123,28 @@ pub fn adapted(checkpoint: &Checkpoint, directory: &Path) -> Result<(Model, Vec<
 ///
 /// # Errors
 /// Another tokenizer, to which the adapter's tokens mean other texts; a damaged `retune.json`. An adapter without that file says nothing.
-pub fn check_provenance(checkpoint: &Checkpoint, directory: &Path) -> Result<()> {
+pub fn check_provenance(base: &Base, directory: &Path) -> Result<()> {
     let path = directory.join("retune.json");
     let Ok(text) = std::fs::read(&path) else { return Ok(()) };
     let record: Value = serde_json::from_slice(&text)
         .with_context(|| format!("{} is damaged; remove it to use the adapter without its history", path.display()))?;
-    let (adapter, base) = (directory.display(), checkpoint.path().display());
+    let (adapter, model) = (directory.display(), base.checkpoint.path().display());
     // What needs a tokenizer says itself that there is none.
-    if let Ok(tokenizer) = checkpoint.tokenizer() {
+    if let Ok(tokenizer) = base.tokenizer() {
         if record["tokenizer_hash"].as_str().is_some_and(|hash| hash != tokenizer.content_hash()) {
             let trained_on = record["run"]["model"].as_str().unwrap_or("the base it was trained on");
             bail!(
-                "{adapter} was trained with another tokenizer than that of {base}, so that its token ids mean other texts there; give it \
+                "{adapter} was trained with another tokenizer than that of {model}, so that its token ids mean other texts there; give it \
                  {trained_on}, or another model with that tokenizer"
             );
         }
         let template = json!(tokenizer.chat_template().map(|template| template.hash()));
         if record.get("chat_template_hash").is_some_and(|hash| *hash != template) {
-            note!("! {adapter} was trained with another chat template than that of {base}");
+            note!("! {adapter} was trained with another chat template than that of {model}");
         }
     }
-    if record["run"]["base_content_hash"].as_str().is_some_and(|hash| hash != checkpoint.content_hash()) {
-        note!("! {adapter} was trained on other weights than those of {base}");
+    if record["run"]["base_content_hash"].as_str().is_some_and(|hash| hash != base.content_hash()) {
+        note!("! {adapter} was trained on other weights than those of {model}");
     }
     Ok(())
 }

@@ -5,6 +5,8 @@ mod common;
 use std::fs;
 
 use common::{ADAPTER, Folder, MODEL, NO_TOKENIZER, STEPS, golden, joined};
+use retune_formats::gguf::Gguf;
+use retune_quant::SharedBytes;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::{Value, json};
 
@@ -356,9 +358,19 @@ fn inspect_gives_programs_numbers_and_people_words() {
         "original_max_position_embeddings": 128,
     });
     assert_eq!(inspect(&golden("rope_llama3"))["rope"]["scaling"], llama3);
-    let found = inspect(&golden("gguf_llama_rope_freqs/model.gguf"));
-    let scaling = &found["rope"]["scaling"];
-    assert_eq!((&scaling["rope_type"], scaling["factors"].as_array().unwrap().len()), (&json!("factors"), 8));
+    // llama.cpp stores the factors alone; those that are Llama 3's are named so.
+    let with_factors = golden("gguf_llama_rope_freqs/model.gguf");
+    let scaling = &inspect(&with_factors)["rope"]["scaling"];
+    assert_eq!((&scaling["rope_type"], &scaling["high_freq_factor"]), (&json!("llama3"), &json!(4.0)));
+    let mut bytes = fs::read(with_factors).unwrap();
+    let file = Gguf::parse(SharedBytes::from_vec(bytes.clone())).unwrap();
+    let factors = &file.tensor("rope_freqs.weight").unwrap().bytes;
+    let at = bytes.windows(factors.len()).position(|window| *window == factors[..]).unwrap();
+    bytes[at..at + 4].copy_from_slice(&1.5f32.to_le_bytes());
+    folder.write("factors.gguf", bytes);
+    let scaling = &inspect("factors.gguf")["rope"]["scaling"];
+    let found: Vec<f64> = scaling["factors"].as_array().unwrap().iter().map(|f| f.as_f64().unwrap()).collect();
+    assert_eq!((&scaling["rope_type"], found.len(), found[0]), (&json!("factors"), 8, 1.5));
 }
 
 #[test]

@@ -195,11 +195,11 @@ impl<'a> Out<'a> {
         Self { data, stride, to: To::Other(addend) }
     }
 
-    /// Puts the dense rows `values` (plus what was to be added to) in place; what follows is added to that.
-    pub fn plus(self, values: &[f32]) -> Self {
+    /// Puts the dense rows `values` of `width` elements (plus what was to be added to) in place; what follows is added to that.
+    pub fn plus(self, values: &[f32], width: usize) -> Self {
         let Self { data, stride, to } = self;
-        for (i, row) in values.chunks_exact(stride).enumerate() {
-            let range = i * stride..(i + 1) * stride;
+        for (i, row) in values.chunks_exact(width).enumerate() {
+            let range = i * stride..i * stride + width;
             for (j, v) in range.clone().zip(row) {
                 let before = match to {
                     To::Nothing => 0.0,

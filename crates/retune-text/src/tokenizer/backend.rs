@@ -7,8 +7,10 @@ use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind, set_hook, take_hook};
 use std::sync::Once;
 
+use serde::de::DeserializeOwned;
 use serde_json::Value;
-use tokenizers::{AddedToken, PostProcessorWrapper};
+use tokenizers::models::bpe;
+use tokenizers::{AddedToken, DecoderWrapper, NormalizerWrapper, PostProcessorWrapper, PreTokenizerWrapper};
 
 /// No vocabulary in use comes near; ids above would only cost memory.
 const MAX_ID: u64 = 1 << 24;
@@ -59,6 +61,47 @@ pub(super) fn guarded<T>(call: impl FnOnce() -> tokenizers::Result<T>) -> Result
     }
 }
 
+/// A BPE model as values: as JSON, a vocabulary of a quarter of a million tokens takes seconds and hundreds of megabytes.
+pub(super) struct Bpe {
+    /// In the order of ids.
+    pub(super) tokens: Vec<String>,
+    pub(super) merges: Vec<(String, String)>,
+    pub(super) unk_token: Option<String>,
+    pub(super) fuse_unk: bool,
+    pub(super) byte_fallback: bool,
+    pub(super) ignore_merges: bool,
+}
+
+/// Builds the tokenizer of a BPE model and of `json`, a `tokenizer.json` without its model. Errors say what is wrong with it.
+pub(super) fn build(model: Bpe, json: &Value) -> Result<Backend, String> {
+    let Bpe { tokens, merges, unk_token, fuse_unk, byte_fallback, ignore_merges } = model;
+    let tokenizer = guarded(|| {
+        let vocab: bpe::Vocab = tokens.into_iter().zip(0..).collect();
+        let mut model = bpe::BPE::builder()
+            .vocab_and_merges(vocab, merges)
+            .fuse_unk(fuse_unk)
+            .byte_fallback(byte_fallback)
+            .ignore_merges(ignore_merges);
+        if let Some(unk_token) = unk_token {
+            model = model.unk_token(unk_token);
+        }
+        let mut tokenizer = tokenizers::Tokenizer::new(model.build()?);
+        tokenizer.with_normalizer(part::<NormalizerWrapper>(json, "normalizer")?)?;
+        tokenizer.with_pre_tokenizer(part::<PreTokenizerWrapper>(json, "pre_tokenizer")?);
+        tokenizer.with_decoder(part::<DecoderWrapper>(json, "decoder")?);
+        tokenizer.with_post_processor(part::<PostProcessorWrapper>(json, "post_processor")?);
+        let added: Option<Vec<AddedToken>> = part(json, "added_tokens")?;
+        tokenizer.add_tokens(added.unwrap_or_default())?;
+        Ok(tokenizer)
+    })?;
+    finish(tokenizer, json, Vec::new())
+}
+
+/// A part of a `tokenizer.json`; `None` where it is missing or null.
+fn part<T: DeserializeOwned>(json: &Value, key: &str) -> tokenizers::Result<Option<T>> {
+    Ok(json.get(key).filter(|value| !value.is_null()).map(|value| T::deserialize(value)).transpose()?)
+}
+
 /// Builds the tokenizer that `json`, the content of a `tokenizer.json`, describes. Errors say what is wrong with it.
 pub(super) fn load(mut json: Value, extra: Vec<ExtraToken>) -> Result<Backend, String> {
     let root = json.as_object_mut().ok_or("it holds no JSON object")?;
@@ -73,8 +116,14 @@ pub(super) fn load(mut json: Value, extra: Vec<ExtraToken>) -> Result<Backend, S
         check_merges(model)?;
     }
     let text = json.to_string();
-    let mut tokenizer = guarded(|| text.parse::<tokenizers::Tokenizer>())?;
-    check_added_ids(&tokenizer, &json)?;
+    let tokenizer = guarded(|| text.parse::<tokenizers::Tokenizer>())?;
+    drop(text);
+    finish(tokenizer, &json, extra)
+}
+
+/// Checks what the crate does not, adds what stands beside `tokenizer.json`, and takes the post-processing apart.
+fn finish(mut tokenizer: tokenizers::Tokenizer, json: &Value, extra: Vec<ExtraToken>) -> Result<Backend, String> {
+    check_added_ids(&tokenizer, json)?;
     add_extra(&mut tokenizer, extra)?;
     let vocab_size = match tokenizer.get_vocab(true).into_values().max() {
         Some(id) if u64::from(id) < MAX_ID => id as usize + 1,

@@ -7,7 +7,7 @@ use serde_json::Value;
 use tokenizers::AddedToken;
 
 use super::backend::ExtraToken;
-use super::{Parts, SpecialTokens};
+use super::{Parts, Source, SpecialTokens};
 use crate::error::Error;
 
 pub(super) const TOKENIZER_FILE: &str = "tokenizer.json";
@@ -37,12 +37,12 @@ pub(super) fn read(dir: &Path) -> Result<Parts, Error> {
     };
     let length = config.get("model_max_length").and_then(Value::as_u64).filter(|&length| length < NO_LIMIT);
     Ok(Parts {
-        json,
-        extra_tokens: extra_tokens(&config, &special_map, &special),
+        source: Source::Json(json, extra_tokens(&config, &special_map, &special)),
         special,
         stop_ids: [&generation, &model].into_iter().flat_map(stop_ids).collect(),
         chat_template: chat_template(dir, &config)?,
         model_max_length: length.or_else(|| model.get("max_position_embeddings").and_then(Value::as_u64)),
+        note: None,
     })
 }
 

@@ -9,14 +9,73 @@ use std::collections::{HashMap, HashSet};
 use retune_formats::gguf::Metadata;
 use serde_json::{Value, json};
 
-use super::pre_tokenizer::{Rule, known_names};
-use super::{Parts, SpecialTokens};
+use super::backend::Bpe;
+use super::pre_tokenizer::{DEFAULT, Rule, known_names};
+use super::{Parts, Source, SpecialTokens};
 use crate::error::Error;
 
 /// Values of `tokenizer.ggml.token_type`.
 const UNKNOWN: i32 = 2;
 const CONTROL: i32 = 3;
 const USER_DEFINED: i32 = 4;
+
+/// Texts of tokens that end or mark a turn, or a gap to be filled. Such a token is special whatever the file says of it, as in llama.cpp.
+const ALWAYS_SPECIAL: &[&str] = &[
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<|return|>",
+    "<|call|>",
+    "<|flush|>",
+    "<|calls|>",
+    "<end_of_turn>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "</s>",
+    "<EOT>",
+    "_<EOT>",
+    "[EOT]",
+    "[EOS]",
+    "<end_of_utterance>",
+    "<eos>",
+    "<｜end▁of▁sentence｜>",
+    "<|fim_prefix|>",
+    "<fim-prefix>",
+    "<fim_prefix>",
+    "<｜fim▁begin｜>",
+    "<PRE>",
+    "▁<PRE>",
+    "<|fim_suffix|>",
+    "<fim-suffix>",
+    "<fim_suffix>",
+    "<｜fim▁hole｜>",
+    "<SUF>",
+    "▁<SUF>",
+    "<|fim_middle|>",
+    "<fim-middle>",
+    "<fim_middle>",
+    "<｜fim▁end｜>",
+    "<MID>",
+    "▁<MID>",
+    "<|fim_pad|>",
+    "<fim-pad>",
+    "<fim_pad>",
+    "<PAD>",
+    "<|fim_repo|>",
+    "<|repo_name|>",
+    "<fim-repo>",
+    "<REPO>",
+    "<reponame>",
+    "<|file_sep|>",
+];
+
+/// Said of a file without `tokenizer.ggml.pre`.
+const UNNAMED_PRE_TOKENIZER: &str = "the GGUF file does not name its pre-tokenizer (tokenizer.ggml.pre), so texts are split by llama.cpp's \
+     default rule; the model may have learned another: convert it again with a current llama.cpp";
+
+/// Tokens of Phi-3 after which white space counts; after its other special tokens it does not.
+const PHI3_KEEPS_SPACE_AFTER: &[&str] = &["<unk>", "<s>", "<|endoftext|>"];
 
 /// SentencePiece never merges anything near this long; splitting longer entries in all ways would only take time.
 const MAX_MERGED_BYTES: usize = 1024;
@@ -43,11 +102,13 @@ pub(super) struct Vocabulary<'a> {
     pub(super) add_space_prefix: Option<bool>,
     pub(super) chat_template: Option<&'a str>,
     pub(super) context_length: Option<u64>,
+    /// Special tokens take the white space that follows them: Phi-3's do, and its file does not say so.
+    pub(super) is_phi3: bool,
 }
 
 /// How the two kinds of model differ.
 struct Model {
-    json: Value,
+    bpe: Bpe,
     normalizer: Value,
     pre_tokenizer: Value,
     decoder: Value,
@@ -79,13 +140,15 @@ impl<'a> Vocabulary<'a> {
             let known = |id: u32| (id as usize) < tokens.len();
             match metadata.get_u32(key)? {
                 Some(id) if known(id) => Ok(Some(id)),
-                Some(id) => Err(invalid(key, format!("token {id} of a vocabulary of {}", tokens.len()))),
-                None => Ok(default.filter(|&id| known(id))),
+                // Some files write -1 for none. llama.cpp takes its default there.
+                _ => Ok(default.filter(|&id| known(id))),
             }
         };
         let default = |id| (model == "llama").then_some(id);
         let turn_ends = [id("tokenizer.ggml.eot_token_id", None)?, id("tokenizer.ggml.eom_token_id", None)?];
         let architecture = metadata.get_str("general.architecture")?.unwrap_or("llama");
+        let name = metadata.get_str("general.name")?.unwrap_or_default().to_lowercase();
+        let is_phi3 = model == "llama" && (architecture == "phi3" || name.contains("phi-3") || name.contains("phi3"));
         let vocabulary = Vocabulary {
             model,
             pre: metadata.get_str("tokenizer.ggml.pre")?,
@@ -103,6 +166,7 @@ impl<'a> Vocabulary<'a> {
             tokens,
             types,
             scores,
+            is_phi3,
         };
         vocabulary.check()?;
         Ok(vocabulary)
@@ -142,11 +206,10 @@ impl<'a> Vocabulary<'a> {
             "pre_tokenizer": model.pre_tokenizer,
             "post_processor": self.post_processor(model.adds_bos)?,
             "decoder": model.decoder,
-            "model": model.json,
         });
+        let is_split_by_guess = self.model == "gpt2" && self.pre.is_none();
         Ok(Parts {
-            json,
-            extra_tokens: Vec::new(),
+            source: Source::Bpe(model.bpe, json),
             special: SpecialTokens {
                 bos: self.text(self.bos),
                 eos: self.text(self.eos),
@@ -156,6 +219,7 @@ impl<'a> Vocabulary<'a> {
             stop_ids: self.turn_ends,
             chat_template: self.chat_template.map(str::to_owned),
             model_max_length: self.context_length,
+            note: is_split_by_guess.then_some(UNNAMED_PRE_TOKENIZER),
         })
     }
 
@@ -165,14 +229,13 @@ impl<'a> Vocabulary<'a> {
 
     /// Byte-level BPE, as GPT-2 and Llama 3 have it.
     fn byte_level(&self) -> Result<Model, Error> {
-        let name = self.pre.ok_or_else(|| Error::GgufPreTokenizerMissing { known: known_names() })?;
+        let name = self.pre.unwrap_or(DEFAULT);
         let rule = Rule::named(name)
             .ok_or_else(|| Error::GgufPreTokenizerUnknown { name: name.to_owned(), known: known_names() })?;
         let merges = self.file_merges()?.ok_or_else(|| missing("tokenizer.ggml.merges"))?;
-        let mut json = self.bpe(merges);
-        json["ignore_merges"] = rule.ignore_merges.into();
+        let bpe = Bpe { ignore_merges: rule.ignore_merges, ..self.bpe(merges) };
         Ok(Model {
-            json,
+            bpe,
             normalizer: rule.normalizer(),
             pre_tokenizer: rule.pre_tokenizer(),
             decoder: json!({"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true}),
@@ -188,10 +251,7 @@ impl<'a> Vocabulary<'a> {
             (None, Some(scores)) => merges_from_scores(&self.tokens, scores),
             (None, None) => return Err(missing("tokenizer.ggml.scores")),
         };
-        let mut json = self.bpe(merges);
-        json["unk_token"] = self.text(self.unk).into();
-        json["fuse_unk"] = true.into();
-        json["byte_fallback"] = true.into();
+        let bpe = Bpe { unk_token: self.text(self.unk), fuse_unk: true, byte_fallback: true, ..self.bpe(merges) };
         let mut normalizers = vec![json!({"type": "Replace", "pattern": {"String": " "}, "content": "▁"})];
         let mut decoders = vec![
             json!({"type": "Replace", "pattern": {"String": "▁"}, "content": " "}),
@@ -203,7 +263,7 @@ impl<'a> Vocabulary<'a> {
             decoders.push(json!({"type": "Strip", "content": " ", "start": 1, "stop": 0}));
         }
         Ok(Model {
-            json,
+            bpe,
             normalizer: json!({"type": "Sequence", "normalizers": normalizers}),
             pre_tokenizer: Value::Null,
             decoder: json!({"type": "Sequence", "decoders": decoders}),
@@ -211,21 +271,15 @@ impl<'a> Vocabulary<'a> {
         })
     }
 
-    fn bpe(&self, merges: Vec<(&str, &str)>) -> Value {
-        let vocab: serde_json::Map<String, Value> =
-            self.tokens.iter().enumerate().map(|(id, token)| (token.clone(), id.into())).collect();
-        json!({
-            "type": "BPE",
-            "dropout": null,
-            "unk_token": null,
-            "continuing_subword_prefix": null,
-            "end_of_word_suffix": null,
-            "fuse_unk": false,
-            "byte_fallback": false,
-            "ignore_merges": false,
-            "vocab": vocab,
-            "merges": merges,
-        })
+    fn bpe(&self, merges: Vec<(&str, &str)>) -> Bpe {
+        Bpe {
+            tokens: self.tokens.clone(),
+            merges: merges.into_iter().map(|(left, right)| (left.to_owned(), right.to_owned())).collect(),
+            unk_token: None,
+            fuse_unk: false,
+            byte_fallback: false,
+            ignore_merges: false,
+        }
     }
 
     /// The merges of the file: each two tokens with a space between, which may itself start with one.
@@ -249,11 +303,12 @@ impl<'a> Vocabulary<'a> {
             .filter_map(|(id, (token, &token_type))| {
                 let special = match token_type {
                     UNKNOWN | CONTROL => true,
-                    _ if is_named(id) => true,
+                    _ if is_named(id) || ALWAYS_SPECIAL.contains(&token.as_str()) => true,
                     USER_DEFINED => false,
                     _ => return None,
                 };
-                Some(json!({"id": id, "content": token, "single_word": false, "lstrip": false, "rstrip": false,
+                let rstrip = self.is_phi3 && !PHI3_KEEPS_SPACE_AFTER.contains(&token.as_str());
+                Some(json!({"id": id, "content": token, "single_word": false, "lstrip": false, "rstrip": rstrip,
                             "normalized": false, "special": special}))
             })
             .collect()
@@ -325,13 +380,47 @@ mod tests {
     }
 
     #[test]
-    fn an_unknown_or_missing_pre_tokenizer_is_refused_with_the_known_ones() {
+    fn an_unknown_pre_tokenizer_is_refused_with_the_known_ones() {
         let error = build(Vocabulary { pre: Some("smolm"), ..fixture::byte_level_vocabulary() }).unwrap_err();
         assert!(error.to_string().contains("smolm") && error.to_string().contains("llama-bpe"), "{error}");
-        let error = build(Vocabulary { pre: None, ..fixture::byte_level_vocabulary() }).unwrap_err();
-        assert!(matches!(error, Error::GgufPreTokenizerMissing { .. }));
         let error = build(Vocabulary { model: "t5", ..fixture::byte_level_vocabulary() }).unwrap_err();
         assert!(matches!(error, Error::GgufTokenizerModel { model } if model == "t5"));
+    }
+
+    #[test]
+    fn a_file_that_names_no_pre_tokenizer_gets_the_default_one_and_says_so() {
+        let tokenizer = |pre| build(Vocabulary { pre, ..fixture::byte_level_vocabulary() }).unwrap();
+        let text = "ab 1234 =`a";
+        assert_eq!(tokenizer(None).encode(text).unwrap(), tokenizer(Some("default")).encode(text).unwrap());
+        assert!(tokenizer(None).note().is_some_and(|note| note.contains("tokenizer.ggml.pre")));
+        assert_eq!(tokenizer(Some("default")).note(), None);
+    }
+
+    #[test]
+    fn tokens_that_end_a_turn_are_special_whatever_the_file_says() {
+        let mut vocabulary = fixture::byte_level_vocabulary();
+        let id = vocabulary.tokens.iter().position(|token| token == "<|im_end|>").unwrap();
+        (vocabulary.types[id], vocabulary.pad) = (1, None);
+        let tokenizer = build(vocabulary).unwrap();
+        let ids = tokenizer.encode("ab<|im_end|>").unwrap();
+        assert_eq!(ids[1], id as u32);
+        assert_eq!(tokenizer.decode(&ids, true), "ab");
+    }
+
+    #[test]
+    fn special_tokens_of_phi_3_take_the_space_that_follows() {
+        let mut vocabulary = fixture::sentence_piece_vocabulary();
+        vocabulary.tokens.extend(["<|end|>", "<|endoftext|>"].map(str::to_owned));
+        vocabulary.types.extend([3, 3]);
+        vocabulary.scores = vocabulary.scores.map(|scores| [scores, vec![0.0; 2]].concat());
+        vocabulary.is_phi3 = true;
+        let tokenizer = build(vocabulary).unwrap();
+        let names = |text: &str| -> Vec<String> {
+            tokenizer.encode(text).unwrap().into_iter().filter_map(|id| tokenizer.id_to_token(id)).collect()
+        };
+        assert_eq!(names("a<|end|>\n b"), ["▁a", "<|end|>", "▁", "b"]);
+        assert_eq!(names("a<|endoftext|>\nb"), ["▁a", "<|endoftext|>", "▁", "<0x0A>", "b"]);
+        assert_eq!(names("<s> b"), ["<s>", "▁", "▁", "b"]);
     }
 
     #[test]

@@ -20,8 +20,9 @@ use sha2::{Digest, Sha256};
 use tokenizers::{Encoding, PostProcessor};
 
 use crate::chat_template::ChatTemplate;
+use crate::date::Date;
 use crate::error::Error;
-use backend::{Backend, ExtraToken, guarded};
+use backend::{Backend, Bpe, ExtraToken, guarded};
 pub use decode_stream::DecodeStream;
 
 /// Tokens that end an assistant's turn in the chat templates in use. One that the vocabulary has and the template writes
@@ -40,6 +41,7 @@ pub struct Tokenizer {
     model_max_length: Option<u64>,
     /// Ids from this one on have no row in the model's embeddings.
     rows: usize,
+    note: Option<&'static str>,
 }
 
 /// The texts of the tokens with a role.
@@ -51,23 +53,31 @@ struct SpecialTokens {
     pad: Option<String>,
 }
 
+/// From what a tokenizer is built.
+enum Source {
+    /// The content of a `tokenizer.json`, and tokens of the files beside it.
+    Json(Value, Vec<ExtraToken>),
+    /// A model, and the content of a `tokenizer.json` without it.
+    Bpe(Bpe, Value),
+}
+
 /// What a tokenizer is made of, whatever files it came from.
 struct Parts {
-    /// The content of a `tokenizer.json`.
-    json: Value,
-    extra_tokens: Vec<ExtraToken>,
+    source: Source,
     special: SpecialTokens,
     /// Ids that end generation besides the EOS token.
     stop_ids: Vec<u32>,
     chat_template: Option<String>,
     model_max_length: Option<u64>,
+    note: Option<&'static str>,
 }
 
 impl Tokenizer {
     /// Reads the tokenizer of a Hugging Face model directory: `tokenizer.json`, and beside it where present
     /// `tokenizer_config.json`, `special_tokens_map.json`, `chat_template.jinja`, `generation_config.json`, `config.json`.
     ///
-    /// Errors: no `tokenizer.json`, damaged files, a chat template that does not compile.
+    /// # Errors
+    /// No `tokenizer.json`, damaged files, a chat template that does not compile.
     pub fn from_dir(dir: &Path) -> Result<Tokenizer, Error> {
         let file = dir.join(directory::TOKENIZER_FILE);
         Tokenizer::assemble(directory::read(dir)?).map_err(|error| match error {
@@ -78,14 +88,19 @@ impl Tokenizer {
 
     /// Builds the tokenizer that a GGUF file describes.
     ///
-    /// Errors: no tokenizer in the file, a kind or a pre-tokenizer that is not known, contradictions.
+    /// # Errors
+    /// No tokenizer in the file, a kind or a pre-tokenizer that is not known, contradictions.
     pub fn from_gguf(metadata: &Metadata) -> Result<Tokenizer, Error> {
         Tokenizer::assemble(gguf::Vocabulary::read(metadata)?.into_parts()?)
     }
 
     fn assemble(parts: Parts) -> Result<Tokenizer, Error> {
-        let Parts { json, extra_tokens, special, stop_ids, chat_template, model_max_length } = parts;
-        let backend = backend::load(json, extra_tokens).map_err(|cause| Error::TokenizerInvalid { cause })?;
+        let Parts { source, special, stop_ids, chat_template, model_max_length, note } = parts;
+        let backend = match source {
+            Source::Json(json, extra_tokens) => backend::load(json, extra_tokens),
+            Source::Bpe(model, json) => backend::build(model, &json),
+        };
+        let backend = backend.map_err(|cause| Error::TokenizerInvalid { cause })?;
         // A token that the vocabulary lacks has no row in the embeddings: it cannot have a role.
         let known = |token: Option<String>| token.filter(|token| backend.tokenizer.token_to_id(token).is_some());
         let special = SpecialTokens {
@@ -109,7 +124,7 @@ impl Tokenizer {
         }
         let bos_token_id = special.bos.as_deref().and_then(id);
         let rows = usize::MAX;
-        Ok(Tokenizer { bos_token_id, eos_token_ids, backend, special, chat_template, model_max_length, rows })
+        Ok(Tokenizer { bos_token_id, eos_token_ids, backend, special, chat_template, model_max_length, rows, note })
     }
 
     /// The tokenizer for a model of `rows` embeddings. Tokenizer files may know more tokens (padding, mostly); a text that needs one
@@ -117,6 +132,12 @@ impl Tokenizer {
     pub fn with_rows(mut self, rows: usize) -> Tokenizer {
         self.rows = rows;
         self.eos_token_ids.retain(|&id| (id as usize) < rows);
+        self
+    }
+
+    /// The tokenizer whose chat template prints `date` where it prints a date.
+    pub fn with_date(mut self, date: Date) -> Tokenizer {
+        self.chat_template = self.chat_template.map(|template| template.with_date(date));
         self
     }
 
@@ -195,6 +216,11 @@ impl Tokenizer {
 
     pub fn token_to_id(&self, token: &str) -> Option<u32> {
         self.backend.tokenizer.token_to_id(token)
+    }
+
+    /// What a user should know of the files: something they leave open was guessed.
+    pub fn note(&self) -> Option<&'static str> {
+        self.note
     }
 
     pub fn chat_template(&self) -> Option<&ChatTemplate> {

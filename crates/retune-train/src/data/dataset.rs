@@ -214,6 +214,7 @@ fn nothing_to_train(file: &DataFile, encoder: &Encoder<'_>) -> Error {
             path: file.path.clone(),
             rows: file.rows.len(),
             max_length: encoder.options().max_length,
+            key: encoder.options().names.max_length,
             line: row.line,
             tokens: example.ids.len(),
             sample: marked_sample(encoder.tokenizer(), &example),
@@ -243,13 +244,14 @@ fn histogram(examples: &[Example], longest: usize) -> Vec<LengthBin> {
 mod tests {
     use retune_text::chat_template::Message;
 
+    use super::super::names::Names;
     use super::super::read::RowText;
     use super::super::render::{EncodeOptions, Overlong};
     use super::super::testing::tokenizer;
     use super::*;
 
     const OPTIONS: EncodeOptions =
-        EncodeOptions { max_length: 100, overlong: Overlong::Truncate, train_on_prompt: false };
+        EncodeOptions { max_length: 100, overlong: Overlong::Truncate, train_on_prompt: false, names: Names::KEYS };
 
     fn pair(prompt: &str, completion: &str) -> RowText {
         RowText::PromptCompletion { prompt: prompt.into(), completion: completion.into() }

@@ -1,9 +1,10 @@
 //! Data sets: from a file of rows to token ids with the targets marked.
 //!
 //! `read.rs` makes rows of a file, `split.rs` holds some of them out, `render.rs` makes an example of a row, `dataset.rs` all
-//! examples and the report on them, `order.rs` the steps of an epoch; `sample.rs` shows an example to a person.
+//! examples and the report on them, `order.rs` the steps of an epoch; `names.rs` what messages call the settings; `sample.rs` shows an example to a person.
 
 mod dataset;
+mod names;
 mod order;
 mod read;
 mod render;
@@ -13,6 +14,7 @@ mod split;
 mod testing;
 
 pub use dataset::{DataReport, Dataset, LengthBin, RowCount};
+pub use names::Names;
 pub use order::{batches, order, steps_per_epoch};
 pub(crate) use read::read_text;
 pub use read::{ColumnMap, DataFile, DataFormat, Row, RowFormat, RowText, read_rows};

@@ -3,7 +3,7 @@
 //! What a stream gives depends on the seed and on what it is for, on no draw made elsewhere, so a resumed run finds its place without
 //! replaying.
 
-use retune_adapter::random;
+use retune_kernels::random;
 
 /// What a stream is for, so that one seed gives unrelated streams.
 #[derive(Clone, Copy)]

@@ -10,11 +10,13 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use super::names::Names;
 use crate::error::{Error, describe, nearest, quoted};
 
 /// What the rows of a data file hold, as a configuration says it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
+#[cfg_attr(feature = "clap", derive(clap::ValueEnum), value(rename_all = "snake_case"))]
 pub enum DataFormat {
     /// Told by the columns of the first row.
     #[default]
@@ -103,6 +105,33 @@ pub struct ColumnMap {
 }
 
 impl ColumnMap {
+    /// Gives a column another name in the file; returns the one it had.
+    ///
+    /// # Errors
+    /// A column that no format reads.
+    pub fn set(&mut self, column: &str, name: &str, names: &Names) -> Result<Option<String>, Error> {
+        let place = match column {
+            "messages" => &mut self.messages,
+            "prompt" => &mut self.prompt,
+            "completion" => &mut self.completion,
+            "instruction" => &mut self.instruction,
+            "input" => &mut self.input,
+            "output" => &mut self.output,
+            "text" => &mut self.text,
+            _ => {
+                let known = || self.entries().map(|(known, _)| known).into_iter();
+                let nearest = nearest(column, known()).map_or("nothing", |(known, _)| known);
+                return Err(Error::UnknownKey {
+                    key: format!("{}{column}", names.column),
+                    nearest: format!("{}{nearest}", names.column),
+                    place: format!("of {}", names.columns),
+                    known: quoted(known()),
+                });
+            }
+        };
+        Ok(place.replace(name.to_owned()))
+    }
+
     fn entries(&self) -> [(&'static str, Option<&str>); 7] {
         [
             ("messages", self.messages.as_deref()),
@@ -172,6 +201,32 @@ impl RowText {
         }
     }
 
+    /// All that the row says, as plain text, without the words that a template puts around it.
+    pub fn plain_text(&self) -> String {
+        let with_ends = |pieces: &[&str]| -> String {
+            let pieces = pieces.iter().filter(|piece| !piece.is_empty());
+            pieces.flat_map(|piece| [piece, "\n"]).collect()
+        };
+        match self {
+            RowText::Chat(messages) => {
+                messages.iter().map(|message| message.content.as_str()).collect::<Vec<_>>().join("\n")
+            }
+            RowText::PromptCompletion { prompt, completion } => format!("{prompt}{completion}"),
+            RowText::Instruction { instruction, input, output } => with_ends(&[instruction, input, output]),
+            RowText::Text(text) => text.clone(),
+        }
+    }
+
+    /// What the row asks first, as plain text, or the text that it is; `None` of a conversation in which no user speaks.
+    pub fn question(&self) -> Option<String> {
+        Some(match self {
+            RowText::Chat(messages) => messages.iter().find(|message| message.role == "user")?.content.clone(),
+            RowText::PromptCompletion { prompt, .. } => prompt.clone(),
+            RowText::Instruction { instruction, input, .. } => format!("{instruction} {input}"),
+            RowText::Text(text) => text.clone(),
+        })
+    }
+
     /// The answers of the row; none of a text, which is learnt whole.
     pub(super) fn answers(&self) -> Vec<&str> {
         match self {
@@ -209,9 +264,9 @@ impl RowText {
 ///
 /// # Errors
 /// A file that cannot be read or parsed, a column that is missing or of a wrong type, rows of different formats: each with
-/// the line.
-pub fn read_rows(path: &Path, format: DataFormat, columns: &ColumnMap) -> Result<DataFile, Error> {
-    let reader = Reader { path, columns };
+/// the line. They call settings as `names` says.
+pub fn read_rows(path: &Path, format: DataFormat, columns: &ColumnMap, names: &Names) -> Result<DataFile, Error> {
+    let reader = Reader { path, columns, names };
     let extension = path.extension().and_then(|extension| extension.to_str()).unwrap_or_default();
     let records = match extension.to_ascii_lowercase().as_str() {
         "jsonl" | "ndjson" | "json" => reader.json(&read_text(path)?)?,
@@ -245,6 +300,7 @@ struct Record {
 struct Reader<'a> {
     path: &'a Path,
     columns: &'a ColumnMap,
+    names: &'a Names,
 }
 
 /// A file's text, without the byte order mark some editors begin it with.
@@ -385,9 +441,9 @@ impl Reader<'_> {
             expected: candidates.iter().map(names).collect::<Vec<_>>().join("; or "),
             advice: match closest {
                 Some((wanted, found, _)) => {
-                    format!("Give the columns' names in data.columns; {found:?} is nearest to {wanted:?}")
+                    format!("Give the columns' names in {}; {found:?} is nearest to {wanted:?}", self.names.columns)
                 }
-                None => "Give the columns' names in data.columns".to_owned(),
+                None => format!("Give the columns' names in {}", self.names.columns),
             },
         })
     }
@@ -430,7 +486,8 @@ impl Reader<'_> {
     fn missing(&self, record: &Record, column: &str) -> Error {
         let advice = match nearest(column, record.fields.keys().map(String::as_str)) {
             Some((found, _)) => {
-                format!("The nearest is {found:?}: name it in data.columns, or choose another data.format")
+                let Names { columns, format, .. } = self.names;
+                format!("The nearest is {found:?}: name it in {columns}, or choose another {format}")
             }
             None => "Every row needs it".to_owned(),
         };
@@ -520,7 +577,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join(name);
         std::fs::write(&path, content).unwrap();
-        read_rows(&path, format, columns)
+        read_rows(&path, format, columns, &Names::KEYS)
     }
 
     fn read(name: &str, content: impl AsRef<[u8]>) -> Result<DataFile, Error> {
@@ -537,6 +594,19 @@ mod tests {
 
     fn message(role: &str, content: &str) -> Message {
         Message { role: role.to_owned(), content: content.to_owned() }
+    }
+
+    #[test]
+    fn the_plain_text_leaves_nothing_out() {
+        let chat = RowText::Chat(vec![message("system", "s"), message("user", "u"), message("assistant", "a")]);
+        let instruction =
+            |input: &str| RowText::Instruction { instruction: "do".into(), input: input.into(), output: "done".into() };
+        let pair = RowText::PromptCompletion { prompt: "x ".into(), completion: "y".into() };
+        let rows = [&chat, &instruction("in"), &instruction(""), &pair, &RowText::Text("t".into())];
+        assert_eq!(rows.map(RowText::plain_text), ["s\nu\na", "do\nin\ndone\n", "do\ndone\n", "x y", "t"]);
+        let questions = rows.map(|row| row.question().unwrap_or_default());
+        assert_eq!(questions, ["u", "do in", "do ", "x ", "t"]);
+        assert_eq!(RowText::Chat(vec![message("system", "s")]).question(), None);
     }
 
     #[test]
@@ -603,7 +673,7 @@ mod tests {
         assert!(error("a.json", " [ ] ").contains("holds no rows"));
         assert!(error("a.csv", "text\n").contains("holds no rows"));
         assert!(error("a.parquet", "PAR1").contains(".jsonl, .json or .csv"));
-        assert!(read_rows(Path::new("absent.jsonl"), DataFormat::Auto, &ColumnMap::default()).is_err());
+        assert!(read_rows(Path::new("absent.jsonl"), DataFormat::Auto, &ColumnMap::default(), &Names::KEYS).is_err());
     }
 
     #[test]

@@ -13,6 +13,7 @@ use retune_text::tokenizer::Tokenizer;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::names::Names;
 use super::read::{Row, RowText};
 use crate::error::{Error, quoted, shortened};
 
@@ -37,6 +38,8 @@ pub struct EncodeOptions {
     pub overlong: Overlong,
     /// Whether prompts are targets too.
     pub train_on_prompt: bool,
+    /// What messages call these.
+    pub names: Names,
 }
 
 /// A row as the model sees it.
@@ -120,7 +123,13 @@ impl<'a> Encoder<'a> {
                     example.trained.truncate(max_length);
                 }
                 Overlong::Drop => return Ok(Encoded::Dropped(Dropped::TooLong)),
-                Overlong::Error => return Err(Error::TooLong { tokens: example.ids.len(), max_length }),
+                Overlong::Error => {
+                    return Err(Error::TooLong {
+                        tokens: example.ids.len(),
+                        max_length,
+                        key: self.options.names.max_length,
+                    });
+                }
             }
         }
         if example.trained_tokens() == 0 {
@@ -276,7 +285,7 @@ mod tests {
     use super::*;
 
     const OPTIONS: EncodeOptions =
-        EncodeOptions { max_length: 1000, overlong: Overlong::Truncate, train_on_prompt: false };
+        EncodeOptions { max_length: 1000, overlong: Overlong::Truncate, train_on_prompt: false, names: Names::KEYS };
 
     fn row(text: RowText) -> Row {
         Row { index: 3, line: 5, text }
@@ -390,9 +399,7 @@ mod tests {
     fn long_rows_are_cut_dropped_or_refused() {
         let tokenizer = tokenizer();
         let encode = |text: RowText, max_length, overlong| {
-            Encoder::new(&tokenizer, EncodeOptions { max_length, overlong, train_on_prompt: false })
-                .unwrap()
-                .encode(&row(text))
+            Encoder::new(&tokenizer, EncodeOptions { max_length, overlong, ..OPTIONS }).unwrap().encode(&row(text))
         };
         let pair = || RowText::PromptCompletion { prompt: "xyz".into(), completion: "xyz".into() };
         let Ok(Encoded::Kept { example, cut }) = encode(pair(), 8, Overlong::Error) else { panic!("8 tokens fit") };

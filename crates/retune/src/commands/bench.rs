@@ -4,21 +4,20 @@ use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use retune_adapter::{AdapterFile, LoraConfig, ModuleSelection};
+use retune_adapter::{AdapterFile, BaseModules, Full, LoraConfig, Method, ModuleSelection, initial_params, tensors_of};
+use retune_engine::{Work, profile, work_of_step};
 use retune_formats::safetensors::{Tensor, Values, stage};
 use retune_kernels::peak;
-use retune_model::adapter::{AdapterPlan, linear_modules};
-use retune_model::checkpoint::Checkpoint;
-use retune_model::model::{Model, Trainable};
-use retune_model::{Work, profile};
-use retune_train::data::{ColumnMap, DataFormat, Example, RowText, read_rows};
-use retune_train::run_config::{ActivationCheckpointing, SavedActivations, TrainingConfig};
+use retune_text::tokenizer::Tokenizer;
+use retune_train::data::{ColumnMap, DataFormat, Example, Names, read_rows};
+use retune_train::run_config::{Method as TrainMethod, TrainingConfig};
 use retune_train::schedule::SchedulerType;
-use retune_train::trainer::{Passes, Trainer};
+use retune_train::trainer::{Passes, Trained, Trainer};
 use serde_json::{Map, Value, json};
 
 use super::print_json;
-use crate::args::{BenchCommand, BenchMethod, BenchTrainArgs};
+use crate::args::{BenchCommand, BenchTrainArgs};
+use crate::session::Base;
 use crate::{compute, fetch, memory};
 
 /// Bytes that no cache holds.
@@ -38,9 +37,10 @@ fn train(args: &BenchTrainArgs) -> Result<()> {
         bail!("--steps must be more than {WARM_UP}, --seq at least 2, --batch and --rank at least 1");
     }
     let start = Instant::now();
-    let checkpoint = Checkpoint::open(&fetch::resolve(&args.model)?)?;
-    checkpoint.check_finite()?;
-    let examples = sequences(&checkpoint, &args.data, args.seq, args.batch * args.steps)?;
+    let base = Base::open(&fetch::resolve(&args.model)?)?;
+    base.check_finite()?;
+    let checkpoint = &base.checkpoint;
+    let examples = sequences(base.tokenizer()?, &args.data, args.seq, args.batch * args.steps)?;
     let config = LoraConfig {
         r: args.rank,
         lora_alpha: 2.0 * args.rank as f64,
@@ -51,56 +51,46 @@ fn train(args: &BenchTrainArgs) -> Result<()> {
         },
         ..LoraConfig::default()
     };
-    let plan = AdapterPlan::new(&config, &checkpoint)?;
-    let trainable = match args.method {
-        BenchMethod::Lora => Trainable::Adapter(&plan),
-        BenchMethod::Full => Trainable::Everything,
+    let spec = &checkpoint.spec;
+    let method: &dyn Method = match args.method {
+        TrainMethod::Lora => &config,
+        TrainMethod::Full => &Full,
     };
-    let mut model = Model::load(&checkpoint, trainable)?;
-    let params = model.initial_params(&checkpoint, &config.init_lora_weights, 0)?;
+    let model = checkpoint.model()?;
+    let overlay = method.lower(spec)?;
+    let params = initial_params(method, spec, &overlay, checkpoint, 0)?;
     if let Some(directory) = &args.save_inputs {
         save_inputs(directory, args, &examples)?;
-        if args.method == BenchMethod::Lora {
-            let tensors = model.tensors_of(&params);
+        if args.method == TrainMethod::Lora {
+            let tensors = tensors_of(&overlay, &params);
             let file = AdapterFile { config: config.clone(), base_model: Some(args.model.clone()), tensors };
-            file.write(&directory.join("adapter"), &linear_modules(&checkpoint.linear_modules()))?;
+            file.write(&directory.join("adapter"), &BaseModules::of(spec))?;
         }
     }
     let pass = compute::calibration_pass(&examples);
     // In 8 bits the first forward is that of the calibration.
     let mut until_forward = start.elapsed().as_secs_f64();
-    let choices = match args.method {
-        BenchMethod::Lora => compute::apply(&mut model, &params, args.compute.into(), &pass, true)?,
-        BenchMethod::Full => Vec::new(),
+    let (compute, choices) = match args.method {
+        TrainMethod::Lora => compute::choose(&model, &overlay, &params, args.compute, &pass, true),
+        TrainMethod::Full => Default::default(),
     };
     checkpoint.release();
     let training = TrainingConfig {
-        epochs: 1.0,
         max_steps: Some(args.steps),
         batch_size: args.batch,
-        gradient_accumulation_steps: 1,
-        learning_rate: args.learning_rate,
+        learning_rate: Some(args.learning_rate),
         lr_scheduler_type: SchedulerType::Constant,
         warmup_steps: Some(0),
-        warmup_ratio: 0.0,
-        weight_decay: 0.0,
-        adam_beta1: 0.9,
-        adam_beta2: 0.999,
-        adam_epsilon: 1e-8,
         max_grad_norm: 0.0,
-        eval_steps: None,
-        save_steps: args.steps,
-        save_total_limit: 1,
         seed: 0,
         tokens_per_pass: args.tokens_per_pass,
         // Dense work: every token is computed.
         share_prefixes: false,
-        saved_activations: SavedActivations::Auto,
-        activation_checkpointing: ActivationCheckpointing::None,
+        ..TrainingConfig::default()
     };
-    let int8 = choices.iter().any(|choice| choice.int8);
-    let passes = Passes::resolve(&training, &model, int8, args.seq);
-    let mut trainer = Trainer::new(&model, &training, passes, false, &examples, &[], params);
+    let passes = Passes::resolve(&training, &model, &overlay, compute.uses_int8(), args.seq);
+    let trained = Trained { model: &model, overlay: &overlay, compute: &compute };
+    let mut trainer = Trainer::new(trained, &training, passes, false, &examples, &[], params);
     let until_step = start.elapsed().as_secs_f64();
     if choices.is_empty() {
         until_forward = until_step;
@@ -124,8 +114,8 @@ fn train(args: &BenchTrainArgs) -> Result<()> {
     let tokens_per_second = (args.seq * args.batch) as f64 / median;
     // Before the machine's own speed is measured, which takes memory too.
     let peak = memory::peak_resident();
-    let speeds = Speeds::measure(passes.tokens * model.config.hidden_size * size_of::<f32>());
-    let work = model.work(&vec![args.seq; args.batch], passes.keep);
+    let speeds = Speeds::measure(passes.tokens * spec.hidden_size * size_of::<f32>());
+    let work = work_of_step(&model, &overlay, &compute, &vec![args.seq; args.batch], passes.saving);
     let floors: Vec<Option<f64>> = work.iter().map(|(_, work)| speeds.floor(work)).collect();
     let products: Option<f64> = work.iter().map(|(_, work)| speeds.products(work)).sum();
     let roofline = products.map(|seconds| (args.seq * args.batch) as f64 / seconds);
@@ -140,7 +130,7 @@ fn train(args: &BenchTrainArgs) -> Result<()> {
             "tokens_per_second": tokens_per_second,
             "peak_rss_bytes": peak,
             "losses": losses,
-            "trainable_parameters": model.layout.len(),
+            "trainable_parameters": overlay.layout.len(),
             "step_seconds": median,
             "seconds_to_first_forward": until_forward,
             "seconds_to_first_step": until_step,
@@ -163,7 +153,7 @@ fn train(args: &BenchTrainArgs) -> Result<()> {
     }
     outln!("{until_forward:.2} s to the first forward, {until_step:.2} s to the first step");
     outln!("{} peak memory", peak.map_or_else(|| "unknown".to_owned(), memory::human));
-    outln!("{} trainable parameters, loss {:.4} to {:.4}", model.layout.len(), losses[0], losses[losses.len() - 1]);
+    outln!("{} trainable parameters, loss {:.4} to {:.4}", overlay.layout.len(), losses[0], losses[losses.len() - 1]);
     if let Some(roofline) = roofline {
         outln!(
             "{roofline:.1} tokens/s if the products alone ran at this machine's peak: {:.0}% of that",
@@ -215,19 +205,12 @@ impl Speeds {
 }
 
 /// Real text, joined and cut into sequences with a label on every token; it starts again from the front when it is used up.
-fn sequences(checkpoint: &Checkpoint, data: &Path, length: usize, count: usize) -> Result<Vec<Example>> {
-    let tokenizer = checkpoint.tokenizer()?;
-    let file = read_rows(data, DataFormat::Auto, &ColumnMap::default())
+fn sequences(tokenizer: &Tokenizer, data: &Path, length: usize, count: usize) -> Result<Vec<Example>> {
+    let file = read_rows(data, DataFormat::Auto, &ColumnMap::default(), &Names::KEYS)
         .context("--data names the text to train on; run from the project's folder or give a file")?;
     let mut ids = Vec::new();
     for row in &file.rows {
-        let text = match &row.text {
-            RowText::Chat(messages) => messages.iter().map(|m| m.content.as_str()).collect::<Vec<_>>().join("\n"),
-            RowText::PromptCompletion { prompt, completion } => format!("{prompt}{completion}"),
-            RowText::Instruction { input, output, .. } => format!("{input}\n{output}\n"),
-            RowText::Text(text) => text.clone(),
-        };
-        ids.extend(tokenizer.encode(&text)?);
+        ids.extend(tokenizer.encode(&row.text.plain_text())?);
         if ids.len() >= length * count {
             break;
         }

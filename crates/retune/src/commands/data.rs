@@ -5,7 +5,7 @@ use std::io::IsTerminal;
 use anyhow::Result;
 use retune_model::checkpoint::Checkpoint;
 use retune_text::tokenizer::Tokenizer;
-use retune_train::data::{DataReport, Example, LengthBin, RowCount, decoded_sample};
+use retune_train::data::{DataReport, Example, LengthBin, Names, RowCount, decoded_sample};
 use retune_train::run_config::RunConfig;
 use serde_json::{Value, json};
 
@@ -66,34 +66,35 @@ fn print_report(title: &str, report: &DataReport) -> Result<()> {
         let bar = "#".repeat((examples * 40).div_ceil(most.max(1)));
         outln!("  {from:>6}–{to:<6} {examples:>6} {bar}");
     }
-    for problem in problems(report) {
+    for problem in problems(report, &Names::KEYS) {
         outln!("  ! {problem}");
     }
     outln!();
     Ok(())
 }
 
-/// What is wrong with a data set, a line each; empty when nothing is.
-pub fn problems(report: &DataReport) -> Vec<String> {
+/// What is wrong with a data set, a line each; empty when nothing is. Settings are called as `names` says.
+pub fn problems(report: &DataReport, names: &Names) -> Vec<String> {
+    let Names { max_length, overlong, .. } = names;
     let line = |count: &RowCount, what: &str| {
         let lines: Vec<_> = count.first_lines.iter().map(usize::to_string).collect();
         let more = if count.count > lines.len() { ", …" } else { "" };
         (count.count > 0).then(|| format!("{} {what} (lines {}{more})", count.count, lines.join(", ")))
     };
-    let cut = format!("rows cut at data.max_length, {} tokens lost", report.tokens_cut);
+    let cut = format!("rows cut at {max_length}, {} tokens lost", report.tokens_cut);
+    let or_drop = overlong.map_or_else(String::new, |overlong| format!(" or {overlong}=drop"));
+    let ends_cut =
+        format!("answers lose their end: the model is not taught to stop there; set {max_length} higher{or_drop}");
     [
         line(&report.truncated, &cut),
-        line(
-            &report.answers_cut,
-            "answers lose their end: the model is not taught to stop there; set data.max_length higher or data.overlong=drop",
-        ),
+        line(&report.answers_cut, &ends_cut),
         line(&report.special_in_answers, "answers hold the text of a token such as </s>: it is learnt as that token"),
         line(
             &report.prompts_held_out,
             "rows ask what a held-out row asks, with another answer: the held-out loss may flatter",
         ),
-        line(&report.dropped_too_long, "rows left out: longer than data.max_length"),
-        line(&report.dropped_cut_away, "rows left out: the answer lies beyond data.max_length"),
+        line(&report.dropped_too_long, &format!("rows left out: longer than {max_length}")),
+        line(&report.dropped_cut_away, &format!("rows left out: the answer lies beyond {max_length}")),
         line(&report.dropped_empty, "rows left out: no text"),
         line(&report.duplicates, "rows repeat an earlier one"),
         line(&report.empty_answers, "rows with an empty answer: the model learns to say nothing"),

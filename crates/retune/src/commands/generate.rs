@@ -4,7 +4,7 @@ use std::io::Write;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use retune_model::generate::{Generation, Sampling};
+use retune_engine::generate::{Generation, Sampling};
 use retune_text::chat_template::Message;
 use retune_text::tokenizer::Tokenizer;
 use serde_json::json;
@@ -25,7 +25,7 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
     }
     refuse_without_sampling(args)?;
     let session = Session::open(&args.model)?;
-    let tokenizer = session.tokenizer()?;
+    let tokenizer = session.base.tokenizer()?;
     if args.system.is_some() && tokenizer.chat_template().is_none() {
         bail!(
             "--system needs a chat template, which {} does not have: put its words into the prompt, or use an instruction-tuned model",
@@ -36,13 +36,13 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
     let prompt = if args.raw || tokenizer.chat_template().is_none() {
         tokenizer.encode_with_special_tokens(&text)?
     } else {
-        chat_prompt(&tokenizer, args.system.as_deref(), &text)?
+        chat_prompt(tokenizer, args.system.as_deref(), &text)?
     };
     // Of an empty text a tokenizer without BOS makes no tokens, and a chat template a message that says nothing.
     if text.is_empty() || prompt.is_empty() {
         bail!("the prompt is empty; expected a message to answer, or with --raw a text to continue");
     }
-    let limit = session.model.config.max_position_embeddings;
+    let limit = session.model.spec.context;
     if prompt.len().saturating_add(args.max_new_tokens) > limit {
         bail!(
             "{} tokens of prompt and {} to generate exceed the model's context of {limit}: shorten the prompt or lower --max-new-tokens",
@@ -56,7 +56,7 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
         top_k: args.top_k.unwrap_or(0),
         seed: args.seed.unwrap_or(0),
     };
-    let mut generation = Generation::new(&session.model, &session.params, sampling);
+    let mut generation = Generation::new(&session.model, &session.overlay, &session.params, sampling);
     let start = Instant::now();
     let mut stream = tokenizer.decode_stream();
     let mut stdout = std::io::stdout();

@@ -6,10 +6,10 @@ use std::path::Path;
 use anyhow::{Context, Error, Result, anyhow};
 use retune_adapter::files::WEIGHTS_FILE;
 use retune_adapter::names::{self, Key, Part};
-use retune_adapter::{AdapterFile, Bias, OneOrMany, compatibility_notes, count_matches};
-use retune_model::adapter::linear_modules;
-use retune_model::checkpoint::{Checkpoint, CheckpointKind, expected_tensors};
-use retune_model::config::RopeScaling;
+use retune_adapter::{AdapterFile, BaseModules, Bias, OneOrMany, compatibility_notes, count_matches};
+use retune_engine::spec::{Attention, SubLayer};
+use retune_model::checkpoint::{Checkpoint, CheckpointKind};
+use retune_model::rope::GGUF_FACTORS;
 use serde_json::{Map, Value, json};
 
 use super::print_json;
@@ -48,10 +48,13 @@ fn run_folder(path: &Path) -> Option<Error> {
 }
 
 fn model(checkpoint: &Checkpoint) -> Value {
-    let config = &checkpoint.config;
-    let modules = checkpoint.linear_modules();
-    let modules = linear_modules(&modules);
-    let parameters: usize = expected_tensors(config).iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();
+    let spec = &checkpoint.spec;
+    let modules = BaseModules::of(spec);
+    let attentions: Vec<&Attention> = spec.sub_layers().filter_map(SubLayer::attention).collect();
+    let attention = attentions.first();
+    let activation = spec.sub_layers().find(|sub_layer| sub_layer.attention().is_none());
+    let windows: Vec<Option<usize>> = attentions.iter().map(|attention| attention.window).collect();
+    let sliding = windows.iter().flatten().count();
     let mut storage = std::collections::BTreeMap::new();
     for name in checkpoint.names() {
         if let Ok(matrix) = checkpoint.tensor(name) {
@@ -67,43 +70,50 @@ fn model(checkpoint: &Checkpoint) -> Value {
     targets.insert("all-linear".to_owned(), json!({ "modules": linear }));
     json!({
         "model": checkpoint.path().display().to_string(),
-        "family": config.model_type,
+        "family": spec.family,
         "format": match checkpoint.kind() {
             CheckpointKind::HuggingFace => "hugging_face",
             CheckpointKind::Gguf => "gguf",
         },
-        "parameters": parameters,
+        "parameters": spec.parameters(),
         "file_size": checkpoint.file_bytes(),
         "storage": storage,
-        "layers": config.num_hidden_layers,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "heads": config.num_attention_heads,
-        "key_value_heads": config.num_key_value_heads,
-        "head_dim": config.head_dim,
-        "vocab_size": config.vocab_size,
-        "context": config.max_position_embeddings,
-        "rope": { "theta": config.rope.theta, "scaling": scaling(&config.rope.scaling) },
-        "sliding_window": config.sliding_window,
-        "tied_embeddings": config.tie_word_embeddings,
+        "layers": spec.blocks.len(),
+        "hidden_size": spec.hidden_size,
+        "intermediate_size": activation.map(|sub_layer| sub_layer.output.cols),
+        "heads": attention.map(|attention| attention.queries),
+        "key_value_heads": attention.map(|attention| attention.keys),
+        "head_dim": attention.map(|attention| attention.head_dim),
+        "vocab_size": spec.vocab_size,
+        "context": spec.context,
+        "rope": if spec.ropes.is_empty() { Value::Null } else { rope(checkpoint.config_json()) },
+        "sliding_window": windows.iter().flatten().next(),
+        "sliding_layers": Some(sliding).filter(|&sliding| sliding < windows.len() && sliding > 0),
+        "tied_embeddings": spec.head.tied,
+        "notes": checkpoint.notes(),
         "target_modules": targets,
     })
 }
 
-/// In the words of transformers' `rope_scaling`, which has none for a factor per frequency.
-fn scaling(scaling: &RopeScaling) -> Value {
-    match scaling {
-        RopeScaling::None => Value::Null,
-        RopeScaling::Linear { factor } => json!({ "rope_type": "linear", "factor": factor }),
-        RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } => json!({
-            "rope_type": "llama3",
-            "factor": factor,
-            "low_freq_factor": low_freq_factor,
-            "high_freq_factor": high_freq_factor,
-            "original_max_position_embeddings": original_max_position_embeddings,
-        }),
-        RopeScaling::Factors(factors) => json!({ "rope_type": "factors", "factors": factors }),
+/// What the configuration says of rotary embedding: `theta`, and `scaling` in the words of transformers' `rope_scaling`, which has none
+/// for a factor per frequency. A model with several rotations has them under its own names.
+fn rope(config: &Value) -> Value {
+    let config = config.get("text_config").unwrap_or(config);
+    let of = |key: &str| config.get(key).and_then(Value::as_object).filter(|object| !object.is_empty());
+    let mut scaling = of("rope_scaling").or(of("rope_parameters")).cloned().unwrap_or_default();
+    if scaling.values().any(Value::is_object) {
+        return Value::Object(scaling);
     }
+    let inside = scaling.remove("rope_theta");
+    let theta = inside.or_else(|| config.get("rope_theta").cloned()).filter(Value::is_number);
+    let kind = scaling.remove("type");
+    let kind = scaling.get("rope_type").cloned().or(kind).unwrap_or(Value::Null);
+    scaling.retain(|_, value| !value.is_null());
+    if kind.is_null() || kind == "default" {
+        return json!({ "theta": theta, "scaling": null });
+    }
+    scaling.insert("rope_type".to_owned(), if kind == GGUF_FACTORS { json!("factors") } else { kind });
+    json!({ "theta": theta, "scaling": scaling })
 }
 
 fn adapter(path: &Path) -> Result<Value> {

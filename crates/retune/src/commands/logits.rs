@@ -2,9 +2,12 @@
 
 use anyhow::{Result, bail};
 use retune_formats::safetensors::{Tensor, Values, stage};
-use retune_model::adapter::Tensors;
-use retune_model::pass::Pass;
-use retune_model::workspace::{Keep, Workspace};
+use std::collections::BTreeMap;
+
+use retune_adapter::tensors_of;
+use retune_engine::pass::Pass;
+use retune_engine::workspace::Workspace;
+use retune_engine::{Run, Saving};
 
 use crate::args::LogitsArgs;
 use crate::compute;
@@ -12,8 +15,8 @@ use crate::session::Session;
 
 /// Writes `logits` [T, V]; with labels also `loss` [1], and with an adapter the gradient of that loss by each of its tensors.
 pub fn run(args: &LogitsArgs) -> Result<()> {
-    let Session { mut model, params, .. } = Session::open(&args.model)?;
-    let vocab = model.config.vocab_size;
+    let Session { model, overlay, params, .. } = Session::open(&args.model)?;
+    let vocab = model.spec.vocab_size;
     if let Some(id) = args.tokens.iter().find(|&&id| id as usize >= vocab) {
         bail!("token {id} is outside the model's vocabulary of {vocab}");
     }
@@ -23,17 +26,19 @@ pub fn run(args: &LogitsArgs) -> Result<()> {
     };
     let mut pass = Pass::default();
     pass.push(0, &args.tokens, &trained);
-    compute::apply(&mut model, &params, args.compute.into(), &pass, args.labels.is_some())?;
-    let mut workspace = Workspace::new(&model, Keep::Activations);
+    let backward = args.labels.is_some();
+    let (compute, _) = compute::choose(&model, &overlay, &params, args.compute, &pass, backward);
+    let run = Run { model: &model, overlay: &overlay, params: &params, compute: &compute, pass: &pass, step: None };
+    let mut workspace = Workspace::new(&model, Saving::Full);
     let all: Vec<u32> = (0..pass.tokens() as u32).collect();
-    let logits = model.logits(&params, &pass, &all, &mut workspace);
-    let mut tensors = Tensors::from([("logits".to_owned(), (vec![pass.tokens(), vocab], logits))]);
+    let logits = run.logits(&all, &mut workspace);
+    let mut tensors = BTreeMap::from([("logits".to_owned(), (vec![pass.tokens(), vocab], logits))]);
     if args.labels.is_some() {
         let mut grads = vec![0.0; params.len()];
-        let loss = model.loss_and_gradient(&params, &mut grads, &pass, None, &mut workspace);
+        let loss = run.loss_and_gradient(&mut grads, &mut workspace);
         let count = pass.labels.len() as f64;
         grads.iter_mut().for_each(|g| *g = (f64::from(*g) / count) as f32);
-        tensors.extend(model.tensors_of(&grads));
+        tensors.extend(tensors_of(&overlay, &grads));
         tensors.insert("loss".to_owned(), (vec![1], vec![(loss / count) as f32]));
         outln!("loss {:.6} over {} label tokens", loss / count, pass.labels.len());
     }
@@ -69,7 +74,7 @@ fn trained(tokens: &[u32], labels: &[i64]) -> Result<Vec<bool>> {
 }
 
 /// Writes named f32 tensors as a safetensors file.
-pub fn write(path: &std::path::Path, tensors: &Tensors) -> Result<()> {
+pub fn write(path: &std::path::Path, tensors: &BTreeMap<String, (Vec<usize>, Vec<f32>)>) -> Result<()> {
     let tensors: Vec<Tensor<'_>> =
         tensors.iter().map(|(name, (shape, values))| Tensor { name, shape, values: Values::F32(values) }).collect();
     Ok(stage(path, &[("format", "pt")], &tensors)?.commit()?)

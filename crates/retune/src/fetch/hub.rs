@@ -14,12 +14,13 @@ use anyhow::{Context, Error, Result, anyhow, bail};
 use hf_hub::api::sync::{Api, ApiBuilder, ApiError, ApiRepo};
 use hf_hub::{Cache, Repo, RepoType};
 use indicatif::{DecimalBytes, ProgressBar};
-use retune_model::config::ModelConfig;
+use retune_model::families;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use super::{
-    CONFIG, INDEX, ModelId, TOKENIZER, WEIGHTS, entries, is_gguf, is_plain_name, last_part, remove_if_possible, shards,
+    CONFIG, INDEX, ModelId, TOKENIZER, WEIGHTS, clear_all_but, is_gguf, is_plain_name, last_part, package,
+    remove_if_possible, shards,
 };
 
 /// Small files that say how the model is used. Not every model has all of them.
@@ -60,7 +61,8 @@ pub(super) fn fetch(id: &ModelId, staging: &Path, out: &dyn Fn(&str)) -> Result<
     let files = files_for(&listing, id).map_err(Failure::Refused)?;
 
     let into = staging.join(&listing.commit);
-    clear_all_but(staging, &[&hub_cache, &into]);
+    // Parts from packages stay too: the Hub may yet refuse a file.
+    clear_all_but(staging, &[&hub_cache, &into, &staging.join(package::FOLDER)]);
     let revision = Repo::with_revision(id.repository.clone(), RepoType::Model, listing.commit.clone());
     let download = Download { repo: api.repo(revision), hub_cache, into, gated: listing.gated };
     match files {
@@ -197,7 +199,7 @@ fn is_part_of_split(name: &str) -> bool {
 fn refuse_unsupported(config: &Path) -> Result<()> {
     let text = fs::read(config).with_context(|| format!("cannot read {}", config.display()))?;
     let json: Value = serde_json::from_slice(&text).with_context(|| format!("its {CONFIG} is not JSON"))?;
-    ModelConfig::from_hf_json(&json).with_context(|| format!("its {CONFIG}"))?;
+    families::describe(&json).with_context(|| format!("its {CONFIG}"))?;
     Ok(())
 }
 
@@ -404,15 +406,6 @@ fn keep(blob: &Path, place: &Path) -> Result<()> {
     flush().and_then(|()| fs::rename(blob, place)).with_context(|| format!("cannot write {}", place.display()))
 }
 
-/// Removes what earlier fetches left of other commits.
-fn clear_all_but(staging: &Path, kept: &[&Path]) {
-    for path in entries(staging) {
-        if !kept.contains(&path.as_path()) {
-            remove_if_possible(&path);
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -535,15 +528,5 @@ mod tests {
         assert!(matches!(status(416), Remedy::StartAgain));
         assert!(matches!(status(503), Remedy::GoOn));
         assert!(matches!(remedy(&ApiError::InvalidResume), Remedy::StartAgain));
-    }
-
-    #[test]
-    fn what_other_commits_left_is_cleared() {
-        let staging = tempfile::tempdir().unwrap();
-        let (old, new) = (staging.path().join("old"), staging.path().join("new"));
-        fs::create_dir(&old).unwrap();
-        fs::create_dir(&new).unwrap();
-        clear_all_but(staging.path(), &[&new]);
-        assert!(new.exists() && !old.exists());
     }
 }

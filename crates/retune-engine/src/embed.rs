@@ -1,0 +1,82 @@
+//! From token ids to the first hidden states, and back to the gradients of the tables.
+
+use retune_kernels::{F32Panel, embedding, vector};
+
+use crate::linear::Weight;
+use crate::profile::{Operation, span};
+use crate::run::Run;
+use crate::workspace::Temporary;
+
+impl<'a> Run<'a> {
+    fn table(&self) -> Weight<'a> {
+        match &self.overlay.table {
+            Some(range) => Weight::Trained(F32Panel::new(&self.params[range.clone()], self.model.table.cols())),
+            None => Weight::Frozen(&self.model.table),
+        }
+    }
+
+    fn positions(&self) -> Option<Weight<'a>> {
+        let matrix = self.model.positions.as_ref()?;
+        Some(match &self.overlay.positions {
+            Some(range) => Weight::Trained(F32Panel::new(&self.params[range.clone()], matrix.cols())),
+            None => Weight::Frozen(matrix),
+        })
+    }
+
+    /// Writes the pass's rows of the table, scaled and with positions, to `x: [T, D]`.
+    fn look_up(&self, x: &mut [f32], scratch: &mut [f32]) {
+        embedding::forward(self.table().panel(), &self.pass.ids, x);
+        let scale = self.model.spec.table.scale;
+        if scale != 1.0 {
+            vector::scale(x, scale);
+        }
+        if let Some(positions) = self.positions() {
+            embedding::forward(positions.panel(), &self.pass.positions, scratch);
+            vector::add(x, scratch);
+        }
+    }
+
+    /// Writes the first hidden states, `x: [T, D]`.
+    pub(crate) fn embed(&self, x: &mut [f32], t: &mut Temporary) {
+        let _span = span(Operation::Embedding);
+        let scratch = &mut t.norm[..x.len()];
+        match &self.model.table_norm {
+            None => self.look_up(x, scratch),
+            Some(norm) => {
+                self.look_up(scratch, x);
+                norm.forward(*self, scratch, x);
+            }
+        }
+    }
+
+    /// Adds the gradients of the tables and their norm to `grads`, for the gradient of the first hidden states in `t.dx`.
+    pub(crate) fn embed_backward(&self, grads: &mut [f32], t: &mut Temporary) {
+        if !self.overlay.trains_embedding(self.model) {
+            return;
+        }
+        let _span = span(Operation::Embedding);
+        let d = self.model.spec.hidden_size;
+        let len = self.pass.tokens() * d;
+        let Temporary { norm: scratch, dx, dnorm, .. } = t;
+        let (scratch, mut dx) = (&mut scratch[..len], &mut dx[..len]);
+        if let Some(norm) = &self.model.table_norm {
+            let before = &mut dnorm[..len];
+            // The rows once more, then the gradient of them in the place of the gradient of what was normalised.
+            let mut spare = vec![0.0; if self.model.positions.is_some() { len } else { 0 }];
+            self.look_up(before, &mut spare);
+            scratch.fill(0.0);
+            norm.backward(*self, before, dx, scratch, grads);
+            dx = scratch;
+        }
+        if let Some(range) = &self.overlay.positions {
+            embedding::backward(&self.pass.positions, dx, d, &mut grads[range.clone()]);
+        }
+        if let Some(range) = &self.overlay.table {
+            let scale = self.model.spec.table.scale;
+            if scale != 1.0 {
+                vector::scale(dx, scale);
+            }
+            embedding::backward(&self.pass.ids, dx, d, &mut grads[range.clone()]);
+        }
+    }
+}

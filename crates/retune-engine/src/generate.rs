@@ -1,0 +1,225 @@
+//! Generation with a key/value cache, greedy or sampled.
+
+use std::cmp::Ordering;
+
+use retune_kernels::heads::{HeadLayout, Heads};
+use retune_kernels::random;
+
+use crate::compute::Compute;
+use crate::model::{Attention, Model};
+use crate::overlay::Overlay;
+use crate::pass::Pass;
+use crate::run::Run;
+use crate::saved::Saving;
+use crate::spec::{LongFrequencies, LongRope};
+use crate::workspace::Workspace;
+
+/// Tokens of a prompt that run through the layers at once.
+const PROMPT_CHUNK: usize = 512;
+
+/// Keys and values of an attention for the tokens that later ones may see, `[n, key heads · head_dim]` each.
+pub(crate) struct Cache {
+    layout: HeadLayout,
+    /// How many tokens back a query sees, itself included.
+    window: Option<usize>,
+    keys: Vec<f32>,
+    values: Vec<f32>,
+}
+
+impl Cache {
+    fn new(attention: &Attention) -> Self {
+        let layout = HeadLayout::dense(attention.scores.keys, attention.scores.head_dim);
+        Self { layout, window: attention.scores.window, keys: Vec::new(), values: Vec::new() }
+    }
+
+    /// Appends those of `tokens` tokens, and forgets those that none of them sees, once they are as many as the window.
+    pub fn append(&mut self, keys: Heads, values: Heads, tokens: usize) {
+        let unseen = self.window.map_or(0, |window| (self.tokens() + 1).saturating_sub(window));
+        if self.window.is_some_and(|window| unseen >= window) {
+            for of in [&mut self.keys, &mut self.values] {
+                of.drain(..unseen * self.layout.row);
+            }
+        }
+        for (from, to) in [(keys, &mut self.keys), (values, &mut self.values)] {
+            let HeadLayout { row, first, head, heads, head_dim } = from.layout;
+            for token in 0..tokens {
+                for h in 0..heads {
+                    let at = token * row + first + h * head;
+                    to.extend_from_slice(&from.data[at..at + head_dim]);
+                }
+            }
+        }
+    }
+
+    fn clear(&mut self) {
+        self.keys.clear();
+        self.values.clear();
+    }
+
+    /// Tokens held.
+    pub fn tokens(&self) -> usize {
+        self.keys.len() / self.layout.row
+    }
+
+    pub fn keys(&self) -> Heads<'_> {
+        Heads { data: &self.keys, layout: self.layout }
+    }
+
+    pub fn values(&self) -> Heads<'_> {
+        Heads { data: &self.values, layout: self.layout }
+    }
+}
+
+/// How the next token is chosen.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Sampling {
+    /// 0 takes the most likely token; otherwise logits are divided by it.
+    pub temperature: f32,
+    /// Keeps the most likely tokens that together have this probability; 1 keeps all.
+    pub top_p: f32,
+    /// Keeps this many of the most likely tokens; 0 keeps all.
+    pub top_k: usize,
+    pub seed: u64,
+}
+
+impl Sampling {
+    /// Always the most likely token.
+    pub const GREEDY: Self = Self { temperature: 0.0, top_p: 1.0, top_k: 0, seed: 0 };
+}
+
+/// A text in the making: a model with what stands on it, and what has been read and written so far.
+pub struct Generation<'a> {
+    model: &'a Model,
+    overlay: &'a Overlay,
+    params: &'a [f32],
+    compute: Compute,
+    sampling: Sampling,
+    workspace: Workspace,
+    cache: Vec<Cache>,
+    pass: Pass,
+    logits: Vec<f32>,
+    order: Vec<u32>,
+    /// Everything read so far.
+    ids: Vec<u32>,
+    drawn: u64,
+}
+
+impl<'a> Generation<'a> {
+    /// Starts with nothing read; computes in f32.
+    pub fn new(model: &'a Model, overlay: &'a Overlay, params: &'a [f32], sampling: Sampling) -> Self {
+        Self {
+            model,
+            overlay,
+            params,
+            compute: Compute::default(),
+            sampling,
+            workspace: Workspace::new(model, Saving::None),
+            cache: model.sub_layers.iter().filter_map(|s| s.attention()).map(Cache::new).collect(),
+            pass: Pass::default(),
+            logits: vec![0.0; model.spec.vocab_size],
+            order: Vec::new(),
+            ids: Vec::new(),
+            drawn: 0,
+        }
+    }
+
+    /// Reads tokens: the prompt, or the token generated last.
+    pub fn read(&mut self, ids: &[u32]) {
+        let mut first = self.ids.len();
+        self.ids.extend_from_slice(ids);
+        let long: Vec<_> = self.model.spec.ropes.iter().filter_map(|rope| rope.long.as_ref()).collect();
+        // A text that becomes long is rotated otherwise from its beginning.
+        let crosses = |long: &&LongRope| first <= long.beyond && self.ids.len() > long.beyond;
+        if long.iter().any(|long| matches!(long.frequencies, LongFrequencies::Fixed(_)) && crosses(long)) {
+            self.cache.iter_mut().for_each(Cache::clear);
+            first = 0;
+        }
+        // Where the length decides, all that is read at once is rotated by the length of all.
+        let chunk = if long.is_empty() { PROMPT_CHUNK } else { usize::MAX };
+        for chunk in self.ids[first..].chunks(chunk) {
+            self.pass.clear();
+            self.pass.push(0, chunk, &[]);
+            self.pass.positions.iter_mut().for_each(|p| *p += first as u32);
+            first += chunk.len();
+            let Self { model, overlay, params, ref compute, ref pass, .. } = *self;
+            let run = Run { model, overlay, params, compute, pass, step: None };
+            run.forward(&mut self.workspace, false, Some(&mut self.cache));
+        }
+        // The tokens before the last are read for their keys and values alone.
+        if !self.pass.ids.is_empty() {
+            let last = [self.pass.tokens() as u32 - 1];
+            let Self { model, overlay, params, ref compute, ref pass, .. } = *self;
+            let run = Run { model, overlay, params, compute, pass, step: None };
+            run.last_logits(&last, &mut self.workspace, &mut self.logits);
+        }
+    }
+
+    /// Chooses the token that follows what was read.
+    pub fn next_token(&mut self) -> u32 {
+        let Sampling { temperature, top_p, top_k, seed } = self.sampling;
+        let logits = &self.logits;
+        let best =
+            |a: &u32, b: &u32| -> Ordering { logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b)) };
+        if temperature <= 0.0 {
+            return (0..logits.len() as u32).min_by(best).unwrap_or(0);
+        }
+        self.order.clear();
+        self.order.extend(0..logits.len() as u32);
+        if top_k > 0 && top_k < self.order.len() {
+            self.order.select_nth_unstable_by(top_k - 1, best);
+            self.order.truncate(top_k);
+        }
+        self.order.sort_unstable_by(best);
+        let largest = logits[self.order[0] as usize];
+        let weight = |id: &u32| f64::from((logits[*id as usize] - largest) / temperature).exp();
+        let total: f64 = self.order.iter().map(weight).sum();
+        let mut kept = 0.0;
+        let enough = self.order.iter().position(|id| {
+            kept += weight(id);
+            kept >= f64::from(top_p) * total
+        });
+        self.order.truncate(enough.map_or(self.order.len(), |i| i + 1));
+        let mut left = uniform(seed, self.drawn) * kept.min(total);
+        self.drawn += 1;
+        for id in &self.order {
+            left -= weight(id);
+            if left <= 0.0 {
+                return *id;
+            }
+        }
+        self.order[self.order.len() - 1]
+    }
+
+    /// Reads `prompt`, then generates up to `max_new_tokens` tokens, until one of `stop` comes (which is not returned) or `on_token`, called
+    /// with each, says false.
+    pub fn run(
+        &mut self,
+        prompt: &[u32],
+        max_new_tokens: usize,
+        stop: &[u32],
+        mut on_token: impl FnMut(u32) -> bool,
+    ) -> Vec<u32> {
+        let mut generated = Vec::new();
+        if prompt.is_empty() {
+            return generated;
+        }
+        self.read(prompt);
+        while generated.len() < max_new_tokens {
+            let token = self.next_token();
+            if stop.contains(&token) {
+                break;
+            }
+            generated.push(token);
+            if !on_token(token) || generated.len() == max_new_tokens {
+                break;
+            }
+            self.read(&[token]);
+        }
+        generated
+    }
+}
+
+/// The uniform number in [0, 1) at a place of a seed's stream.
+fn uniform(seed: u64, index: u64) -> f64 {
+    (random::at(seed, index) >> 11) as f64 / (1u64 << 53) as f64
+}

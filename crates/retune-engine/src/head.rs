@@ -1,0 +1,129 @@
+//! The last norm, the head and its loss over the label tokens, a block of rows at a time, forward and backward.
+
+use retune_kernels::{cross_entropy, embedding, vector};
+
+use crate::linear::{self, Gradient, Input, To};
+use crate::pass::Label;
+use crate::profile::{Operation, span};
+use crate::run::Run;
+use crate::saved::grow;
+use crate::workspace::{HeadBuffers, Temporary, Workspace};
+
+impl Run<'_> {
+    /// Copies rows of the last block's output together and normalises them.
+    fn gather_normalised(&self, tokens: impl Iterator<Item = u32>, rows: usize, x: &[f32], head: &mut HeadBuffers) {
+        let d = self.model.spec.hidden_size;
+        grow(&mut head.rows, rows * d);
+        grow(&mut head.norm, rows * d);
+        for (row, token) in head.rows.chunks_exact_mut(d).zip(tokens) {
+            let at = token as usize * d;
+            row.copy_from_slice(&x[at..at + d]);
+        }
+        self.model.norm.forward(*self, &head.rows[..rows * d], &mut head.norm[..rows * d]);
+    }
+
+    /// Writes the logits `[tokens.len(), V]` of tokens of the pass whose layers were run last without backward.
+    pub(crate) fn last_logits(&self, tokens: &[u32], workspace: &mut Workspace, logits: &mut [f32]) {
+        let last = workspace.input(self.model, self.model.sub_layers.len(), false);
+        let Workspace { x, temporary, head, .. } = workspace;
+        let rows = tokens.len();
+        self.gather_normalised(tokens.iter().copied(), rows, &x[last], head);
+        grow(&mut head.u, rows * self.overlay.ranks(&[self.model.head]));
+        let _span = span(Operation::Head);
+        let norm = &head.norm[..rows * self.model.spec.hidden_size];
+        linear::forward(
+            self.of_head(),
+            &[self.model.head],
+            norm,
+            To::Columns(logits),
+            &mut head.u,
+            &mut temporary.linear,
+        );
+        if let Some(cap) = self.model.spec.head.soft_cap {
+            cross_entropy::soft_cap(logits, cap);
+        }
+    }
+
+    /// Sums the loss over the pass's labels; with `grads` also runs the backward, which leaves the gradient of the last block's output in
+    /// `dx`.
+    pub(crate) fn head_pass(&self, mut grads: Option<&mut [f32]>, workspace: &mut Workspace) -> f64 {
+        let (pass, spec) = (self.pass, &self.model.spec);
+        let (d, v) = (spec.hidden_size, spec.vocab_size);
+        let backward = grads.is_some();
+        let last = workspace.input(self.model, self.model.sub_layers.len(), backward);
+        let block = Workspace::head_rows(self.model, self.compute.head_in_int8(self.model), pass.labels.len());
+        let Workspace { x, temporary, head, losses, .. } = workspace;
+        losses.resize(pass.labels.len(), 0.0);
+        if backward {
+            temporary.dx[..pass.tokens() * d].fill(0.0);
+        }
+        for (labels, losses) in pass.labels.chunks(block).zip(losses.chunks_mut(block)) {
+            let rows = labels.len();
+            self.gather_normalised(labels.iter().map(|l| l.token), rows, &x[last], head);
+            grow(&mut head.logits, block * v);
+            grow(&mut head.u, block * self.overlay.ranks(&[self.model.head]));
+            head.targets.clear();
+            head.targets.extend(labels.iter().map(|l| l.target));
+            {
+                let _span = span(Operation::Head);
+                let (norm, logits) = (&head.norm[..rows * d], &mut head.logits[..rows * v]);
+                let to = To::Columns(&mut *logits);
+                linear::forward(self.of_head(), &[self.model.head], norm, to, &mut head.u, &mut temporary.linear);
+                cross_entropy::forward_backward(logits, &head.targets, losses, backward, spec.head.soft_cap);
+            }
+            if let Some(grads) = grads.as_deref_mut() {
+                self.head_backward(grads, labels, head, temporary);
+            }
+        }
+        losses.iter().map(|&l| f64::from(l)).sum()
+    }
+
+    fn head_backward(&self, grads: &mut [f32], labels: &[Label], head: &mut HeadBuffers, temporary: &mut Temporary) {
+        let run = self.of_head();
+        let (d, v) = (self.model.spec.hidden_size, self.model.spec.vocab_size);
+        let rows = labels.len();
+        let trains_norm = self.model.norm.vectors().any(|vector| self.overlay.trains_vector(vector));
+        let below = trains_norm || self.overlay.lowest_sub_layer(self.model).is_some();
+        grow(&mut head.dnorm, rows * d);
+        grow(&mut head.drows, rows * d);
+        let HeadBuffers { rows: inputs, norm, dnorm, drows, logits, targets, label_gradients, u } = head;
+        {
+            let _span = span(Operation::Head);
+            let logits = &mut logits[..rows * v];
+            // In 8 bits the label's own gradient, p − 1, is kept apart and exact: beside it small probabilities would round to 0, and where p
+            // is close to 1 it would cancel against a rounded weight, the same way at every step.
+            let is_measured = self.compute.watch.is_some() && !self.overlay.trains_linear(self.model, self.model.head);
+            let exact_labels = self.compute.head_in_int8(self.model) || is_measured;
+            if exact_labels {
+                grow(label_gradients, rows);
+                let labels = logits.chunks_exact_mut(v).zip(&*targets).zip(&mut *label_gradients);
+                labels.for_each(|((row, &target), gradient)| *gradient = std::mem::take(&mut row[target as usize]));
+            }
+            let gradient = Gradient { group: &[self.model.head], g: logits };
+            let dx = below.then(|| &mut dnorm[..rows * d]);
+            let input = Input { x: &norm[..rows * d], u };
+            linear::backward(run, gradient, grads, input, &mut temporary.linear, dx);
+            if exact_labels && below {
+                let weight = self.weight(self.model.head);
+                embedding::add_scaled_rows(weight.panel(), targets, label_gradients, &mut dnorm[..rows * d]);
+            }
+        }
+        if !below {
+            return;
+        }
+        let _span = span(Operation::Norm);
+        let drows = &mut drows[..rows * d];
+        drows.fill(0.0);
+        self.model.norm.backward(*self, &inputs[..rows * d], &dnorm[..rows * d], drows, grads);
+        for (label, row) in labels.iter().zip(drows.chunks_exact(d)) {
+            let at = label.token as usize * d;
+            // Several rows may read a token they share.
+            vector::add(&mut temporary.dx[at..at + d], row);
+        }
+    }
+
+    /// The same run without dropout: the head's rows are label tokens, not the pass's.
+    fn of_head(&self) -> Self {
+        Self { step: None, ..*self }
+    }
+}

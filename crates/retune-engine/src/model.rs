@@ -1,0 +1,275 @@
+//! The frozen base: a spec and its matrices, which stay in their storage. Immutable, and shared by all who run it.
+
+use retune_kernels::attention::{self, Scores};
+use retune_kernels::heads::HeadLayout;
+use retune_kernels::int8::Rounding;
+use retune_quant::Matrix;
+
+use crate::spec::{self, Mix, ModelSpec, NormKind, Order, Positions, QueryScale};
+
+/// Where a model's tensors come from.
+pub trait Weights {
+    type Error;
+
+    /// A tensor by its name in the spec, a linear's weight as `[out, in]`, a vector as `[1, n]`.
+    ///
+    /// # Errors
+    /// A tensor that is missing or cannot be read.
+    fn tensor(&self, name: &str) -> Result<Matrix, Self::Error>;
+}
+
+/// A linear's number: its place in [`ModelSpec::linears`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct LinearId(pub usize);
+
+/// A norm weight's or a bias's number: its place in the order of the forward.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct VectorId(pub usize);
+
+/// A model in memory.
+pub struct Model {
+    pub spec: ModelSpec,
+    /// The token embedding, `[vocab_size, hidden_size]`.
+    pub(crate) table: Matrix,
+    /// Learned positions, `[context, hidden_size]`.
+    pub(crate) positions: Option<Matrix>,
+    pub(crate) table_norm: Option<Norm>,
+    /// All sub-layers in the order of the forward.
+    pub(crate) sub_layers: Vec<SubLayer>,
+    pub(crate) norm: Norm,
+    pub(crate) head: LinearId,
+    pub(crate) linears: Vec<Linear>,
+    /// Norm weights and biases, decoded.
+    pub(crate) vectors: Vec<Vec<f32>>,
+    names: Vec<String>,
+}
+
+/// A frozen linear.
+pub struct Linear {
+    /// The module.
+    pub name: String,
+    /// `[out, in]`
+    pub weight: Matrix,
+    pub bias: Option<VectorId>,
+    /// How the gradient of its output is rounded where it is computed in 8 bits.
+    pub gradient_rounding: Rounding,
+}
+
+impl Linear {
+    /// Output features.
+    pub fn rows(&self) -> usize {
+        self.weight.rows()
+    }
+
+    /// Input features.
+    pub fn cols(&self) -> usize {
+        self.weight.cols()
+    }
+}
+
+/// A norm with its vectors.
+pub(crate) struct Norm {
+    pub weight: VectorId,
+    pub bias: Option<VectorId>,
+    pub kind: NormKind,
+    pub eps: f32,
+}
+
+impl Norm {
+    /// The vectors it has.
+    pub fn vectors(&self) -> impl Iterator<Item = VectorId> {
+        [self.weight].into_iter().chain(self.bias)
+    }
+}
+
+/// A sub-layer, ready to run.
+pub(crate) struct SubLayer {
+    /// The block it is part of, and its place there.
+    pub block: usize,
+    pub place: usize,
+    pub norm: Norm,
+    pub inputs: Vec<LinearId>,
+    /// Columns of all inputs' outputs, side by side.
+    pub inner: usize,
+    pub middle: Middle,
+    pub output: LinearId,
+    pub post_norm: Option<Norm>,
+}
+
+/// What stands between inputs and output.
+pub(crate) enum Middle {
+    Attention(Box<Attention>),
+    Activation { function: spec::Function, gated: bool, width: usize },
+}
+
+/// An attention with the places of its heads in the inputs' output.
+pub(crate) struct Attention {
+    pub scores: Scores,
+    pub q: HeadLayout,
+    pub k: HeadLayout,
+    pub v: HeadLayout,
+    pub qk_norm: Option<[Norm; 2]>,
+    /// The spec's rotation that queries and keys are turned by.
+    pub rope: Option<usize>,
+    /// Factor on queries after that.
+    pub query_scale: Option<QueryScale>,
+}
+
+impl SubLayer {
+    /// The vectors whose gradient needs that of the mix's input.
+    pub fn vectors_before_mix(&self) -> impl Iterator<Item = VectorId> {
+        let qk_norm = match &self.middle {
+            Middle::Attention(attention) => attention.qk_norm.as_ref().map_or(&[][..], |norms| &norms[..]),
+            Middle::Activation { .. } => &[],
+        };
+        self.norm.vectors().chain(qk_norm.iter().flat_map(Norm::vectors))
+    }
+
+    /// Columns of the output's input.
+    pub fn mixed(&self) -> usize {
+        match &self.middle {
+            Middle::Attention(attention) => attention.scores.queries * attention.scores.head_dim,
+            Middle::Activation { width, .. } => *width,
+        }
+    }
+
+    /// Its attention, if it is one.
+    pub fn attention(&self) -> Option<&Attention> {
+        match &self.middle {
+            Middle::Attention(attention) => Some(attention),
+            Middle::Activation { .. } => None,
+        }
+    }
+}
+
+/// Puts a model together, numbering linears and vectors in the order of the forward.
+struct Builder<'a, W> {
+    weights: &'a W,
+    linears: Vec<Linear>,
+    vectors: Vec<Vec<f32>>,
+    names: Vec<String>,
+}
+
+impl<W: Weights> Builder<'_, W> {
+    fn vector(&mut self, name: String) -> Result<VectorId, W::Error> {
+        self.vectors.push(self.weights.tensor(&name)?.to_f32());
+        self.names.push(name);
+        Ok(VectorId(self.vectors.len() - 1))
+    }
+
+    fn norm(&mut self, norm: &spec::Norm) -> Result<Norm, W::Error> {
+        let weight = self.vector(format!("{}.weight", norm.name))?;
+        let bias = norm.has_bias().then(|| self.vector(format!("{}.bias", norm.name))).transpose()?;
+        Ok(Norm { weight, bias, kind: norm.kind, eps: norm.eps })
+    }
+
+    fn linear(&mut self, linear: &spec::Linear, weight: Matrix) -> Result<LinearId, W::Error> {
+        let bias = linear.bias.then(|| self.vector(format!("{}.bias", linear.name))).transpose()?;
+        self.linears.push(Linear { name: linear.name.clone(), weight, bias, gradient_rounding: Rounding::Nearest });
+        Ok(LinearId(self.linears.len() - 1))
+    }
+
+    fn stored_linear(&mut self, linear: &spec::Linear) -> Result<LinearId, W::Error> {
+        let weight = self.weights.tensor(&format!("{}.weight", linear.name))?;
+        self.linear(linear, weight)
+    }
+
+    fn sub_layer(&mut self, block: usize, place: usize, s: &spec::SubLayer) -> Result<SubLayer, W::Error> {
+        let norm = self.norm(&s.norm)?;
+        let mut inputs = Vec::with_capacity(s.inputs.len());
+        for linear in &s.inputs {
+            inputs.push(self.stored_linear(linear)?);
+        }
+        let middle = match &s.mix {
+            Mix::Attention(attention) => Middle::Attention(Box::new(self.attention(attention, s.inner())?)),
+            Mix::Activation { function, gated } => {
+                let width = if *gated { s.inner() / 2 } else { s.inner() };
+                Middle::Activation { function: *function, gated: *gated, width }
+            }
+        };
+        let output = self.stored_linear(&s.output)?;
+        let post_norm = s.post_norm.as_ref().map(|norm| self.norm(norm)).transpose()?;
+        Ok(SubLayer { block, place, norm, inputs, inner: s.inner(), middle, output, post_norm })
+    }
+
+    fn attention(&mut self, a: &spec::Attention, row: usize) -> Result<Attention, W::Error> {
+        let d = a.head_dim;
+        let layout = |heads: usize, first: usize, head: usize| HeadLayout { row, first, head, heads, head_dim: d };
+        let [q, k, v] = match a.order {
+            Order::Planes => {
+                [layout(a.queries, 0, d), layout(a.keys, a.queries * d, d), layout(a.keys, (a.queries + a.keys) * d, d)]
+            }
+            Order::Heads => [0, 1, 2].map(|part| layout(a.queries, part * d, 3 * d)),
+        };
+        let qk_norm = match &a.qk_norm {
+            Some([q, k]) => Some([self.norm(q)?, self.norm(k)?]),
+            None => None,
+        };
+        let (rope, slopes) = match a.positions {
+            Positions::None => (None, None),
+            Positions::Rope(rope) => (Some(rope), None),
+            Positions::Alibi => (None, Some(attention::alibi_slopes(a.queries).into())),
+        };
+        let scores = Scores {
+            queries: a.queries,
+            keys: a.keys,
+            head_dim: d,
+            window: a.window,
+            scale: a.scale,
+            soft_cap: a.soft_cap,
+            slopes,
+        };
+        Ok(Attention { scores, q, k, v, qk_norm, rope, query_scale: a.query_scale })
+    }
+}
+
+impl Model {
+    /// Puts a model together from its tensors. Matrices stay in their storage.
+    ///
+    /// # Errors
+    /// A tensor that is missing or cannot be read.
+    pub fn load<W: Weights>(spec: ModelSpec, weights: &W) -> Result<Self, W::Error> {
+        let mut b = Builder { weights, linears: Vec::new(), vectors: Vec::new(), names: Vec::new() };
+        let table = weights.tensor(&format!("{}.weight", spec.table.name))?;
+        let positions = match &spec.table.positions {
+            Some(name) => Some(weights.tensor(&format!("{name}.weight"))?),
+            None => None,
+        };
+        let table_norm = spec.table.norm.as_ref().map(|norm| b.norm(norm)).transpose()?;
+        let mut sub_layers = Vec::new();
+        for (block, of_block) in spec.blocks.iter().enumerate() {
+            for (place, sub_layer) in of_block.sub_layers.iter().enumerate() {
+                sub_layers.push(b.sub_layer(block, place, sub_layer)?);
+            }
+        }
+        let norm = b.norm(&spec.norm)?;
+        let head = match spec.head.tied {
+            true => b.linear(&spec.head.linear, table.clone())?,
+            false => b.stored_linear(&spec.head.linear)?,
+        };
+        // The gradient of the logits is a vocabulary of small probabilities.
+        b.linears[head.0].gradient_rounding = Rounding::Stochastic;
+        let Builder { linears, vectors, names, .. } = b;
+        Ok(Self { spec, table, positions, table_norm, sub_layers, norm, head, linears, vectors, names })
+    }
+
+    /// A linear by its number.
+    pub fn linear(&self, linear: LinearId) -> &Linear {
+        &self.linears[linear.0]
+    }
+
+    /// The linears, in the order of their numbers, the head last.
+    pub fn linears(&self) -> &[Linear] {
+        &self.linears
+    }
+
+    /// The names of the norm weights and biases, in the order of their numbers.
+    pub fn vector_names(&self) -> &[String] {
+        &self.names
+    }
+
+    /// Bytes of the stored token embedding, which every pass reads rows of.
+    pub fn table_bytes(&self) -> usize {
+        self.table.bytes_len()
+    }
+}

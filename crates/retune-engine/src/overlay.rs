@@ -1,0 +1,121 @@
+//! What stands on a frozen model, in one normal form: weights and vectors trained in the base's place, and low-rank terms.
+//!
+//! A method of fine-tuning lowers itself into an overlay; the engine computes the overlay and knows no method. Every trainable value lies
+//! in the flat vector of [`ParamLayout`]; an overlay says where.
+
+use std::ops::Range;
+
+use crate::model::{LinearId, Model, SubLayer, VectorId};
+use crate::params::ParamLayout;
+
+/// Everything that stands on a model.
+#[derive(Clone, Debug, Default)]
+pub struct Overlay {
+    pub layout: ParamLayout,
+    /// What is changed of the token embedding.
+    pub table: Option<Range<usize>>,
+    /// What is changed of learned positions.
+    pub positions: Option<Range<usize>>,
+    /// By [`LinearId`]; as many as the model has.
+    pub linears: Vec<Change>,
+    /// Norm weights and biases trained in the base's place, by [`VectorId`]; as many as the model has.
+    pub vectors: Vec<Option<Range<usize>>>,
+}
+
+/// What stands on one linear.
+#[derive(Clone, Debug, Default)]
+pub struct Change {
+    /// A weight `[out, in]` in the base's place.
+    pub weight: Option<Range<usize>>,
+    pub low_rank: Option<LowRank>,
+}
+
+/// The term `scale · drop(x)·Aᵀ·Bᵀ` (Hu et al. 2021): A `[r, in]` and B `[out, r]` in the flat vector.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LowRank {
+    pub a: Range<usize>,
+    pub b: Range<usize>,
+    pub r: usize,
+    pub scale: f32,
+    /// Probability that an element of the input is dropped before A.
+    pub dropout: f32,
+    /// Key of the linear's dropout masks.
+    pub key: u64,
+}
+
+impl Change {
+    /// Rank of the low-rank term; 0 without one.
+    pub fn rank(&self) -> usize {
+        self.low_rank.as_ref().map_or(0, |term| term.r)
+    }
+
+    /// Whether anything of it is trained.
+    pub fn is_trained(&self) -> bool {
+        self.weight.is_some() || self.low_rank.is_some()
+    }
+}
+
+impl Overlay {
+    /// One that changes nothing of `model`.
+    pub fn empty(model: &Model) -> Self {
+        Self::of_sizes(model.linears.len(), model.vectors.len())
+    }
+
+    /// One that changes nothing of a model with these numbers of linears and vectors.
+    pub fn of_sizes(linears: usize, vectors: usize) -> Self {
+        Self { linears: vec![Change::default(); linears], vectors: vec![None; vectors], ..Self::default() }
+    }
+
+    /// What stands on a linear.
+    pub fn change(&self, linear: LinearId) -> &Change {
+        &self.linears[linear.0]
+    }
+
+    /// Whether a norm weight or bias is trained.
+    pub fn trains_vector(&self, vector: VectorId) -> bool {
+        self.vectors[vector.0].is_some()
+    }
+
+    /// Whether a linear, its bias included, is trained.
+    pub fn trains_linear(&self, model: &Model, linear: LinearId) -> bool {
+        let bias = model.linear(linear).bias;
+        self.change(linear).is_trained() || bias.is_some_and(|bias| self.trains_vector(bias))
+    }
+
+    /// Whether anything before a sub-layer's mix is trained.
+    pub(crate) fn trains_inputs(&self, model: &Model, sub_layer: &SubLayer) -> bool {
+        sub_layer.vectors_before_mix().any(|vector| self.trains_vector(vector))
+            || sub_layer.inputs.iter().any(|&linear| self.trains_linear(model, linear))
+    }
+
+    /// Whether anything of a sub-layer is trained.
+    pub(crate) fn trains_sub_layer(&self, model: &Model, sub_layer: &SubLayer) -> bool {
+        self.trains_inputs(model, sub_layer)
+            || self.trains_linear(model, sub_layer.output)
+            || sub_layer.post_norm.iter().flat_map(|norm| norm.vectors()).any(|vector| self.trains_vector(vector))
+    }
+
+    /// Whether anything of the embedding is trained.
+    pub(crate) fn trains_embedding(&self, model: &Model) -> bool {
+        let norm = model.table_norm.iter().flat_map(|norm| norm.vectors());
+        self.table.is_some() || self.positions.is_some() || norm.into_iter().any(|vector| self.trains_vector(vector))
+    }
+
+    /// The lowest sub-layer that the backward must reach: below it nothing is trained. `None` where nothing before the last norm is.
+    pub(crate) fn lowest_sub_layer(&self, model: &Model) -> Option<usize> {
+        if self.trains_embedding(model) && !model.sub_layers.is_empty() {
+            return Some(0);
+        }
+        model.sub_layers.iter().position(|sub_layer| self.trains_sub_layer(model, sub_layer))
+    }
+
+    /// Whether low-rank terms drop elements of their input in training.
+    pub fn has_dropout(&self) -> bool {
+        self.linears.iter().filter_map(|change| change.low_rank.as_ref()).any(|term| term.dropout > 0.0)
+    }
+
+    /// Ranks of low-rank terms together.
+    pub(crate) fn ranks(&self, linears: &[LinearId]) -> usize {
+        linears.iter().map(|&linear| self.change(linear).rank()).sum()
+    }
+}

@@ -1,0 +1,373 @@
+//! The one form of a sub-layer, `y = x + post_norm(mix(norm(x)·Wᵢᵀ)·Wₒᵀ)`, forward and backward.
+
+use retune_kernels::attention::{self, Segment};
+use retune_kernels::heads::{HeadLayout, Heads, HeadsMut};
+use retune_kernels::{activation, bf16, glu, rows, vector};
+
+use crate::generate::Cache;
+use crate::linear::{self, Gradient, Input, To};
+use crate::model::{Attention, Middle, SubLayer};
+use crate::pass::Pass;
+use crate::profile::{Operation, span};
+use crate::rope::{Direction, Rotations};
+use crate::run::Run;
+use crate::saved::{Rounded, Saved, grow, keep, restore};
+use crate::spec::Function;
+use crate::workspace::Temporary;
+
+/// Where a sub-layer leaves what its backward reads.
+pub(crate) struct Kept<'a> {
+    pub saved: &'a mut Saved,
+    /// The same rounded, where that is what lasts.
+    pub rounded: Option<&'a mut Rounded>,
+}
+
+impl SubLayer {
+    /// Runs the sub-layer on `x: [T, D]` and fills `kept`; writes `y: [T, D]` unless the sub-layer is only run again for its backward.
+    #[allow(clippy::too_many_arguments)] // what is read, what is kept, what is written
+    pub fn forward(
+        &self,
+        run: Run,
+        x: &[f32],
+        Kept { saved, mut rounded }: Kept,
+        t: &mut Temporary,
+        rotations: &mut Rotations,
+        y: Option<&mut [f32]>,
+        cache: Option<&mut Cache>,
+    ) {
+        let tokens = run.pass.tokens();
+        let d = run.model.spec.hidden_size;
+        // What lasts is rounded where it comes into being: it is in the cache then.
+        keep(x, rounded.as_mut().map(|rounded| &mut rounded.x));
+        let norm = &mut t.norm[..tokens * d];
+        self.norm.forward(run, x, norm);
+        let inner = &mut saved.inner[..tokens * self.inner];
+        linear::forward(run, &self.inputs, norm, To::Columns(&mut *inner), &mut saved.u[0], &mut t.linear);
+        let output = [self.output];
+        let is_projected = y.is_some() || self.post_norm.is_some();
+        // Even without output the backward needs the low-rank projection of what the output linear reads.
+        let is_mixed = is_projected || run.overlay.change(self.output).low_rank.is_some();
+        let mixed = match &self.middle {
+            Middle::Attention(attention) => {
+                attention.forward(run, saved, rounded.as_deref_mut(), t, rotations, cache);
+                let mixed = &saved.mixed[..tokens * self.mixed()];
+                keep(mixed, rounded.as_mut().map(|rounded| &mut rounded.saved.mixed));
+                mixed
+            }
+            Middle::Activation { .. } if !is_mixed => return,
+            Middle::Activation { function, gated, width } => {
+                let _span = span(Operation::Activation);
+                let mixed = &mut t.mixed[..tokens * width];
+                let kept = rounded.as_mut().map(|rounded| &mut rounded.saved.inner[..tokens * self.inner]);
+                match gated {
+                    true => glu::forward(inner, *width, *function, mixed, kept),
+                    false => activation::forward(inner, *function, mixed, kept),
+                }
+                &*mixed
+            }
+        };
+        let u = &mut saved.u[1];
+        match (&self.post_norm, y) {
+            (None, None) => linear::project(run, &output, mixed, u, &mut t.linear),
+            (None, Some(y)) => linear::forward(run, &output, mixed, To::Sum(y, x), u, &mut t.linear),
+            (Some(norm), y) => {
+                let raw = &mut saved.raw_output[..tokens * d];
+                linear::forward(run, &output, mixed, To::Columns(&mut *raw), u, &mut t.linear);
+                if let Some(rounded) = &mut rounded {
+                    // The backward computes the norm's gradient from what is kept.
+                    bf16::round_both(raw, &mut rounded.saved.raw_output[..tokens * d]);
+                }
+                if let Some(y) = y {
+                    norm.forward(run, raw, y);
+                    vector::add(y, x);
+                }
+            }
+        }
+        if let Some(rounded) = rounded {
+            for ((u, to), group) in saved.u.iter().zip(&mut rounded.saved.u).zip([&self.inputs[..], &output]) {
+                keep(&u[..tokens * run.overlay.ranks(group)], Some(to));
+            }
+        }
+    }
+
+    /// Turns the gradient of the output, in `t.dx: [T, D]`, into that of the input, and adds the gradients of what is trained to `grads`.
+    /// What the forward saved is used up. What it kept rounded is put back in its place as it is needed, `x: [T, D]` too.
+    ///
+    /// `needs_input` says whether anything below this sub-layer is trained.
+    #[allow(clippy::too_many_arguments)] // as the forward
+    pub fn backward(
+        &self,
+        run: Run,
+        grads: &mut [f32],
+        x: &mut [f32],
+        Kept { saved, rounded }: Kept,
+        t: &mut Temporary,
+        rotations: &mut Rotations,
+        needs_input: bool,
+    ) {
+        let tokens = run.pass.tokens();
+        let d = run.model.spec.hidden_size;
+        let rounded = rounded.as_deref();
+        let output = [self.output];
+        if let Some(rounded) = rounded {
+            for ((u, from), group) in saved.u.iter_mut().zip(&rounded.saved.u).zip([&self.inputs[..], &output]) {
+                restore(&mut u[..tokens * run.overlay.ranks(group)], Some(from));
+            }
+        }
+        // The gradient of the output linear's output is that of the residual stream, but for a norm between them.
+        let g = match &self.post_norm {
+            None => &t.dx[..tokens * d],
+            Some(norm) => {
+                let raw = &mut saved.raw_output[..tokens * d];
+                restore(raw, rounded.map(|rounded| &rounded.saved.raw_output));
+                let draw = &mut t.draw_output[..tokens * d];
+                draw.fill(0.0);
+                norm.backward(run, raw, &t.dx[..tokens * d], draw, grads);
+                &*draw
+            }
+        };
+        let gradient = Gradient { group: &output, g };
+        let below = needs_input || run.overlay.trains_inputs(run.model, self);
+        let dmixed = &mut t.mixed[..tokens * self.mixed()];
+        linear::project_gradients(run, gradient, tokens, &mut t.linear);
+        if below {
+            linear::input_gradient(run, gradient, tokens, &mut t.linear, dmixed);
+        }
+        match &self.middle {
+            Middle::Activation { function, gated, width } => {
+                let inner = &mut saved.inner[..tokens * self.inner];
+                let kept = rounded.map(|rounded| &rounded.saved.inner[..tokens * self.inner]);
+                activation_backward(*function, gated.then_some(*width), below, inner, kept, dmixed);
+                // The activation has just been computed again, into the place of its gradient.
+                linear::parameter_gradients(run, gradient, grads, Input { x: dmixed, u: &saved.u[1] }, &mut t.linear);
+            }
+            Middle::Attention(attention) => {
+                restore(&mut saved.mixed[..tokens * self.mixed()], rounded.map(|rounded| &rounded.saved.mixed));
+                let input = Input { x: &saved.mixed[..tokens * self.mixed()], u: &saved.u[1] };
+                linear::parameter_gradients(run, gradient, grads, input, &mut t.linear);
+                if below {
+                    attention.backward(run, grads, saved, rounded, t, rotations);
+                }
+            }
+        }
+        if !below {
+            return;
+        }
+        restore(x, rounded.map(|rounded| &rounded.x));
+        let norm = &mut t.norm[..tokens * d];
+        self.norm.forward(run, x, norm);
+        let dinner = match &self.middle {
+            Middle::Attention(_) => &t.dinner[..tokens * self.inner],
+            Middle::Activation { .. } => &saved.inner[..tokens * self.inner],
+        };
+        let trains_norm = self.norm.vectors().any(|vector| run.overlay.trains_vector(vector));
+        let to_norm = (needs_input || trains_norm).then_some(&mut t.dnorm[..tokens * d]);
+        let gradient = Gradient { group: &self.inputs, g: dinner };
+        linear::backward(run, gradient, grads, Input { x: norm, u: &saved.u[0] }, &mut t.linear, to_norm);
+        if needs_input || trains_norm {
+            self.norm.backward(run, x, &t.dnorm[..tokens * d], &mut t.dx[..tokens * d], grads);
+        }
+    }
+}
+
+/// Replaces the inputs of an activation by their gradients, and the gradient of its output, `dmixed`, by the output itself. Where nothing
+/// below is trained (`below` is false) only the output is computed. A gated activation has a `width`. What was kept rounded is read from
+/// there.
+fn activation_backward(
+    function: Function,
+    gated: Option<usize>,
+    below: bool,
+    inner: &mut [f32],
+    kept: Option<&[u16]>,
+    dmixed: &mut [f32],
+) {
+    let _span = span(Operation::Activation);
+    match (below, gated) {
+        (true, Some(width)) => glu::backward(inner, width, function, dmixed, kept),
+        (true, None) => activation::backward(inner, function, dmixed, kept),
+        (false, gated) => {
+            if let Some(kept) = kept {
+                bf16::widen(kept, inner);
+            }
+            match gated {
+                Some(width) => glu::forward(inner, width, function, dmixed, None),
+                None => activation::forward(inner, function, dmixed, None),
+            }
+        }
+    }
+}
+
+/// The segments of a pass for the attention: the queries of each row and the keys they may see.
+pub(crate) fn fill_segments(pass: &Pass, segments: &mut Vec<Segment>) {
+    segments.clear();
+    segments.extend(pass.sequences.iter().map(|s| Segment { queries: s.tokens.clone(), keys: s.keys.clone() }));
+}
+
+/// The keys (or values) of whole rows, from those of the pass's tokens: the same where rows share no tokens.
+fn whole_rows<'a>(pass: &Pass, tokens: Heads<'a>, memory: &'a mut Vec<f32>) -> Heads<'a> {
+    if !pass.is_shared() {
+        return tokens;
+    }
+    let layout = HeadLayout::dense(tokens.layout.heads, tokens.layout.head_dim);
+    let len = pass.row_tokens() * layout.row;
+    grow(memory, len);
+    rows::gather(tokens, &pass.key_tokens, &mut memory[..len]);
+    Heads { data: &memory[..len], layout }
+}
+
+impl Attention {
+    fn heads<'a>(&self, data: &'a [f32], layout: HeadLayout) -> Heads<'a> {
+        Heads { data, layout }
+    }
+
+    /// Where queries and keys lie once they are normalised and rotated apart from the inputs' output.
+    fn turned_layouts(&self) -> [HeadLayout; 2] {
+        let d = self.scores.head_dim;
+        let row = (self.q.heads + self.k.heads) * d;
+        let layout = |first: usize, heads: usize| HeadLayout { row, first, head: d, heads, head_dim: d };
+        [layout(0, self.q.heads), layout(self.q.heads * d, self.k.heads)]
+    }
+
+    /// Normalises queries and keys, and rotates them, into `turned`.
+    fn turn(&self, run: Run, inner: &[f32], turned: &mut [f32], rotations: &mut Rotations) {
+        let Some(norms) = &self.qk_norm else { return };
+        for ((norm, from), to) in norms.iter().zip([self.q, self.k]).zip(self.turned_layouts()) {
+            norm.heads_forward(run, self.heads(inner, from), HeadsMut::new(turned, to));
+            if let Some(rope) = self.rope {
+                rotations.turn(rope, turned, to, run.pass, Direction::Forward);
+            }
+        }
+        self.scale_queries(run.pass, turned, self.turned_layouts()[0]);
+    }
+
+    /// Multiplies queries, or their gradients, by what their positions say.
+    fn scale_queries(&self, pass: &Pass, x: &mut [f32], layout: HeadLayout) {
+        let Some(scale) = self.query_scale else { return };
+        for (row, &position) in x.chunks_mut(layout.row).zip(&pass.positions) {
+            let factor = scale.at(position);
+            if factor != 1.0 {
+                for head in 0..layout.heads {
+                    let at = layout.first + head * layout.head;
+                    row[at..at + layout.head_dim].iter_mut().for_each(|v| *v *= factor);
+                }
+            }
+        }
+    }
+
+    /// Queries and keys as the scores are made of them.
+    fn queries_and_keys<'a>(&self, inner: &'a [f32], turned: &'a [f32]) -> [Heads<'a>; 2] {
+        if self.qk_norm.is_none() {
+            return [self.heads(inner, self.q), self.heads(inner, self.k)];
+        }
+        self.turned_layouts().map(|layout| self.heads(turned, layout))
+    }
+
+    /// Writes the attention's output to `saved.mixed`, from `saved.inner`.
+    fn forward(
+        &self,
+        run: Run,
+        saved: &mut Saved,
+        mut rounded: Option<&mut Rounded>,
+        t: &mut Temporary,
+        rotations: &mut Rotations,
+        cache: Option<&mut Cache>,
+    ) {
+        let tokens = run.pass.tokens();
+        let inner = &mut saved.inner[..tokens * self.q.row];
+        if self.qk_norm.is_none() {
+            if let Some(rope) = self.rope {
+                for layout in [self.q, self.k] {
+                    rotations.turn(rope, inner, layout, run.pass, Direction::Forward);
+                }
+            }
+            self.scale_queries(run.pass, inner, self.q);
+        }
+        if let Some(rounded) = &mut rounded {
+            // The backward computes the probabilities again from the kept queries and keys, and their gradient from the kept values: they must
+            // be those that the log-sum-exp and the output are of.
+            let _span = span(Operation::SavedActivations);
+            bf16::round_both(inner, &mut rounded.saved.inner[..inner.len()]);
+        }
+        let inner = &*inner;
+        self.turn(run, inner, &mut t.turned, rotations);
+        let _span = span(Operation::Attention);
+        let [q, k] = self.queries_and_keys(inner, &t.turned);
+        let v = self.heads(inner, self.v);
+        let out = &mut saved.mixed[..tokens * self.scores.queries * self.scores.head_dim];
+        let lse = &mut saved.lse[..tokens * self.scores.queries];
+        match cache {
+            None => {
+                let [keys, values] = &mut t.whole;
+                let (k, v) = (whole_rows(run.pass, k, keys), whole_rows(run.pass, v, values));
+                attention::forward(&self.scores, &t.segments, q, k, v, out, lse);
+            }
+            Some(cache) => {
+                cache.append(k, v, tokens);
+                let segment = Segment { queries: 0..tokens, keys: 0..cache.tokens() };
+                attention::forward(&self.scores, &[segment], q, cache.keys(), cache.values(), out, lse);
+            }
+        }
+        if let Some(rounded) = rounded {
+            rounded.saved.lse[..lse.len()].copy_from_slice(lse);
+        }
+    }
+
+    /// Writes the gradients of queries, keys and values to `t.dinner`, for the gradient of the output in `t.mixed`.
+    fn backward(
+        &self,
+        run: Run,
+        grads: &mut [f32],
+        saved: &mut Saved,
+        rounded: Option<&Rounded>,
+        t: &mut Temporary,
+        rotations: &mut Rotations,
+    ) {
+        let tokens = run.pass.tokens();
+        let inner = &mut saved.inner[..tokens * self.q.row];
+        let lse = &mut saved.lse[..tokens * self.scores.queries];
+        if let Some(rounded) = rounded {
+            restore(inner, Some(&rounded.saved.inner));
+            lse.copy_from_slice(&rounded.saved.lse[..lse.len()]);
+        }
+        let inner = &*inner;
+        self.turn(run, inner, &mut t.turned, rotations);
+        let width = self.scores.queries * self.scores.head_dim;
+        let (out, dout) = (&saved.mixed[..tokens * width], &t.mixed[..tokens * width]);
+        let dinner = &mut t.dinner[..tokens * self.q.row];
+        {
+            let _span = span(Operation::AttentionBackward);
+            let [q, k] = self.queries_and_keys(inner, &t.turned);
+            let v = self.heads(inner, self.v);
+            let [keys, values] = &mut t.whole;
+            let (k, v) = (whole_rows(run.pass, k, keys), whole_rows(run.pass, v, values));
+            let saved = attention::Saved { q, k, v, out, lse };
+            if run.pass.is_shared() {
+                let layout = HeadLayout::dense(self.k.heads, self.k.head_dim);
+                let len = run.pass.row_tokens() * layout.row;
+                t.dwhole.iter_mut().for_each(|gradient| grow(gradient, len));
+                let [dk, dv] = t.dwhole.each_mut().map(|gradient| &mut gradient[..len]);
+                dinner.fill(0.0);
+                let [dq, ..] = HeadsMut::in_one(&mut *dinner, [self.q, self.k, self.v]);
+                let gradients = [dq, HeadsMut::new(&mut *dk, layout), HeadsMut::new(&mut *dv, layout)];
+                attention::backward(&self.scores, &t.segments, &saved, dout, gradients);
+                for (whole, to) in [(dk, self.k), (dv, self.v)] {
+                    rows::scatter_add(whole, &run.pass.key_tokens, HeadsMut::new(&mut *dinner, to));
+                }
+            } else {
+                let gradients = HeadsMut::in_one(&mut *dinner, [self.q, self.k, self.v]);
+                attention::backward(&self.scores, &t.segments, &saved, dout, gradients);
+            }
+        }
+        self.scale_queries(run.pass, dinner, self.q);
+        if let Some(rope) = self.rope {
+            for layout in [self.q, self.k] {
+                rotations.turn(rope, dinner, layout, run.pass, Direction::Backward);
+            }
+        }
+        if let Some(norms) = &self.qk_norm {
+            for (norm, layout) in norms.iter().zip([self.q, self.k]) {
+                norm.heads_backward(run, self.heads(inner, layout), HeadsMut::new(&mut *dinner, layout), grads);
+            }
+        }
+    }
+}

@@ -1,0 +1,266 @@
+//! The memory of a pass: what the forward keeps for the backward, and the buffers both work in. It is allocated for the largest pass and
+//! reused, so a steady step allocates nothing.
+
+use std::ops::Range;
+
+use retune_kernels::attention::{self, Segment};
+use retune_kernels::bf16;
+
+use crate::linear::LinearScratch;
+use crate::model::{Model, SubLayer};
+use crate::overlay::Overlay;
+use crate::pass::PassSize;
+use crate::rope::Rotations;
+use crate::saved::{Rounded, Saved, Saving, Widths, grow};
+
+/// Most bytes of logits that exist at once: the head works through the label tokens in blocks of rows. In f32 each block decodes and packs
+/// the whole head, so blocks are large; in 8 bits the head lies ready, and smaller ones cost nothing (where rows are
+/// scored, which is in f32, there is one of each).
+const LOGITS_BYTES: usize = 104 << 20;
+const INT8_LOGITS_BYTES: usize = 52 << 20;
+
+/// Buffers that hold nothing between sub-layers; T tokens, D hidden, M the widest input of an output linear.
+#[derive(Default)]
+pub(crate) struct Temporary {
+    /// A norm's output, `[T, D]`.
+    pub norm: Vec<f32>,
+    /// An activation's output, or the gradient of an output linear's input, `[T, M]`.
+    pub mixed: Vec<f32>,
+    /// Gradient of the residual stream, `[T, D]`.
+    pub dx: Vec<f32>,
+    /// Gradient of a norm's output, `[T, D]`.
+    pub dnorm: Vec<f32>,
+    /// Gradient of an output linear's output, where a norm follows it, `[T, D]`.
+    pub draw_output: Vec<f32>,
+    /// Gradient of an attention's queries, keys and values, where they lie in the inputs' output.
+    pub dinner: Vec<f32>,
+    /// Queries and keys normalised and rotated, where what is kept is before that.
+    pub turned: Vec<f32>,
+    /// Keys and values of whole rows, where rows share tokens, and their gradients, `[Σ row, K]` each.
+    pub whole: [Vec<f32>; 2],
+    pub dwhole: [Vec<f32>; 2],
+    pub linear: LinearScratch,
+    pub segments: Vec<Segment>,
+}
+
+/// Buffers of the head, for a block of R label tokens.
+#[derive(Default)]
+pub(crate) struct HeadBuffers {
+    /// Rows of the last block's output, `[R, D]`.
+    pub rows: Vec<f32>,
+    /// The same, normalised, `[R, D]`.
+    pub norm: Vec<f32>,
+    /// Gradient of `norm`, then of `rows`, `[R, D]` each.
+    pub dnorm: Vec<f32>,
+    pub drows: Vec<f32>,
+    /// `[R, V]`
+    pub logits: Vec<f32>,
+    pub targets: Vec<u32>,
+    /// The gradient of each label's own logit, `[R]`, in 8 bits.
+    pub label_gradients: Vec<f32>,
+    /// The low-rank projection, where the head has one, `[R, r]`.
+    pub u: Vec<f32>,
+}
+
+/// Everything a pass works in.
+pub struct Workspace {
+    pub saving: Saving,
+    /// Inputs of the sub-layers and the output of the last, `[T, D]` each; which is where, [`Workspace::input`] says.
+    pub(crate) x: Vec<Vec<f32>>,
+    pub(crate) saved: Vec<Saved>,
+    pub(crate) rounded: Vec<Rounded>,
+    /// Tokens of the largest pass so far.
+    most_tokens: usize,
+    pub(crate) temporary: Temporary,
+    pub(crate) head: HeadBuffers,
+    pub(crate) rotations: Rotations,
+    /// The loss of each label of the last pass.
+    pub losses: Vec<f32>,
+}
+
+/// Sub-layers of the largest block.
+fn places(model: &Model) -> usize {
+    model.sub_layers.iter().map(|s| s.place + 1).max().unwrap_or(0)
+}
+
+fn blocks(model: &Model) -> usize {
+    model.sub_layers.last().map_or(0, |s| s.block + 1)
+}
+
+impl Workspace {
+    /// An empty workspace; it grows to the largest pass it sees.
+    pub fn new(model: &Model, saving: Saving) -> Self {
+        Self::for_passes(model, saving, 0)
+    }
+
+    /// A workspace that is made for passes of `tokens` tokens when the first one comes.
+    pub fn for_passes(model: &Model, saving: Saving, tokens: usize) -> Self {
+        let (n, places) = (model.sub_layers.len(), places(model));
+        let inputs = match saving {
+            Saving::Full => n + 1,
+            // The inputs of blocks and the last output; within a block those of its other sub-layers.
+            Saving::BlockInputs => blocks(model) + places.max(1),
+            // The last output is kept beside two in turn.
+            Saving::Bf16 => 3,
+            Saving::None => 2,
+        };
+        let saved = if saving == Saving::Full { n } else { places };
+        let rounded = if saving == Saving::Bf16 { n } else { 0 };
+        Self {
+            saving,
+            x: (0..inputs.max(2)).map(|_| Vec::new()).collect(),
+            saved: (0..saved).map(|_| Saved::default()).collect(),
+            rounded: (0..rounded).map(|_| Rounded::default()).collect(),
+            most_tokens: tokens,
+            temporary: Temporary::default(),
+            head: HeadBuffers::default(),
+            rotations: Rotations::new(&model.spec.ropes),
+            losses: Vec::new(),
+        }
+    }
+
+    /// Rows of logits that exist at once in a pass of `labels` labels: blocks of equal size.
+    pub(crate) fn head_rows(model: &Model, int8: bool, labels: usize) -> usize {
+        let most = Self::most_head_rows(model, int8);
+        labels.div_ceil(labels.div_ceil(most).max(1)).max(1)
+    }
+
+    fn most_head_rows(model: &Model, int8: bool) -> usize {
+        let bytes = if int8 { INT8_LOGITS_BYTES } else { LOGITS_BYTES };
+        (bytes / (4 * model.spec.vocab_size)).max(16)
+    }
+
+    /// Where the input of sub-layer `s` is kept in a pass that will (`backward`) or will not be followed by its backward; the number of
+    /// sub-layers stands for the last one's output.
+    pub(crate) fn input(&self, model: &Model, s: usize, backward: bool) -> usize {
+        let n = model.sub_layers.len();
+        match self.saving {
+            Saving::Full if backward => s,
+            Saving::Bf16 if backward && s == n => 2,
+            Saving::BlockInputs if backward => match model.sub_layers.get(s) {
+                None => blocks(model),
+                Some(sub_layer) if sub_layer.place == 0 => sub_layer.block,
+                Some(sub_layer) => blocks(model) + sub_layer.place,
+            },
+            _ => s % 2,
+        }
+    }
+
+    /// Where what sub-layer `s` saves is kept.
+    pub(crate) fn place(&self, model: &Model, s: usize, backward: bool) -> usize {
+        if backward && self.saving == Saving::Full { s } else { model.sub_layers[s].place }
+    }
+
+    /// Whether `range` of the input of block `b` of the last pass with a backward is finite; the number of blocks stands for the output
+    /// of the last.
+    pub(crate) fn block_input_is_finite(&self, model: &Model, b: usize, range: Range<usize>) -> bool {
+        let s = model.sub_layers.iter().position(|s| s.block == b).unwrap_or(model.sub_layers.len());
+        match self.rounded.get(s) {
+            Some(rounded) => rounded.x[range].iter().all(|&v| bf16::is_finite(v)),
+            None => self.x[self.input(model, s, true)][range].iter().all(|v| v.is_finite()),
+        }
+    }
+
+    /// Makes every buffer hold a pass of `tokens` tokens up to `positions` long.
+    pub(crate) fn reserve(
+        &mut self,
+        model: &Model,
+        overlay: &Overlay,
+        tokens: usize,
+        positions: usize,
+        backward: bool,
+    ) {
+        let d = model.spec.hidden_size;
+        self.rotations.grow(positions);
+        let tokens = tokens.max(self.most_tokens);
+        self.most_tokens = tokens;
+        let inputs = match (backward, self.saving) {
+            (true, Saving::Full | Saving::BlockInputs | Saving::Bf16) => self.x.len(),
+            _ => 2,
+        };
+        self.x[..inputs].iter_mut().for_each(|x| grow(x, tokens * d));
+        if backward && self.saving == Saving::Full {
+            for (saved, sub_layer) in self.saved.iter_mut().zip(&model.sub_layers) {
+                saved.reserve(Widths::of(model, overlay, sub_layer), tokens);
+            }
+        } else {
+            for (place, saved) in self.saved.iter_mut().enumerate() {
+                saved.reserve(Widths::shared(model, overlay, place), tokens);
+            }
+        }
+        if backward {
+            for (rounded, sub_layer) in self.rounded.iter_mut().zip(&model.sub_layers) {
+                let widths = Widths::of(model, overlay, sub_layer);
+                grow(&mut rounded.x, tokens * widths.x);
+                rounded.saved.reserve(widths, tokens);
+            }
+        }
+        let widths = TemporaryWidths::of(model);
+        let t = &mut self.temporary;
+        grow(&mut t.norm, tokens * d);
+        grow(&mut t.mixed, tokens * widths.mixed);
+        grow(&mut t.turned, tokens * widths.turned);
+        if backward {
+            grow(&mut t.dx, tokens * d);
+            grow(&mut t.dnorm, tokens * d);
+            grow(&mut t.draw_output, tokens * widths.draw_output);
+            grow(&mut t.dinner, tokens * widths.dinner);
+        }
+    }
+
+    /// Bytes that a training pass of this size will make the workspace take: the plan shown before training. `int8` says whether the
+    /// base will be computed in 8 bits. Scratch memory of the kernels is included.
+    pub fn planned_bytes(model: &Model, overlay: &Overlay, saving: Saving, int8: bool, size: PassSize) -> usize {
+        let PassSize { tokens, row_tokens, labels, scored_labels, is_shared } = size;
+        let d = model.spec.hidden_size;
+        let all: Vec<Widths> = model.sub_layers.iter().map(|s| Widths::of(model, overlay, s)).collect();
+        let shared = (0..places(model)).map(|place| Widths::shared(model, overlay, place));
+        let one: usize = shared.map(|w| w.rounded() + w.lse).sum();
+        // Counted in halves of four bytes.
+        let saved = match saving {
+            Saving::Full => 2 * (all.iter().map(|w| w.x + w.rounded() + w.lse).sum::<usize>() + d),
+            Saving::Bf16 => all.iter().map(|w| w.x + w.rounded() + 2 * w.lse).sum::<usize>() + 2 * (one + 3 * d),
+            Saving::BlockInputs => 2 * (one + (blocks(model) + places(model)) * d),
+            Saving::None => 2 * (one + 2 * d),
+        };
+        let widths = TemporaryWidths::of(model);
+        let temporary = 3 * d + widths.mixed + widths.turned + widths.draw_output + widths.dinner;
+        let attentions = || model.sub_layers.iter().filter_map(|s| s.attention());
+        let queries = attentions().map(|a| a.scores.queries * a.scores.head_dim).max().unwrap_or(0);
+        let keys = attentions().map(|a| a.scores.keys * a.scores.head_dim).max().unwrap_or(0);
+        let attention = row_tokens * attention::BACKWARD_SCRATCH * queries;
+        let whole = if is_shared { row_tokens * 4 * keys } else { 0 };
+        let int8 = int8 && !overlay.trains_linear(model, model.head);
+        let rows = Self::most_head_rows(model, int8).min(labels);
+        let scored_rows = Self::most_head_rows(model, false).min(scored_labels);
+        let head = rows.max(scored_rows) * (4 * d + model.spec.vocab_size);
+        // In 8 bits the head's gradient is quantized beside the logits.
+        let quantized = if int8 { rows * model.spec.vocab_size / 4 } else { 0 };
+        let dropped = if overlay.has_dropout() { 2 * tokens * widths.mixed.max(d) } else { 0 };
+        let packing = 3 << 20;
+        2 * tokens * saved + 4 * (tokens * temporary + attention + whole + head + quantized + dropped + packing)
+    }
+}
+
+/// Widths of the buffers of [`Temporary`] that depend on the sub-layers.
+struct TemporaryWidths {
+    mixed: usize,
+    turned: usize,
+    draw_output: usize,
+    dinner: usize,
+}
+
+impl TemporaryWidths {
+    fn of(model: &Model) -> Self {
+        let most = |f: &dyn Fn(&SubLayer) -> usize| model.sub_layers.iter().map(f).max().unwrap_or(0);
+        Self {
+            mixed: most(&|s| s.mixed()),
+            turned: most(&|s| {
+                let normed = s.attention().filter(|a| a.qk_norm.is_some());
+                normed.map_or(0, |a| (a.scores.queries + a.scores.keys) * a.scores.head_dim)
+            }),
+            draw_output: most(&|s| if s.post_norm.is_some() { model.spec.hidden_size } else { 0 }),
+            dinner: most(&|s| if s.attention().is_some() { s.inner } else { 0 }),
+        }
+    }
+}

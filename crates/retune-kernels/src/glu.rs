@@ -1,0 +1,171 @@
+//! Gated activations `h = f(gate) ⊙ up` (Shazeer 2020, "GLU Variants Improve Transformer"). A gate and an up of F elements lie side by side
+//! in a row, `inner: [T, 2F]`.
+
+use crate::activation::{Activation, Function, by_function};
+use crate::bf16::{rounded, widened};
+use crate::multiversion;
+use crate::parallel::{self, SharedMut};
+
+/// About how many elements of the output are a parallel piece.
+const PIECE: usize = 1 << 14;
+
+#[inline(always)]
+fn values<A: Activation, const FMA: bool>(inner: &[f32], width: usize, h: &mut [f32]) {
+    for (inner, h) in inner.chunks_exact(2 * width).zip(h.chunks_exact_mut(width)) {
+        let (gate, up) = inner.split_at(width);
+        for ((h, &e), &u) in h.iter_mut().zip(gate).zip(up) {
+            *h = A::value::<FMA>(e) * u;
+        }
+    }
+}
+
+#[inline(always)]
+fn values_and_rounded<A: Activation, const FMA: bool>(inner: &[f32], width: usize, h: &mut [f32], kept: &mut [u16]) {
+    let rows = inner.chunks_exact(2 * width).zip(h.chunks_exact_mut(width)).zip(kept.chunks_exact_mut(2 * width));
+    for ((inner, h), kept) in rows {
+        let ((gate, up), (kept_gate, kept_up)) = (inner.split_at(width), kept.split_at_mut(width));
+        for ((((h, &e), &u), kept_e), kept_u) in h.iter_mut().zip(gate).zip(up).zip(kept_gate).zip(kept_up) {
+            *h = A::value::<FMA>(e) * u;
+            *kept_e = rounded(e);
+            *kept_u = rounded(u);
+        }
+    }
+}
+
+multiversion! {
+    fn forward_rows(inner: &[f32], width: usize, function: Function, h: &mut [f32], kept: Option<&mut [u16]>) {
+        match kept {
+            None => by_function!(function, values, inner, width, h),
+            Some(kept) => by_function!(function, values_and_rounded, inner, width, h, kept),
+        }
+    }
+}
+
+/// Calls `f` with the first row and the number of rows of each piece.
+fn for_each_rows(tokens: usize, width: usize, f: impl Fn(usize, usize) + Sync) {
+    let rows = (PIECE / width.max(1)).max(1);
+    parallel::for_each(tokens.div_ceil(rows), |piece| f(piece * rows, rows.min(tokens - piece * rows)));
+}
+
+/// Writes `h: [T, width]` from `inner: [T, 2 · width]`, and this rounded to bfloat16 to `kept`, where it lasts for the backward.
+pub fn forward(inner: &[f32], width: usize, function: Function, h: &mut [f32], kept: Option<&mut [u16]>) {
+    debug_assert!(inner.len() == 2 * h.len() && kept.iter().all(|kept| kept.len() == inner.len()));
+    let tokens = h.len() / width.max(1);
+    let (h, kept) = (SharedMut::new(h), kept.map(SharedMut::new));
+    for_each_rows(tokens, width, |row, n| {
+        let (start, len) = (2 * row * width, 2 * n * width);
+        // SAFETY: pieces are disjoint.
+        let (h, kept) = unsafe { (h.slice(row * width, n * width), kept.map(|kept| kept.slice(start, len))) };
+        forward_rows(&inner[start..start + len], width, function, h, kept);
+    });
+}
+
+/// The gradients of a gate and an up, and the output again.
+#[inline(always)]
+fn gradient<A: Activation, const FMA: bool>(e: f32, u: f32, g: f32) -> (f32, f32, f32) {
+    let (de, activated) = A::gradient::<FMA>(e, g * u);
+    (de, g * activated, activated * u)
+}
+
+#[inline(always)]
+fn gradients<A: Activation, const FMA: bool>(inner: &mut [f32], width: usize, dh: &mut [f32]) {
+    for (inner, dh) in inner.chunks_exact_mut(2 * width).zip(dh.chunks_exact_mut(width)) {
+        let (gate, up) = inner.split_at_mut(width);
+        for ((e, u), g) in gate.iter_mut().zip(up).zip(dh) {
+            (*e, *u, *g) = gradient::<A, FMA>(*e, *u, *g);
+        }
+    }
+}
+
+#[inline(always)]
+fn rounded_gradients<A: Activation, const FMA: bool>(kept: &[u16], inner: &mut [f32], width: usize, dh: &mut [f32]) {
+    let rows = inner.chunks_exact_mut(2 * width).zip(dh.chunks_exact_mut(width)).zip(kept.chunks_exact(2 * width));
+    for ((inner, dh), kept) in rows {
+        let ((gate, up), (kept_gate, kept_up)) = (inner.split_at_mut(width), kept.split_at(width));
+        for ((((e, u), g), kept_e), kept_u) in gate.iter_mut().zip(up).zip(dh).zip(kept_gate).zip(kept_up) {
+            (*e, *u, *g) = gradient::<A, FMA>(widened(*kept_e), widened(*kept_u), *g);
+        }
+    }
+}
+
+multiversion! {
+    fn backward_rows(inner: &mut [f32], width: usize, function: Function, dh: &mut [f32], kept: Option<&[u16]>) {
+        match kept {
+            None => by_function!(function, gradients, inner, width, dh),
+            Some(kept) => by_function!(function, rounded_gradients, kept, inner, width, dh),
+        }
+    }
+}
+
+/// Replaces `inner: [T, 2 · width]` by its gradient, and the gradient `dh: [T, width]` of the output by the output itself, which the caller
+/// needs next and would otherwise recompute: one pass over all of them. With `kept`, what the forward rounded, that is read in place of
+/// `inner`.
+pub fn backward(inner: &mut [f32], width: usize, function: Function, dh: &mut [f32], kept: Option<&[u16]>) {
+    debug_assert!(inner.len() == 2 * dh.len() && kept.iter().all(|kept| kept.len() == inner.len()));
+    let tokens = dh.len() / width.max(1);
+    let (inner, dh) = (SharedMut::new(inner), SharedMut::new(dh));
+    for_each_rows(tokens, width, |row, n| {
+        let (start, len) = (2 * row * width, 2 * n * width);
+        // SAFETY: pieces are disjoint.
+        let (inner, dh) = unsafe { (inner.slice(start, len), dh.slice(row * width, n * width)) };
+        backward_rows(inner, width, function, dh, kept.map(|kept| &kept[start..start + len]));
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::activation::tests::{FUNCTIONS, reference};
+    use crate::testing::{dot, numeric_gradient, random, relative_error, to_f64};
+
+    #[test]
+    fn forward_and_backward_equal_the_reference() {
+        for (function, (tokens, width)) in FUNCTIONS.into_iter().flat_map(|f| [(1, 1), (3, 7), (4, 50)].map(|s| (f, s)))
+        {
+            let n = tokens * width;
+            let inner: Vec<f32> = random(1, 2 * n).iter().map(|v| v * 4.0).collect();
+            let dh = random(3, n);
+            let mut h = vec![0.0; n];
+            forward(&inner, width, function, &mut h, None);
+            let expected = |inner: &[f64]| -> Vec<f64> {
+                let row =
+                    |row: &[f64]| (0..width).map(|i| reference(function, row[i]) * row[width + i]).collect::<Vec<_>>();
+                inner.chunks(2 * width).flat_map(row).collect()
+            };
+            let (x, g) = (to_f64(&inner), to_f64(&dh));
+            assert!(relative_error(&h, &expected(&x)) < 1e-6, "{function:?}");
+            let (mut dinner, mut again) = (inner.clone(), dh.clone());
+            backward(&mut dinner, width, function, &mut again, None);
+            let by_inner = numeric_gradient(&x, |x| dot(&expected(x), &g));
+            assert!(relative_error(&dinner, &by_inner) < 1e-5, "{function:?}");
+            assert!(relative_error(&again, &expected(&x)) < 1e-6, "{function:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_kept_rounded_is_what_the_backward_reads() {
+        for function in FUNCTIONS {
+            let (tokens, width) = (5, PIECE / 2 - 3);
+            let n = tokens * width;
+            let (inner, dh) = (random(1, 2 * n), random(3, n));
+            let (mut h, mut plain, mut kept) = (vec![0.0; n], vec![0.0; n], vec![0; 2 * n]);
+            forward(&inner, width, function, &mut plain, None);
+            forward(&inner, width, function, &mut h, Some(&mut kept));
+            assert!(h == plain && kept == inner.iter().map(|&v| rounded(v)).collect::<Vec<_>>());
+            let (mut expected, mut again) = (kept.iter().map(|&v| widened(v)).collect::<Vec<f32>>(), dh.clone());
+            backward(&mut expected, width, function, &mut again, None);
+            let (mut dinner, mut own) = (vec![f32::NAN; 2 * n], dh);
+            backward(&mut dinner, width, function, &mut own, Some(&kept));
+            assert!(dinner == expected && own == again);
+        }
+    }
+
+    #[test]
+    fn large_gates_stay_finite() {
+        let inner = [-1e4, 1e4, -90.0, 90.0, 1.0, 1.0, 1.0, 1.0];
+        let mut h = vec![0.0; 4];
+        forward(&inner, 4, Function::Silu, &mut h, None);
+        assert_eq!((h[1], h[3]), (1e4, 90.0));
+        assert!(h[0].abs() < 1e-30 && h[2].abs() < 1e-30);
+    }
+}

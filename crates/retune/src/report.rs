@@ -1,0 +1,142 @@
+//! What a run says at its end: what it gained, where its result is, and what to do next.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::Result;
+use retune_engine::calibrate::Choice;
+use retune_train::data::{Names, read_rows};
+use retune_train::run_config::{Method, RunConfig};
+use retune_train::state::Progress;
+use serde_json::{Value, json};
+
+use crate::args::RunFile;
+use crate::commands::print_json;
+use crate::compute;
+use crate::memory::{self, human};
+
+/// What there is to say of a run that has ended.
+pub struct Report<'a> {
+    pub config: &'a RunConfig,
+    /// Number of trained parameters.
+    pub trained: usize,
+    pub progress: &'a Progress,
+    /// The folder of the adapter or of the model.
+    pub result: &'a Path,
+    /// Answers to held-out rows.
+    pub samples: &'a [Value],
+    pub choices: &'a [Choice],
+    /// How long this part of the run took.
+    pub seconds: f64,
+}
+
+impl Report<'_> {
+    /// Prints it for a program.
+    pub fn print_json(&self) -> Result<()> {
+        print_json(&json!({
+            "output": self.result,
+            "bytes": folder_size(self.result),
+            "trainable_parameters": self.trained,
+            "steps": self.progress.total_steps,
+            "tokens": self.progress.tokens,
+            "held_out_loss_before": self.progress.initial_loss,
+            "held_out_loss_after": self.progress.best_loss,
+            "held_out_loss_last": self.progress.last_loss,
+            "best_step": self.progress.best_step,
+            "seconds": self.seconds,
+            "compute": compute::summary(self.choices),
+            "peak_rss_bytes": memory::peak_resident(),
+            "samples": self.samples,
+        }))
+    }
+
+    /// Prints it for a person.
+    pub fn print(&self) -> Result<()> {
+        outln!();
+        if let (Some(before), Some(after)) = (self.progress.initial_loss, self.progress.best_loss) {
+            outln!("held-out loss  {before:.4} before, {after:.4} after");
+        }
+        for sample in self.samples {
+            let text = |key: &str| sample[key].as_str().unwrap_or_default().replace('\n', " ");
+            outln!("\n  held-out row {}", sample["row"]);
+            outln!("    reference  {}", text("reference"));
+            outln!("    base       {}", text("base"));
+            outln!("    trained    {}", text("trained"));
+        }
+        let what = if self.config.method == Method::Full { "model  " } else { "adapter" };
+        let peak = memory::peak_resident().map_or_else(|| "unknown".to_owned(), human);
+        outln!("\n{what}        {} ({})", self.result.display(), human(folder_size(self.result)));
+        outln!("took           {:.0} s, peak memory {peak}", self.seconds);
+        let (program, path) = (program(), shell_word(&self.result.to_string_lossy()));
+        let model = match self.config.method {
+            Method::Full => format!("--model {path}"),
+            Method::Lora => format!("--model {} --adapter {path}", shell_word(&self.config.model)),
+        };
+        let question = self.first_question().unwrap_or_else(|| "Once upon a time".to_owned());
+        outln!("\nNext:");
+        outln!("  {program} generate {model} {}", shell_word(&question));
+        outln!("  {program} inspect {path}");
+        match (self.config.method, &self.config.data.eval) {
+            (Method::Full, None) => {}
+            (Method::Full, Some(eval)) => {
+                outln!("  {program} eval {model} --data {}", shell_word(&eval.to_string_lossy()));
+            }
+            (Method::Lora, _) => {
+                let merged = format!("{}-merged", self.config.output_dir.to_string_lossy());
+                outln!("  {program} merge {model} --out {}", shell_word(&merged));
+            }
+        }
+        Ok(())
+    }
+
+    /// What the first held-out row asks, or the first row: something to try the result with, no longer than a line.
+    fn first_question(&self) -> Option<String> {
+        const LONGEST: usize = 120;
+        let data = &self.config.data;
+        let path = data.eval.as_ref().unwrap_or(&data.train);
+        let file = read_rows(path, data.format, &data.columns, &Names::KEYS).ok()?;
+        let text = file.rows.first()?.text.question()?;
+        let mut question = String::new();
+        for word in text.split_whitespace() {
+            if question.len() + word.len() >= LONGEST {
+                break;
+            }
+            question.push_str(if question.is_empty() { "" } else { " " });
+            question.push_str(word);
+        }
+        Some(question).filter(|question| !question.is_empty())
+    }
+}
+
+/// Says where Ctrl-C stopped a run, and how to go on.
+pub fn print_stopped(run: &RunFile, progress: &Progress) {
+    let &Progress { step, total_steps, initial_loss, owes_score, .. } = progress;
+    match step {
+        0 if initial_loss.is_none() => {
+            note!("stopped before the first step, while held-out rows were scored. Begin with:")
+        }
+        _ if owes_score => note!(
+            "stopped after step {step} of {total_steps}; everything is saved, but its held-out rows are still to be scored. Go on with:"
+        ),
+        _ => note!("stopped after step {step} of {total_steps}; everything is saved. Go on with:"),
+    }
+    let file = shell_word(&run.path.to_string_lossy());
+    let overrides: String = run.overrides.iter().map(|text| format!(" --set {}", shell_word(text))).collect();
+    note!("  {} train {file}{overrides} --resume", program());
+}
+
+/// This program as it was called.
+fn program() -> String {
+    std::env::args().next().map_or_else(|| "retune".to_owned(), |name| shell_word(&name))
+}
+
+/// A word as a shell reads it.
+fn shell_word(word: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "._-=/:,+".contains(c);
+    if word.chars().all(plain) { word.to_owned() } else { format!("'{}'", word.replace('\'', "'\\''")) }
+}
+
+fn folder_size(path: &Path) -> u64 {
+    let entries = fs::read_dir(path).into_iter().flatten().flatten();
+    entries.filter_map(|e| e.metadata().ok()).filter(fs::Metadata::is_file).map(|m| m.len()).sum()
+}
