@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 
 import torch
 from transformers import (BloomConfig, Gemma2Config, Gemma3Config, Gemma3TextConfig, GemmaConfig, GPT2Config, LlamaConfig,
-                          Ministral3Config, MinistralConfig, Phi3Config, PreTrainedConfig, Qwen2Config, Qwen3Config)
+                          Ministral3Config, MinistralConfig, Phi3Config, PreTrainedConfig, Qwen2Config, Qwen3Config,
+                          SmolLM3Config)
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
@@ -59,6 +60,11 @@ CASES = {
     "qwen2_window": Case(Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=5, max_window_layers=1)),
     "qwen3": Case(Qwen3Config(**SIZES, head_dim=12, tie_word_embeddings=True), lora(["v_proj", "up_proj"])),
     "qwen3_untied": Case(Qwen3Config(**SMALL, head_dim=12, attention_bias=True)),
+    "smollm3": Case(
+        SmolLM3Config(**SIZES | dict(num_hidden_layers=4, intermediate_size=16), no_rope_layers=[1, 0, 1, 0],
+                      use_sliding_window=True, sliding_window=5,
+                      layer_types=["full_attention", "sliding_attention", "sliding_attention", "full_attention"]),
+        lora(["q_proj", "up_proj"])),
     "gemma": Case(GemmaConfig(**{k: GEMMA[k] for k in [*SIZES, "head_dim"]}), lora(["o_proj", "down_proj"])),
     "gemma2": Case(Gemma2Config(**GEMMA, attn_logit_softcapping=1.5, final_logit_softcapping=4.0), lora(["q_proj", "gate_proj"])),
     "gemma3": Case(

@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (BloomConfig, Gemma2Config, Gemma3TextConfig, GemmaConfig, GPT2Config, LlamaConfig, Ministral3Config,
-                          MistralConfig, Phi3Config, PreTrainedConfig, Qwen2Config, Qwen3Config)
+                          MistralConfig, Phi3Config, PreTrainedConfig, Qwen2Config, Qwen3Config, SmolLM3Config)
 from transformers.utils import logging
 
 from common import GOLDENS, batch, fresh, load, random_model, run, seed_of, write
@@ -50,6 +50,7 @@ CASES = {
     "mistral": Case(MistralConfig(**SIZES, sliding_window=None), SPM, dict(sliding_window=5)),
     "qwen2": Case(Qwen2Config(**PLAIN, tie_word_embeddings=True), "qwen2"),
     "qwen3": Case(Qwen3Config(**SIZES, tie_word_embeddings=True), "qwen2"),
+    "smollm3": Case(SmolLM3Config(**PLAIN | dict(num_hidden_layers=4)), "llama-bpe"),
     "gemma": Case(GemmaConfig(**SIZES), SPM),
     "gemma2": Case(Gemma2Config(**GEMMA, attn_logit_softcapping=1.5, final_logit_softcapping=4.0), SPM),
     "gemma3": Case(Gemma3TextConfig(**GEMMA | dict(num_hidden_layers=7, intermediate_size=16)), SPM),

@@ -20,6 +20,7 @@ mod llama;
 mod ministral;
 mod phi3;
 mod qwen;
+mod smollm3;
 
 /// A family of models that compute the same.
 pub struct Family {
@@ -69,6 +70,7 @@ pub const FAMILIES: &[&Family] = &[
     &phi3::PHI3,
     &gpt2::GPT2,
     &bloom::BLOOM,
+    &smollm3::SMOLLM3,
     &ministral::MINISTRAL,
     &ministral::MINISTRAL3,
 ];
