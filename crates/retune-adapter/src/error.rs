@@ -121,6 +121,13 @@ pub enum Error {
     )]
     TensorUnknown { name: String },
 
+    /// The file holds another weight of the base than the base has.
+    #[error(
+        "the adapter holds `{name}`, which is not this base's own {module}: PEFT would load it over the base's; use the base it was saved \
+         with, or save the adapter with save_embedding_layers=False"
+    )]
+    OtherBaseWeight { name: String, module: String },
+
     /// The file holds tensors that have no place in this model.
     #[error("the adapter holds {keys}, which have no place in this model. {advice}")]
     UnexpectedTensors { keys: String, advice: &'static str },

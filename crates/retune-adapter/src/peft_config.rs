@@ -217,6 +217,12 @@ fn number(value: f64) -> Value {
 
 /// Names that select the targets and nothing else, sorted: the last component where all modules with it are targets, else the full name.
 fn shortest_names(targets: &[LoraTarget], modules: &BaseModules<'_>) -> Vec<String> {
+    // Beside the part that is read such a model has one that sees pictures, whose modules have the same ends.
+    if targets.iter().any(|target| target.module.starts_with("model.language_model.")) {
+        let mut names: Vec<String> = targets.iter().map(|target| target.module.clone()).collect();
+        names.sort();
+        return names;
+    }
     let is_target = |name: &str| targets.iter().any(|target| target.module == name);
     let mut names: Vec<String> = targets
         .iter()

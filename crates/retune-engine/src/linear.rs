@@ -54,7 +54,7 @@ impl Weight<'_> {
 
 /// Where the outputs of a group go.
 pub(crate) enum To<'a> {
-    /// Side by side, in the group's order, in rows of all of them.
+    /// Side by side, in the group's order, from the beginning of each row: as many rows as the input has.
     Columns(&'a mut [f32]),
     /// One linear's output plus an addend of the same shape.
     Sum(&'a mut [f32], &'a [f32]),
@@ -145,7 +145,9 @@ pub(crate) fn forward(run: Run, group: &[LinearId], x: &[f32], to: To, u: &mut [
             forward_one(run, id, x, u, scratch, Out::sum(y, n, addend), n);
         }
         To::Columns(y) => {
-            let width = group.iter().map(|&id| run.model.linear(id).rows()).sum();
+            let Some(&first) = group.first() else { return };
+            // Rows may be longer than the columns that are written.
+            let width = y.len() / (x.len() / run.model.linear(first).cols()).max(1);
             let mut first = 0;
             for &id in group {
                 forward_one(run, id, x, u.from(0, column), scratch, Out::set(&mut y[first..], width), width);
@@ -192,7 +194,7 @@ fn forward_one(run: Run, id: LinearId, x: &[f32], u: MatRef, scratch: &mut Linea
     }
 }
 
-/// The gradient of a group's outputs: rows of all of them side by side.
+/// The gradient of a group's outputs, side by side from the beginning of each row: as many rows as the input has.
 #[derive(Clone, Copy)]
 pub(crate) struct Gradient<'a> {
     pub group: &'a [LinearId],
@@ -201,8 +203,8 @@ pub(crate) struct Gradient<'a> {
 
 impl<'a> Gradient<'a> {
     /// Elements from one row to the next.
-    fn row(&self, run: Run) -> usize {
-        self.group.iter().map(|&id| run.model.linear(id).rows()).sum()
+    fn row(&self, tokens: usize) -> usize {
+        self.g.len() / tokens.max(1)
     }
 
     /// Each linear with its columns of the gradient.
@@ -218,7 +220,7 @@ impl<'a> Gradient<'a> {
 
 /// First part of a backward: `v = s·g·B: [T, Σ r]` of the low-rank terms, kept in `scratch` for the other two parts.
 pub(crate) fn project_gradients(run: Run, gradient: Gradient, tokens: usize, scratch: &mut LinearScratch) {
-    let (width, row) = (run.overlay.ranks(gradient.group), gradient.row(run));
+    let (width, row) = (run.overlay.ranks(gradient.group), gradient.row(tokens));
     let v = sized(&mut scratch.low_rank, tokens * width);
     let mut first = 0;
     for (id, g) in gradient.columns(run) {
@@ -241,7 +243,7 @@ pub(crate) fn parameter_gradients(
 ) {
     let group = gradient.group;
     let Some(tokens) = group.first().map(|&id| x.len() / run.model.linear(id).cols()) else { return };
-    let (width, row) = (run.overlay.ranks(group), gradient.row(run));
+    let (width, row) = (run.overlay.ranks(group), gradient.row(tokens));
     let LinearScratch { dropped, low_rank, stacked, b_gradient, .. } = scratch;
     let v = MatRef::rows(low_rank, width);
     // dA += vᵀ·drop(x)
@@ -288,7 +290,7 @@ pub(crate) fn parameter_gradients(
 /// Third part: writes the gradient of the group's input, `dx: [T, in]`, as one product with a term for each weight and each A.
 pub(crate) fn input_gradient(run: Run, gradient: Gradient, tokens: usize, scratch: &mut LinearScratch, dx: &mut [f32]) {
     let Some(k) = gradient.group.first().map(|&id| run.model.linear(id).cols()) else { return };
-    let row = gradient.row(run);
+    let row = gradient.row(tokens);
     let LinearScratch { dropped, low_rank, quantized, .. } = scratch;
     for ((id, g), rows) in gradient.columns(run).zip(&mut *quantized) {
         let linear = run.model.linear(id);

@@ -89,7 +89,7 @@ pub(crate) struct SubLayer {
     pub place: usize,
     pub norm: Norm,
     pub inputs: Vec<LinearId>,
-    /// Columns of all inputs' outputs, side by side.
+    /// Elements from one row of the inputs' outputs, side by side, to the next.
     pub inner: usize,
     pub middle: Middle,
     pub output: LinearId,
@@ -142,6 +142,14 @@ impl SubLayer {
     }
 }
 
+/// A row a cache line longer where rows would lie a multiple of half a page apart: all rows of a tile would fall into the same few sets of
+/// the first-level cache.
+fn padded(row: usize) -> usize {
+    const HALF_PAGE: usize = 512;
+    const LINE: usize = 16;
+    if row.is_multiple_of(HALF_PAGE) { row + LINE } else { row }
+}
+
 /// Puts a model together, numbering linears and vectors in the order of the forward.
 struct Builder<'a, W> {
     weights: &'a W,
@@ -180,16 +188,20 @@ impl<W: Weights> Builder<'_, W> {
         for linear in &s.inputs {
             inputs.push(self.stored_linear(linear)?);
         }
+        let mut inner = padded(s.inner());
         let middle = match &s.mix {
-            Mix::Attention(attention) => Middle::Attention(Box::new(self.attention(attention, s.inner())?)),
-            Mix::Activation { function, gated } => {
-                let width = if *gated { s.inner() / 2 } else { s.inner() };
-                Middle::Activation { function: *function, gated: *gated, width }
+            Mix::Attention(attention) => Middle::Attention(Box::new(self.attention(attention, inner)?)),
+            Mix::Activation { function, gated: true } => {
+                Middle::Activation { function: *function, gated: true, width: s.inner() / 2 }
+            }
+            Mix::Activation { function, gated: false } => {
+                inner = s.inner();
+                Middle::Activation { function: *function, gated: false, width: inner }
             }
         };
         let output = self.stored_linear(&s.output)?;
         let post_norm = s.post_norm.as_ref().map(|norm| self.norm(norm)).transpose()?;
-        Ok(SubLayer { block, place, norm, inputs, inner: s.inner(), middle, output, post_norm })
+        Ok(SubLayer { block, place, norm, inputs, inner, middle, output, post_norm })
     }
 
     fn attention(&mut self, a: &spec::Attention, row: usize) -> Result<Attention, W::Error> {

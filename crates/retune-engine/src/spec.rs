@@ -383,6 +383,16 @@ impl ModelSpec {
         of_linear(&mut self.head.linear);
     }
 
+    /// The most tokens a row may have; no limit but sense where positions are not learned.
+    pub fn most_positions(&self) -> Option<usize> {
+        self.table.positions.as_ref().map(|_| self.context)
+    }
+
+    /// Whether rows of a pass may have tokens in common: not where a rotation depends on the row's length.
+    pub fn may_share_prefixes(&self) -> bool {
+        self.ropes.iter().all(|rope| rope.long.is_none())
+    }
+
     /// Number of parameters.
     pub fn parameters(&self) -> usize {
         self.tensors().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum()

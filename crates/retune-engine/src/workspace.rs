@@ -18,6 +18,8 @@ use crate::saved::{Rounded, Saved, Saving, Widths, grow};
 /// scored, which is in f32, there is one of each).
 const LOGITS_BYTES: usize = 104 << 20;
 const INT8_LOGITS_BYTES: usize = 52 << 20;
+/// Rows of a block at the least, however large the vocabulary: each block reads the whole head.
+const LEAST_ROWS: usize = 256;
 
 /// Buffers that hold nothing between sub-layers; T tokens, D hidden, M the widest input of an output linear.
 #[derive(Default)]
@@ -127,7 +129,7 @@ impl Workspace {
 
     fn most_head_rows(model: &Model, int8: bool) -> usize {
         let bytes = if int8 { INT8_LOGITS_BYTES } else { LOGITS_BYTES };
-        (bytes / (4 * model.spec.vocab_size)).max(16)
+        (bytes / (4 * model.spec.vocab_size)).max(LEAST_ROWS)
     }
 
     /// Where the input of sub-layer `s` is kept in a pass that will (`backward`) or will not be followed by its backward; the number of
@@ -216,7 +218,7 @@ impl Workspace {
         let all: Vec<Widths> = model.sub_layers.iter().map(|s| Widths::of(model, overlay, s)).collect();
         let shared = (0..places(model)).map(|place| Widths::shared(model, overlay, place));
         let one: usize = shared.map(|w| w.rounded() + w.lse).sum();
-        // Counted in halves of four bytes.
+        // Counted in units of two bytes.
         let saved = match saving {
             Saving::Full => 2 * (all.iter().map(|w| w.x + w.rounded() + w.lse).sum::<usize>() + d),
             Saving::Bf16 => all.iter().map(|w| w.x + w.rounded() + 2 * w.lse).sum::<usize>() + 2 * (one + 3 * d),

@@ -9,9 +9,16 @@ use crate::parallel::{self, SharedMut};
 /// About how many elements of the output are a parallel piece.
 const PIECE: usize = 1 << 14;
 
+/// Elements from one row of the inputs to the next, for as many rows as there are outputs.
+#[inline(always)]
+fn row_of(inner: usize, outputs: usize, width: usize) -> usize {
+    inner / (outputs / width.max(1)).max(1)
+}
+
 #[inline(always)]
 fn values<A: Activation, const FMA: bool>(inner: &[f32], width: usize, h: &mut [f32]) {
-    for (inner, h) in inner.chunks_exact(2 * width).zip(h.chunks_exact_mut(width)) {
+    let row = row_of(inner.len(), h.len(), width);
+    for (inner, h) in inner.chunks_exact(row).zip(h.chunks_exact_mut(width)) {
         let (gate, up) = inner.split_at(width);
         for ((h, &e), &u) in h.iter_mut().zip(gate).zip(up) {
             *h = A::value::<FMA>(e) * u;
@@ -21,7 +28,8 @@ fn values<A: Activation, const FMA: bool>(inner: &[f32], width: usize, h: &mut [
 
 #[inline(always)]
 fn values_and_rounded<A: Activation, const FMA: bool>(inner: &[f32], width: usize, h: &mut [f32], kept: &mut [u16]) {
-    let rows = inner.chunks_exact(2 * width).zip(h.chunks_exact_mut(width)).zip(kept.chunks_exact_mut(2 * width));
+    let row = row_of(inner.len(), h.len(), width);
+    let rows = inner.chunks_exact(row).zip(h.chunks_exact_mut(width)).zip(kept.chunks_exact_mut(row));
     for ((inner, h), kept) in rows {
         let ((gate, up), (kept_gate, kept_up)) = (inner.split_at(width), kept.split_at_mut(width));
         for ((((h, &e), &u), kept_e), kept_u) in h.iter_mut().zip(gate).zip(up).zip(kept_gate).zip(kept_up) {
@@ -47,13 +55,13 @@ fn for_each_rows(tokens: usize, width: usize, f: impl Fn(usize, usize) + Sync) {
     parallel::for_each(tokens.div_ceil(rows), |piece| f(piece * rows, rows.min(tokens - piece * rows)));
 }
 
-/// Writes `h: [T, width]` from `inner: [T, 2 · width]`, and this rounded to bfloat16 to `kept`, where it lasts for the backward.
+/// Writes `h: [T, width]` from `inner: [T, 2 · width]`, whose rows may be longer, and this rounded to bfloat16 to `kept`, where it lasts for the backward.
 pub fn forward(inner: &[f32], width: usize, function: Function, h: &mut [f32], kept: Option<&mut [u16]>) {
-    debug_assert!(inner.len() == 2 * h.len() && kept.iter().all(|kept| kept.len() == inner.len()));
-    let tokens = h.len() / width.max(1);
+    debug_assert!(inner.len() >= 2 * h.len() && kept.iter().all(|kept| kept.len() == inner.len()));
+    let (tokens, stride) = (h.len() / width.max(1), row_of(inner.len(), h.len(), width));
     let (h, kept) = (SharedMut::new(h), kept.map(SharedMut::new));
     for_each_rows(tokens, width, |row, n| {
-        let (start, len) = (2 * row * width, 2 * n * width);
+        let (start, len) = (row * stride, n * stride);
         // SAFETY: pieces are disjoint.
         let (h, kept) = unsafe { (h.slice(row * width, n * width), kept.map(|kept| kept.slice(start, len))) };
         forward_rows(&inner[start..start + len], width, function, h, kept);
@@ -69,7 +77,8 @@ fn gradient<A: Activation, const FMA: bool>(e: f32, u: f32, g: f32) -> (f32, f32
 
 #[inline(always)]
 fn gradients<A: Activation, const FMA: bool>(inner: &mut [f32], width: usize, dh: &mut [f32]) {
-    for (inner, dh) in inner.chunks_exact_mut(2 * width).zip(dh.chunks_exact_mut(width)) {
+    let row = row_of(inner.len(), dh.len(), width);
+    for (inner, dh) in inner.chunks_exact_mut(row).zip(dh.chunks_exact_mut(width)) {
         let (gate, up) = inner.split_at_mut(width);
         for ((e, u), g) in gate.iter_mut().zip(up).zip(dh) {
             (*e, *u, *g) = gradient::<A, FMA>(*e, *u, *g);
@@ -79,7 +88,8 @@ fn gradients<A: Activation, const FMA: bool>(inner: &mut [f32], width: usize, dh
 
 #[inline(always)]
 fn rounded_gradients<A: Activation, const FMA: bool>(kept: &[u16], inner: &mut [f32], width: usize, dh: &mut [f32]) {
-    let rows = inner.chunks_exact_mut(2 * width).zip(dh.chunks_exact_mut(width)).zip(kept.chunks_exact(2 * width));
+    let row = row_of(inner.len(), dh.len(), width);
+    let rows = inner.chunks_exact_mut(row).zip(dh.chunks_exact_mut(width)).zip(kept.chunks_exact(row));
     for ((inner, dh), kept) in rows {
         let ((gate, up), (kept_gate, kept_up)) = (inner.split_at_mut(width), kept.split_at(width));
         for ((((e, u), g), kept_e), kept_u) in gate.iter_mut().zip(up).zip(dh).zip(kept_gate).zip(kept_up) {
@@ -101,11 +111,11 @@ multiversion! {
 /// needs next and would otherwise recompute: one pass over all of them. With `kept`, what the forward rounded, that is read in place of
 /// `inner`.
 pub fn backward(inner: &mut [f32], width: usize, function: Function, dh: &mut [f32], kept: Option<&[u16]>) {
-    debug_assert!(inner.len() == 2 * dh.len() && kept.iter().all(|kept| kept.len() == inner.len()));
-    let tokens = dh.len() / width.max(1);
+    debug_assert!(inner.len() >= 2 * dh.len() && kept.iter().all(|kept| kept.len() == inner.len()));
+    let (tokens, stride) = (dh.len() / width.max(1), row_of(inner.len(), dh.len(), width));
     let (inner, dh) = (SharedMut::new(inner), SharedMut::new(dh));
     for_each_rows(tokens, width, |row, n| {
-        let (start, len) = (2 * row * width, 2 * n * width);
+        let (start, len) = (row * stride, n * stride);
         // SAFETY: pieces are disjoint.
         let (inner, dh) = unsafe { (inner.slice(start, len), dh.slice(row * width, n * width)) };
         backward_rows(inner, width, function, dh, kept.map(|kept| &kept[start..start + len]));
@@ -157,6 +167,25 @@ mod tests {
             let (mut dinner, mut own) = (vec![f32::NAN; 2 * n], dh);
             backward(&mut dinner, width, function, &mut own, Some(&kept));
             assert!(dinner == expected && own == again);
+        }
+    }
+
+    #[test]
+    fn rows_may_be_longer_than_what_is_read() {
+        let (tokens, width, row) = (300, 70, 2 * 70 + 16);
+        let (inner, dh) = (random(1, tokens * row), random(2, tokens * width));
+        let dense: Vec<f32> = inner.chunks(row).flat_map(|row| &row[..2 * width]).copied().collect();
+        let (mut h, mut expected) = (vec![0.0; tokens * width], vec![0.0; tokens * width]);
+        forward(&inner, width, Function::Silu, &mut h, None);
+        forward(&dense, width, Function::Silu, &mut expected, None);
+        assert_eq!(h, expected);
+        let (mut dinner, mut ddense, mut again, mut once) = (inner.clone(), dense, dh.clone(), dh);
+        backward(&mut dinner, width, Function::Silu, &mut again, None);
+        backward(&mut ddense, width, Function::Silu, &mut once, None);
+        assert_eq!(again, once);
+        for ((ours, before), theirs) in dinner.chunks(row).zip(inner.chunks(row)).zip(ddense.chunks(2 * width)) {
+            assert_eq!(&ours[..2 * width], theirs);
+            assert_eq!(ours[2 * width..], before[2 * width..]);
         }
     }
 

@@ -284,6 +284,11 @@ impl Files {
                     missing.push(name);
                     continue;
                 };
+                if is_transposed && self.tensors.contains_key(&format!("{stored_name}.absmax")) {
+                    let found = format!("of {stored_name}");
+                    let supported = "4 bits of weights that are stored as [out, in]";
+                    return Err(Error::Unsupported { what: "4-bit storage", found, supported });
+                }
                 let mut tensor = self.tensor(&stored_name, &shape, raw)?;
                 if is_transposed && shape.len() == 2 {
                     tensor.matrix = tensor.matrix.transposed();

@@ -1,6 +1,7 @@
 //! Writing a model as a Hugging Face directory: a base with an adapter merged into it, or a model whose weights were trained.
 //!
-//! A tensor is decoded, changed, rounded and written a panel of rows at a time, so that memory does not grow with the model. Files get
+//! A tensor is decoded, changed, rounded and written a panel of rows at a time, so that memory does not grow with the model (GPT-2's
+//! transposed weights are panels of their own). Files get
 //! their names once all of them are on the disk, `config.json` last: a directory without it is no model to anyone.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -23,6 +24,7 @@ use serde_json::{Map, Value, json};
 
 use crate::checkpoint::{CONFIG, Checkpoint, CheckpointKind};
 use crate::error::Error;
+use crate::families;
 use crate::merge::merged_delta;
 
 const GENERATION_CONFIG: &str = "generation_config.json";
@@ -78,6 +80,15 @@ impl ExportType {
             ExportType::F16 => 65520.0,
         };
         value.abs() < limit
+    }
+
+    /// A value rounded to this type.
+    fn rounded(self, value: f32) -> f32 {
+        match self {
+            ExportType::F32 => value,
+            ExportType::BF16 => bf16::from_f32(value).to_f32(),
+            ExportType::F16 => f16::from_f32(value).to_f32(),
+        }
     }
 
     /// Rounds values to the nearest of this type, ties to even; `bytes` has their size.
@@ -170,6 +181,19 @@ pub fn write(
         let _ = fs::remove_dir(out_dir);
     }
     report
+}
+
+/// What is to be said where embeddings will be multiplied by another number once the model is written as `dtype`: transformers rounds the
+/// factor to the type of the weights.
+pub fn scale_note(checkpoint: &Checkpoint, dtype: ExportType) -> Option<String> {
+    let exact = families::describe(checkpoint.config_json()).ok()?.spec.table.scale;
+    let (ours, written) = (checkpoint.spec.table.scale, dtype.rounded(exact));
+    (ours != written).then(|| {
+        format!(
+            "this base multiplies its embeddings by {ours}, as transformers does for the type it is stored in; written as {dtype} they will \
+             be multiplied by {written}: write that type to have the same model"
+        )
+    })
 }
 
 /// Whether table and head of a tied model differ under an overlay.

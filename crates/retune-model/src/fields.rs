@@ -95,7 +95,7 @@ impl<'a> Fields<'a> {
     /// # Errors
     /// Anything but an integer from 1 to 4294967295.
     pub fn find_size(&self, name: &str) -> Result<Option<usize>, Error> {
-        let size = self.find(name, "an integer of at least 0", Value::as_u64)?;
+        let size = self.find(name, "a size from 1 to 4294967295", Value::as_u64)?;
         size.map(|size| match u32::try_from(size) {
             Ok(0) | Err(_) => Err(field_error(name, size, "a size from 1 to 4294967295")),
             Ok(size) => Ok(size as usize),
@@ -211,7 +211,7 @@ impl<'a> Fields<'a> {
     /// The activation, by transformers' name.
     ///
     /// # Errors
-    /// One that is not among `supported`, pairs of a name and what it computes.
+    /// An activation that is not supported.
     pub fn function(&self, name: &'static str, default: &str) -> Result<Function, Error> {
         let found = match self.0.get(name) {
             None | Some(Value::Null) => default,

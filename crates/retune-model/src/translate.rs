@@ -312,7 +312,13 @@ impl Header<'_> {
         for key in gguf.keys.iter().copied().flatten() {
             let value = match key.kind {
                 KeyKind::Size => self.size(key.gguf)?.filter(|&size| size > 0 || key.required).map(Value::from),
-                KeyKind::Number => self.number(key.gguf)?.map(shortest),
+                KeyKind::Number => match self.number(key.gguf)? {
+                    // No JSON number, it would read as if it were missing.
+                    Some(value) if !value.is_finite() => {
+                        return Err(field_error(&self.key(key.gguf), value, "a finite number"));
+                    }
+                    value => value.map(shortest),
+                },
             };
             match value {
                 Some(value) => drop(config.insert(key.config.to_owned(), value)),
@@ -421,6 +427,9 @@ impl Header<'_> {
                 Some(factor) if factor > 0.0 && factor.is_finite() => factor,
                 Some(other) => return Err(field_error(&self.key("rope.scaling.factor"), other, "a number above 0")),
             },
+            Some("yarn") if self.has_tensor(ROPE_FACTORS) => {
+                return Err(unsupported("rope.scaling.type yarn beside", ROPE_FACTORS, "one of the two"));
+            }
             Some("yarn") => return self.yarn().map(Some),
             Some(other) => return Err(unsupported("rope.scaling.type", other, "none, linear, yarn")),
         };

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use retune_adapter::METHODS;
 use retune_model::families::FAMILIES;
 
-/// The crates, each above those that it may import.
+/// The crates in the order of ARCHITECTURE.md's map: each may import those before it.
 const ORDER: [&str; 10] = [
     "retune-kernels",
     "retune-quant",
@@ -50,7 +50,7 @@ fn dependencies(name: &str) -> Vec<String> {
 }
 
 #[test]
-fn no_crate_imports_one_that_stands_above_it() {
+fn no_crate_imports_one_that_stands_below_it_in_the_map() {
     let mut crates: Vec<String> =
         fs::read_dir(root().join("crates")).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
     crates.sort();
@@ -60,7 +60,7 @@ fn no_crate_imports_one_that_stands_above_it() {
     for (place, name) in ORDER.iter().enumerate() {
         for dependency in dependencies(name) {
             let below = ORDER.iter().position(|other| *other == dependency);
-            assert!(below.is_some_and(|below| below < place), "{name} imports {dependency}, which stands above it");
+            assert!(below.is_some_and(|below| below < place), "{name} imports {dependency}, which comes after it");
         }
     }
     assert!(!dependencies("retune").contains(&"retune-testing".to_owned()), "the program holds what is for tests");

@@ -61,8 +61,7 @@ impl Passes {
         }
         let tokens = config.tokens_per_pass.unwrap_or(tokens).max(longest);
         // Dropout treats each row's tokens differently, and so does a rotation that depends on the row's length.
-        let by_length = model.spec.ropes.iter().any(|rope| rope.long.is_some());
-        let share_prefixes = config.share_prefixes && !overlay.has_dropout() && !by_length;
+        let share_prefixes = config.share_prefixes && !overlay.has_dropout() && model.spec.may_share_prefixes();
         Self { tokens, saving, share_prefixes }
     }
 }

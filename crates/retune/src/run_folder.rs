@@ -10,6 +10,9 @@ use serde_json::Value;
 
 use crate::args::TrainArgs;
 
+/// The key of run.json under which a hash of the base's configuration stands.
+pub const CONFIG_HASH: &str = "base_config_hash";
+
 /// The files of a run's output folder.
 pub struct RunFolder {
     pub root: PathBuf,
@@ -143,7 +146,14 @@ impl RunFolder {
         let text = fs::read_to_string(self.config()).with_context(|| format!("cannot read {root}/run.json"))?;
         let earlier: Value = serde_json::from_str(&text)
             .with_context(|| format!("{root}/run.json is damaged; start anew with --overwrite"))?;
-        if let Some(difference) = first_difference("", &earlier, run) {
+        // Runs of earlier versions do not say it.
+        let mut run = run.clone();
+        if earlier.get(CONFIG_HASH).is_none()
+            && let Some(run) = run.as_object_mut()
+        {
+            run.remove(CONFIG_HASH);
+        }
+        if let Some(difference) = first_difference("", &earlier, &run) {
             bail!(
                 "the run in {root} was started with another configuration: {difference}. Restore it, start anew with --overwrite, \
                  or set another output_dir"

@@ -7,9 +7,11 @@ use anyhow::{Context, Result, bail};
 use retune_adapter::AdapterFile;
 use retune_engine::model::Model;
 use retune_engine::overlay::Overlay;
+use retune_engine::spec::ModelSpec;
 use retune_formats::stamp::{Stamp, StampFile};
 use retune_model::checkpoint::Checkpoint;
 use retune_text::tokenizer::Tokenizer;
+use retune_train::data::Example;
 use serde_json::{Value, json};
 
 use crate::args::ModelArgs;
@@ -103,6 +105,19 @@ impl Session {
     }
 }
 
+/// Refuses rows that are longer than a model with learned positions has positions for. `key` is what bounds a row's length.
+pub fn refuse_long_rows(spec: &ModelSpec, examples: &[Example], key: &str) -> Result<()> {
+    let Some(most) = spec.most_positions() else { return Ok(()) };
+    match examples.iter().find(|example| example.ids.len() > most) {
+        None => Ok(()),
+        Some(example) => bail!(
+            "row {} has {} tokens, and the model has learned positions for {most}: set {key} to {most} or less",
+            example.row + 1,
+            example.ids.len()
+        ),
+    }
+}
+
 /// Reads an adapter for a base it fits: what it lays on the base, and its values.
 pub fn adapted(base: &Base, directory: &Path) -> Result<(Overlay, Vec<f32>, AdapterFile)> {
     let file = AdapterFile::read(directory)?;
@@ -110,6 +125,7 @@ pub fn adapted(base: &Base, directory: &Path) -> Result<(Overlay, Vec<f32>, Adap
     let lower = || -> Result<_> {
         let overlay = file.lower(&checkpoint.spec)?;
         let params = file.params(&overlay)?;
+        file.check_base_weights(checkpoint)?;
         Ok((overlay, params))
     };
     check_provenance(base, directory)?;

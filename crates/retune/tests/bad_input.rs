@@ -394,6 +394,11 @@ fn arguments_out_of_their_range_are_refused() {
     let logits = ["logits", "--model", &model, "--out", "l.safetensors", "--tokens"];
     let refuses = |args: &[&str], words: &[&str]| folder.refuses(&joined(&[&logits, args]), words);
     refuses(&["1,288"], &["token 288 is outside the model's vocabulary of 288"]);
+    // Learned positions end.
+    let gpt2 = golden("gpt2");
+    let long = vec!["1"; 33].join(",");
+    let on_gpt2 = ["logits", "--model", &gpt2, "--out", "l.safetensors", "--tokens", &long];
+    folder.refuses(&on_gpt2, &["33 tokens", "learned positions for 32"]);
     refuses(&["1,2", "--labels", "1"], &["1 labels for 2 tokens", "-100 where it is not trained"]);
     refuses(&["1,2", "--labels", "1,3"], &["label 1 is 3", "the token itself (2) or -100"]);
     let generate = ["generate", "--model", &model, "hello"];

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use retune_engine::model::Weights;
 use retune_engine::overlay::{LowRank, Overlay};
 use retune_engine::spec::{ModelSpec, Module};
 use retune_kernels::dropout;
@@ -14,6 +15,9 @@ use crate::init::init_lora;
 use crate::method::Method;
 use crate::names::{self, trained_biases};
 use crate::targets::{self, BaseModules, LoraTarget, resolve_modules_to_save};
+
+/// How far, relative to its norm, a weight quantized to a few bits may lie from itself.
+const QUANTIZED: f64 = 0.2;
 
 impl Method for LoraConfig {
     fn lower(&self, spec: &ModelSpec) -> Result<Overlay, Error> {
@@ -75,6 +79,30 @@ impl AdapterFile {
             Some(name) => Err(Error::TensorUnknown { name: name.clone() }),
             None => Ok(params),
         }
+    }
+}
+
+impl AdapterFile {
+    /// Holds the base's own weights, which PEFT saves beside an adapted head or embedding and loads over the base's, against the base: what
+    /// is quantized may differ, another table may not.
+    ///
+    /// # Errors
+    /// A weight that is not the base's.
+    pub fn check_base_weights<W: Weights>(&self, base: &W) -> Result<(), Error>
+    where
+        W::Error: std::fmt::Display,
+    {
+        for (key, (_, values)) in &self.tensors {
+            let names::Key::Part(module, names::Part::BaseWeight) = names::parse(key) else { continue };
+            let Ok(matrix) = base.tensor(&format!("{module}.weight")) else { continue };
+            let ours = matrix.to_f32();
+            let norm: f64 = ours.iter().map(|&v| f64::from(v).powi(2)).sum();
+            let difference: f64 = ours.iter().zip(values).map(|(&a, &b)| f64::from(a - b).powi(2)).sum();
+            if ours.len() != values.len() || difference > QUANTIZED.powi(2) * norm {
+                return Err(Error::OtherBaseWeight { name: key.clone(), module });
+            }
+        }
+        Ok(())
     }
 }
 

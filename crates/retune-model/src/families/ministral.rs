@@ -90,6 +90,8 @@ fn ministral3(c: &Fields<'_>) -> Result<ModelSpec, Error> {
 
 /// llama.cpp calls the factors by other names.
 fn complete(header: &Header<'_>, config: &mut Map<String, Value>, _: &mut Vec<String>) -> Result<(), Error> {
+    // Left out, it would have a default.
+    config.entry("rope_scaling").or_insert(json!({"rope_type": "default"}));
     let beta = header.number("attention.temperature_scale")?;
     let mscale = header.number("rope.scaling.yarn_log_multiplier")?;
     if let Some(Value::Object(scaling)) = config.get_mut("rope_scaling") {

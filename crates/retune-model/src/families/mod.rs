@@ -1,7 +1,8 @@
 //! The families of models, a file each: what a `config.json` of theirs says becomes a [`ModelSpec`].
 //!
 //! A family is data and one function. Defaults, precedence and oddities are those of transformers' configuration classes, so that a field
-//! that is left out means here what it means there. Nothing else in the program knows a family by name.
+//! that is left out means here what it means there. Beside this folder only `translate.rs` and `checkpoint.rs` name families, for the few
+//! things in which their files are exceptions.
 
 use std::sync::LazyLock;
 

@@ -14,7 +14,7 @@ use super::data::problems;
 use super::print_json;
 use crate::args::EvalArgs;
 use crate::compute;
-use crate::session::Session;
+use crate::session::{self, Session};
 
 const TOKENS_PER_PASS: usize = 1024;
 
@@ -45,6 +45,7 @@ pub fn run(args: &EvalArgs) -> Result<()> {
         note!("! {problem}");
     }
     let Session { model, overlay, params, .. } = &session;
+    session::refuse_long_rows(&model.spec, &data.examples, "--max-length")?;
     let pass = compute::calibration_pass(&data.examples);
     let (compute, choices) = compute::choose(model, overlay, params, args.compute, &pass, false);
     let bar = ProgressBar::new(data.examples.len() as u64);
@@ -55,7 +56,7 @@ pub fn run(args: &EvalArgs) -> Result<()> {
         params,
         &data.examples,
         TOKENS_PER_PASS,
-        &mut Pass::sharing_prefixes(true),
+        &mut Pass::sharing_prefixes(model.spec.may_share_prefixes()),
         &mut workspace,
         |done| bar.set_position(done as u64),
     )?;

@@ -20,6 +20,9 @@ pub fn run(args: &LogitsArgs) -> Result<()> {
     if let Some(id) = args.tokens.iter().find(|&&id| id as usize >= vocab) {
         bail!("token {id} is outside the model's vocabulary of {vocab}");
     }
+    if let Some(most) = model.spec.most_positions().filter(|&most| args.tokens.len() > most) {
+        bail!("{} tokens, and the model has learned positions for {most}: give at most that many", args.tokens.len());
+    }
     let trained = match &args.labels {
         Some(labels) => trained(&args.tokens, labels)?,
         None => vec![false; args.tokens.len()],

@@ -18,11 +18,15 @@ pub fn run(args: &MergeArgs) -> Result<()> {
     let adapter = AdapterFile::read(&args.adapter)?;
     session::check_provenance(&base, &args.adapter)?;
     let options = MergeOptions { dtype: args.dtype, ..MergeOptions::default() };
+    if let Some(note) = export::scale_note(&base.checkpoint, args.dtype) {
+        note!("! {note}");
+    }
     let bar = ProgressBar::new(1);
     bar.set_style(ProgressStyle::with_template("{wide_bar} {bytes}/{total_bytes}, {eta} left")?);
     let merge = || -> Result<_> {
         let overlay = adapter.lower(&base.checkpoint.spec)?;
         let params = adapter.params(&overlay)?;
+        adapter.check_base_weights(&base.checkpoint)?;
         Ok(export::write(&base.checkpoint, &overlay, &params, &args.out, &options, &mut |done, total| {
             bar.set_length(total);
             bar.set_position(done);

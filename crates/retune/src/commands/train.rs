@@ -28,7 +28,7 @@ use crate::memory::{self, human};
 use crate::progress::{Progress, watch_interrupts};
 use crate::report::{Report, print_stopped};
 use crate::run_data::RunData;
-use crate::run_folder::RunFolder;
+use crate::run_folder::{CONFIG_HASH, RunFolder};
 use crate::session::{self, Base};
 use crate::{End, compute, fetch};
 
@@ -90,6 +90,7 @@ fn start(args: &TrainArgs, config: RunConfig, start: Instant) -> Result<End> {
     }
     record["adapter_init_hash"] = json!(initial.as_ref().map(tensors_hash));
     record["base_content_hash"] = json!(base.content_hash());
+    record[CONFIG_HASH] = json!(text_hash(&base.checkpoint.config_json().to_string()));
     record["train_rows_hash"] = json!(rows_hash(&data.train.examples));
     record["eval_rows_hash"] = json!(data.eval.as_ref().map(|eval| rows_hash(&eval.examples)));
     record["isa"] = json!(retune_kernels::isa::isa().to_string());
@@ -106,6 +107,11 @@ fn tensors_hash(file: &AdapterFile) -> String {
         values.iter().for_each(|v| hash.update(v.to_le_bytes()));
     }
     hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn text_hash(text: &str) -> String {
+    use sha2::{Digest, Sha256};
+    Sha256::digest(text).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// A hash of the tokens trained on and of which of them are targets.
@@ -125,6 +131,9 @@ impl Run<'_> {
         let Run { config, folder, data, .. } = self;
         let model = self.base.checkpoint.model()?;
         let (overlay, params) = self.overlay()?;
+        session::refuse_long_rows(&model.spec, &data.train.examples, "data.max_length")?;
+        let held_out = data.eval.as_ref().map_or(&[][..], |eval| &eval.examples);
+        session::refuse_long_rows(&model.spec, held_out, "data.max_length")?;
         self.print_start(&model, &overlay);
         self.check_memory(&model, &overlay, self.computes_int8())?;
         let _lock = folder.prepare(&self.record, config, self.args)?;
@@ -415,7 +424,11 @@ impl Run<'_> {
             // Beside the final name first: an earlier model goes only when this one is whole.
             let partial = folder.partial_model();
             folder.remove_leftovers();
-            export::write(checkpoint, overlay, params, &partial, &MergeOptions::default(), &mut |_, _| {})?;
+            let options = MergeOptions::default();
+            if let Some(note) = export::scale_note(checkpoint, options.dtype) {
+                note!("! {note}");
+            }
+            export::write(checkpoint, overlay, params, &partial, &options, &mut |_, _| {})?;
             if out.exists() {
                 fs::remove_dir_all(&out).with_context(|| format!("cannot replace {}", out.display()))?;
             }
@@ -458,7 +471,9 @@ impl Run<'_> {
             let last = example.trained[first..].iter().position(|&t| !t).map_or(example.ids.len(), |n| first + n);
             let answer = |overlay: &Overlay, params: &[f32]| {
                 let mut generation = Generation::new(model, overlay, params, Sampling::GREEDY);
-                let ids = generation.run(prompt, SAMPLE_TOKENS, stop, |_| true);
+                // Beyond the last learned position there is nothing to generate.
+                let most = model.spec.most_positions().map_or(SAMPLE_TOKENS, |most| most.saturating_sub(prompt.len()));
+                let ids = generation.run(prompt, SAMPLE_TOKENS.min(most), stop, |_| true);
                 tokenizer.decode(&ids, true).trim().to_owned()
             };
             samples.push(json!({
