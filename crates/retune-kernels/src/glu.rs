@@ -10,42 +10,44 @@ use crate::parallel::{self, SharedMut};
 const PIECE: usize = 1 << 14;
 
 /// Elements from one row of the inputs to the next, for as many rows as there are outputs.
-#[inline(always)]
 fn row_of(inner: usize, outputs: usize, width: usize) -> usize {
     inner / (outputs / width.max(1)).max(1)
 }
 
+// The loops work on one row at a time: what is written and read are arguments of their own, which the compiler knows to lie apart. Split out
+// of a row inside a loop they would not be vectorised.
+
 #[inline(always)]
-fn values<A: Activation, const FMA: bool>(inner: &[f32], width: usize, h: &mut [f32]) {
-    let row = row_of(inner.len(), h.len(), width);
-    for (inner, h) in inner.chunks_exact(row).zip(h.chunks_exact_mut(width)) {
-        let (gate, up) = inner.split_at(width);
-        for ((h, &e), &u) in h.iter_mut().zip(gate).zip(up) {
-            *h = A::value::<FMA>(e) * u;
-        }
+fn values<A: Activation, const FMA: bool>(gate: &[f32], up: &[f32], h: &mut [f32]) {
+    for ((h, &e), &u) in h.iter_mut().zip(gate).zip(up) {
+        *h = A::value::<FMA>(e) * u;
     }
 }
 
 #[inline(always)]
-fn values_and_rounded<A: Activation, const FMA: bool>(inner: &[f32], width: usize, h: &mut [f32], kept: &mut [u16]) {
-    let row = row_of(inner.len(), h.len(), width);
-    let rows = inner.chunks_exact(row).zip(h.chunks_exact_mut(width)).zip(kept.chunks_exact_mut(row));
-    for ((inner, h), kept) in rows {
-        let ((gate, up), (kept_gate, kept_up)) = (inner.split_at(width), kept.split_at_mut(width));
-        for ((((h, &e), &u), kept_e), kept_u) in h.iter_mut().zip(gate).zip(up).zip(kept_gate).zip(kept_up) {
-            *h = A::value::<FMA>(e) * u;
-            *kept_e = rounded(e);
-            *kept_u = rounded(u);
-        }
+fn values_and_rounded<A: Activation, const FMA: bool>(
+    gate: &[f32],
+    up: &[f32],
+    h: &mut [f32],
+    kept_gate: &mut [u16],
+    kept_up: &mut [u16],
+) {
+    for ((((h, &e), &u), kept_e), kept_u) in h.iter_mut().zip(gate).zip(up).zip(kept_gate).zip(kept_up) {
+        *h = A::value::<FMA>(e) * u;
+        *kept_e = rounded(e);
+        *kept_u = rounded(u);
     }
 }
 
 multiversion! {
-    fn forward_rows(inner: &[f32], width: usize, function: Function, h: &mut [f32], kept: Option<&mut [u16]>) {
-        match kept {
-            None => by_function!(function, values, inner, width, h),
-            Some(kept) => by_function!(function, values_and_rounded, inner, width, h, kept),
-        }
+    fn forward_row(gate: &[f32], up: &[f32], function: Function, h: &mut [f32]) {
+        by_function!(function, values, gate, up, h)
+    }
+}
+
+multiversion! {
+    fn forward_and_round_row(gate: &[f32], up: &[f32], function: Function, h: &mut [f32], kept_gate: &mut [u16], kept_up: &mut [u16]) {
+        by_function!(function, values_and_rounded, gate, up, h, kept_gate, kept_up)
     }
 }
 
@@ -64,7 +66,16 @@ pub fn forward(inner: &[f32], width: usize, function: Function, h: &mut [f32], k
         let (start, len) = (row * stride, n * stride);
         // SAFETY: pieces are disjoint.
         let (h, kept) = unsafe { (h.slice(row * width, n * width), kept.map(|kept| kept.slice(start, len))) };
-        forward_rows(&inner[start..start + len], width, function, h, kept);
+        let rows = inner[start..start + len].chunks_exact(stride).zip(h.chunks_exact_mut(width));
+        match kept {
+            None => rows.for_each(|(inner, h)| forward_row(&inner[..width], &inner[width..2 * width], function, h)),
+            Some(kept) => {
+                for ((inner, h), kept) in rows.zip(kept.chunks_exact_mut(stride)) {
+                    let (kept_gate, kept_up) = kept[..2 * width].split_at_mut(width);
+                    forward_and_round_row(&inner[..width], &inner[width..2 * width], function, h, kept_gate, kept_up);
+                }
+            }
+        }
     });
 }
 
@@ -76,34 +87,34 @@ fn gradient<A: Activation, const FMA: bool>(e: f32, u: f32, g: f32) -> (f32, f32
 }
 
 #[inline(always)]
-fn gradients<A: Activation, const FMA: bool>(inner: &mut [f32], width: usize, dh: &mut [f32]) {
-    let row = row_of(inner.len(), dh.len(), width);
-    for (inner, dh) in inner.chunks_exact_mut(row).zip(dh.chunks_exact_mut(width)) {
-        let (gate, up) = inner.split_at_mut(width);
-        for ((e, u), g) in gate.iter_mut().zip(up).zip(dh) {
-            (*e, *u, *g) = gradient::<A, FMA>(*e, *u, *g);
-        }
+fn gradients<A: Activation, const FMA: bool>(gate: &mut [f32], up: &mut [f32], dh: &mut [f32]) {
+    for ((e, u), g) in gate.iter_mut().zip(up).zip(dh) {
+        (*e, *u, *g) = gradient::<A, FMA>(*e, *u, *g);
     }
 }
 
 #[inline(always)]
-fn rounded_gradients<A: Activation, const FMA: bool>(kept: &[u16], inner: &mut [f32], width: usize, dh: &mut [f32]) {
-    let row = row_of(inner.len(), dh.len(), width);
-    let rows = inner.chunks_exact_mut(row).zip(dh.chunks_exact_mut(width)).zip(kept.chunks_exact(row));
-    for ((inner, dh), kept) in rows {
-        let ((gate, up), (kept_gate, kept_up)) = (inner.split_at_mut(width), kept.split_at(width));
-        for ((((e, u), g), kept_e), kept_u) in gate.iter_mut().zip(up).zip(dh).zip(kept_gate).zip(kept_up) {
-            (*e, *u, *g) = gradient::<A, FMA>(widened(*kept_e), widened(*kept_u), *g);
-        }
+fn rounded_gradients<A: Activation, const FMA: bool>(
+    kept_gate: &[u16],
+    kept_up: &[u16],
+    gate: &mut [f32],
+    up: &mut [f32],
+    dh: &mut [f32],
+) {
+    for ((((e, u), g), kept_e), kept_u) in gate.iter_mut().zip(up).zip(dh).zip(kept_gate).zip(kept_up) {
+        (*e, *u, *g) = gradient::<A, FMA>(widened(*kept_e), widened(*kept_u), *g);
     }
 }
 
 multiversion! {
-    fn backward_rows(inner: &mut [f32], width: usize, function: Function, dh: &mut [f32], kept: Option<&[u16]>) {
-        match kept {
-            None => by_function!(function, gradients, inner, width, dh),
-            Some(kept) => by_function!(function, rounded_gradients, kept, inner, width, dh),
-        }
+    fn backward_row(gate: &mut [f32], up: &mut [f32], function: Function, dh: &mut [f32]) {
+        by_function!(function, gradients, gate, up, dh)
+    }
+}
+
+multiversion! {
+    fn rounded_backward_row(kept_gate: &[u16], kept_up: &[u16], gate: &mut [f32], up: &mut [f32], function: Function, dh: &mut [f32]) {
+        by_function!(function, rounded_gradients, kept_gate, kept_up, gate, up, dh)
     }
 }
 
@@ -118,7 +129,21 @@ pub fn backward(inner: &mut [f32], width: usize, function: Function, dh: &mut [f
         let (start, len) = (row * stride, n * stride);
         // SAFETY: pieces are disjoint.
         let (inner, dh) = unsafe { (inner.slice(start, len), dh.slice(row * width, n * width)) };
-        backward_rows(inner, width, function, dh, kept.map(|kept| &kept[start..start + len]));
+        let rows = inner.chunks_exact_mut(stride).zip(dh.chunks_exact_mut(width));
+        match kept {
+            None => {
+                for (inner, dh) in rows {
+                    let (gate, up) = inner[..2 * width].split_at_mut(width);
+                    backward_row(gate, up, function, dh);
+                }
+            }
+            Some(kept) => {
+                for ((inner, dh), kept) in rows.zip(kept[start..start + len].chunks_exact(stride)) {
+                    let (gate, up) = inner[..2 * width].split_at_mut(width);
+                    rounded_backward_row(&kept[..width], &kept[width..2 * width], gate, up, function, dh);
+                }
+            }
+        }
     });
 }
 
