@@ -1,8 +1,11 @@
 //! The last norm, the head and its loss over the label tokens, a block of rows at a time, forward and backward.
 
+use retune_kernels::gemm::{Out, Term, gemm};
+use retune_kernels::int8::Int8Matrix;
 use retune_kernels::{cross_entropy, embedding, vector};
 
 use crate::linear::{self, Gradient, Input, To};
+use crate::model::Linear;
 use crate::pass::Label;
 use crate::profile::{Operation, span};
 use crate::run::Run;
@@ -69,7 +72,18 @@ impl Run<'_> {
                 let (norm, logits) = (&head.norm[..rows * d], &mut head.logits[..rows * v]);
                 let to = To::Columns(&mut *logits);
                 linear::forward(self.of_head(), &[self.model.head], norm, to, &mut head.u, &mut temporary.linear);
-                cross_entropy::forward_backward(logits, &head.targets, losses, backward, spec.head.soft_cap);
+                match self.int8_head().filter(|_| backward) {
+                    None => {
+                        cross_entropy::forward_backward(logits, &head.targets, losses, backward, spec.head.soft_cap)
+                    }
+                    Some((linear, weight)) => {
+                        grow(&mut head.label_gradients, rows);
+                        let to = [losses, &mut head.label_gradients[..rows]];
+                        let (cap, rounding) = (spec.head.soft_cap, linear.gradient_rounding);
+                        let quantized = temporary.linear.quantized();
+                        cross_entropy::forward_quantized(logits, &head.targets, to, cap, weight, quantized, rounding);
+                    }
+                }
             }
             if let Some(grads) = grads.as_deref_mut() {
                 self.head_backward(grads, labels, head, temporary);
@@ -94,15 +108,24 @@ impl Run<'_> {
             // is close to 1 it would cancel against a rounded weight, the same way at every step.
             let is_measured = self.compute.watch.is_some() && !self.overlay.trains_linear(self.model, self.model.head);
             let exact_labels = self.compute.head_in_int8(self.model) || is_measured;
-            if exact_labels {
+            if exact_labels && self.int8_head().is_none() {
                 grow(label_gradients, rows);
                 let labels = logits.chunks_exact_mut(v).zip(&*targets).zip(&mut *label_gradients);
                 labels.for_each(|((row, &target), gradient)| *gradient = std::mem::take(&mut row[target as usize]));
             }
-            let gradient = Gradient { group: &[self.model.head], g: logits };
             let dx = below.then(|| &mut dnorm[..rows * d]);
-            let input = Input { x: &norm[..rows * d], u };
-            linear::backward(run, gradient, grads, input, &mut temporary.linear, dx);
+            match (self.int8_head(), dx) {
+                // The gradient is quantized already, and no parameter wants it.
+                (Some((_, weight)), Some(dx)) => {
+                    gemm(rows, d, &[Term::int8_plain(temporary.linear.quantized(), weight)], Out::set(dx, d));
+                }
+                (Some(_), None) => {}
+                (None, dx) => {
+                    let gradient = Gradient { group: &[self.model.head], g: logits };
+                    let input = Input { x: &norm[..rows * d], u };
+                    linear::backward(run, gradient, grads, input, &mut temporary.linear, dx);
+                }
+            }
             if exact_labels && below {
                 let weight = self.weight(self.model.head);
                 embedding::add_scaled_rows(weight.panel(), targets, label_gradients, &mut dnorm[..rows * d]);
@@ -120,6 +143,14 @@ impl Run<'_> {
             // Several rows may read a token they share.
             vector::add(&mut temporary.dx[at..at + d], row);
         }
+    }
+
+    /// The head and its weight in 8 bits, where nothing else wants its output's gradient: that gradient is then quantized where it comes into
+    /// being.
+    fn int8_head(&self) -> Option<(&Linear, &Int8Matrix)> {
+        let id = self.model.head;
+        let wanted = self.overlay.trains_linear(self.model, id) || self.compute.watch.is_some();
+        self.compute.int8(id).filter(|_| !wanted).map(|weight| (self.model.linear(id), weight))
     }
 
     /// The same run without dropout: the head's rows are label tokens, not the pass's.

@@ -29,6 +29,14 @@ pub(crate) struct LinearScratch {
     quantized: [Int8Rows; MOST_INPUTS],
 }
 
+impl LinearScratch {
+    /// Rows in 8 bits for a gradient that is quantized where it comes into being.
+    pub fn quantized(&mut self) -> &mut Int8Rows {
+        let [rows, ..] = &mut self.quantized;
+        rows
+    }
+}
+
 fn sized(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
     if buffer.len() < len {
         buffer.resize(len, 0.0);

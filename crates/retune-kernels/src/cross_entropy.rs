@@ -2,6 +2,7 @@
 //!
 //! The head calls it on blocks of the label tokens, so that the logits of a pass never exist as a whole.
 
+use crate::int8::{Int8Matrix, Int8Rows, Rounding};
 use crate::multiversion;
 use crate::parallel::{self, SharedMut};
 use crate::vector::{LANES, exp, sum_lanes, tanh};
@@ -78,6 +79,22 @@ multiversion! {
     }
 }
 
+multiversion! {
+    /// The probabilities of logits, exp(logit − largest) · inverse_sum; of capped ones times the cap's derivatives.
+    fn probabilities(logits: &[f32], largest: f32, inverse_sum: f32, limit: Option<f32>, to: &mut [f32]) {
+        for (to, v) in to.iter_mut().zip(logits) {
+            *to = exp::<FMA>(*v - largest) * inverse_sum;
+        }
+        if let Some(limit) = limit {
+            let inverse = 1.0 / limit;
+            for (to, v) in to.iter_mut().zip(logits) {
+                let capped = *v * inverse;
+                *to *= 1.0 - capped * capped;
+            }
+        }
+    }
+}
+
 /// Elements of a parallel piece of [`soft_cap`].
 const PIECE: usize = 1 << 14;
 
@@ -135,9 +152,59 @@ pub fn forward_backward(
     });
 }
 
+/// The same for a weight in 8 bits, whose input gradient is all that is wanted of the logits: quantizes the gradient but for the targets' own,
+/// p − 1, which goes to `label_gradients: [R]` and is left out of `rows`. The logits are left as they are, or capped: a block of them is
+/// larger than the caches, and writing probabilities in their place would cost as much as reading them.
+///
+/// The values are those of [`forward_backward`] followed by [`Int8Rows::quantize_gradient`].
+pub fn forward_quantized(
+    logits: &mut [f32],
+    targets: &[u32],
+    [losses, label_gradients]: [&mut [f32]; 2],
+    soft_cap: Option<f32>,
+    weight: &Int8Matrix,
+    rows: &mut Int8Rows,
+    rounding: Rounding,
+) {
+    /// A row of capped logits and what makes them probabilities.
+    struct Row<'a> {
+        logits: &'a [f32],
+        largest: f32,
+        inverse_sum: f32,
+        target: usize,
+    }
+    let vocab = weight.rows();
+    let (logits, losses, labels) = (SharedMut::new(logits), SharedMut::new(losses), SharedMut::new(label_gradients));
+    let begin = |row: usize| {
+        let target = targets[row] as usize;
+        // SAFETY: one piece, its rows.
+        let (logits, loss, label) =
+            unsafe { (logits.slice(row * vocab, vocab), losses.slice(row, 1), labels.slice(row, 1)) };
+        if let Some(limit) = soft_cap {
+            cap(logits, limit);
+        }
+        let (largest, sum) = exponentials(logits, false);
+        let logits = &*logits;
+        loss[0] = largest + sum.ln() - logits[target];
+        let inverse_sum = 1.0 / sum;
+        probabilities(&logits[target..=target], largest, inverse_sum, soft_cap, label);
+        label[0] -= soft_cap.map_or(1.0, |limit| 1.0 - (logits[target] / limit).powi(2));
+        Row { logits, largest, inverse_sum, target }
+    };
+    rows.quantize_gradient_runs(targets.len(), weight, rounding, begin, |row, run, buffer| {
+        probabilities(&row.logits[run.clone()], row.largest, row.inverse_sum, soft_cap, buffer);
+        if run.contains(&row.target) {
+            buffer[row.target - run.start] = 0.0;
+        }
+        buffer
+    });
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::F32Panel;
+    use crate::gemm::{Out, Term, gemm};
     use crate::testing::{numeric_gradient, random, relative_error, to_f64};
 
     fn reference(logits: &[f64], targets: &[u32]) -> Vec<f64> {
@@ -184,6 +251,37 @@ mod tests {
             soft_cap(&mut alone, limit);
             assert!(left == alone && again == losses);
             assert!(relative_error(&alone, &capped(&to_f64(&logits))) < 1e-6);
+        }
+    }
+
+    #[test]
+    fn the_quantized_gradient_is_that_of_the_gradient() {
+        // Two runs, the second one with a target; weights with a scale for each row.
+        let (vocab, k) = (1000, 24);
+        let w = random(2, vocab * k);
+        let weight = Int8Matrix::new(&F32Panel::new(&w, k), None, &[]);
+        let targets = [3, 999, 511, 0, 640];
+        let r = targets.len();
+        let logits: Vec<f32> = random(1, r * vocab).iter().map(|v| v * 8.0).collect();
+        for soft_cap in [None, Some(5.0)] {
+            for rounding in [Rounding::Nearest, Rounding::Stochastic] {
+                let product = |rows: &Int8Rows| {
+                    let mut dx = vec![0.0; r * k];
+                    gemm(r, k, &[Term::int8_plain(rows, &weight)], Out::set(&mut dx, k));
+                    dx
+                };
+                let (mut gradient, mut losses, mut rows) = (logits.clone(), vec![0.0; r], Int8Rows::default());
+                forward_backward(&mut gradient, &targets, &mut losses, true, soft_cap);
+                let labels = gradient.chunks_mut(vocab).zip(targets);
+                let labels: Vec<f32> = labels.map(|(row, t)| std::mem::take(&mut row[t as usize])).collect();
+                rows.quantize_gradient(&gradient, vocab, r, &weight, rounding);
+                let expected = product(&rows);
+                let (mut read, mut again, mut label_gradients) = (logits.clone(), vec![0.0; r], vec![0.0; r]);
+                let to = [&mut again[..], &mut label_gradients];
+                forward_quantized(&mut read, &targets, to, soft_cap, &weight, &mut rows, rounding);
+                assert!(again == losses && label_gradients == labels && product(&rows) == expected);
+                assert!(expected.iter().any(|&v| v != 0.0));
+            }
         }
     }
 

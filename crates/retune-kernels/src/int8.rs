@@ -115,6 +115,14 @@ fn scale_of(most: f32) -> (f32, f32) {
     }
 }
 
+/// A run of a row, or of that times `factors` in the buffer.
+fn scaled<'b>(row: &'b [f32], run: Range<usize>, factors: Option<&[f32]>, buffer: &'b mut [f32]) -> &'b [f32] {
+    let Some(factors) = factors else { return &row[run] };
+    let buffer = &mut buffer[..run.len()];
+    multiply(&row[run.clone()], &factors[run], buffer);
+    buffer
+}
+
 /// Writes v / scale, rounded, + 128 and returns the scale.
 fn quantize(x: &[f32], rounding: Rounding, to: &mut [u8]) -> f32 {
     let (scale, inverse) = scale_of(largest(x));
@@ -152,48 +160,64 @@ impl Int8Rows {
         let mut outliers = std::mem::take(&mut self.outliers);
         let shared = SharedMut::new(&mut outliers);
         let (cols, factors) = (weight.cols, weight.input_factors.as_deref());
-        self.quantize(x, [cols, x.len() / cols, cols], factors, Rounding::Nearest, |row, x| {
+        let begin = |row: usize| {
+            let x = &x[row * cols..][..cols];
             // SAFETY: one piece, its rows.
             let to = unsafe { shared.slice(row * count, count) };
             to.iter_mut().zip(&weight.outliers).for_each(|(to, &channel)| *to = x[channel as usize]);
-        });
+            x
+        };
+        self.quantize(x.len() / cols, cols, Rounding::Nearest, begin, |x, run, buffer| scaled(x, run, factors, buffer));
         self.outliers = outliers;
     }
 
     /// Quantizes the gradients of a weight's output: in each of `rows` rows, which begin `row` elements apart in `g`, the first elements.
     pub fn quantize_gradient(&mut self, g: &[f32], row: usize, rows: usize, weight: &Int8Matrix, rounding: Rounding) {
-        let factors = Some(&weight.row_scales[..weight.rows]);
-        self.quantize(g, [row, rows, weight.rows], factors, rounding, |_, _| {});
+        let begin = |index: usize| &g[index * row..][..weight.rows];
+        self.quantize_gradient_runs(rows, weight, rounding, begin, |g, run, _| &g[run]);
     }
 
-    /// Quantizes rows of `cols` elements that begin `row` elements apart, or these times `factors`, and shows each row to `also`.
-    fn quantize(
+    /// The same of gradients that come into being here: `begin` looks at a row, `values` then gives its runs, in the buffer or from elsewhere.
+    pub(crate) fn quantize_gradient_runs<S>(
         &mut self,
-        x: &[f32],
-        [row, rows, cols]: [usize; 3],
-        factors: Option<&[f32]>,
+        rows: usize,
+        weight: &Int8Matrix,
         rounding: Rounding,
-        also: impl Fn(usize, &[f32]) + Sync,
+        begin: impl Fn(usize) -> S + Sync,
+        values: impl for<'b> Fn(&'b S, Range<usize>, &'b mut [f32]) -> &'b [f32] + Sync,
     ) {
-        let (apart, stride, runs) = (row, row_stride(cols), run_count(cols));
+        let factors = &weight.row_scales[..weight.rows];
+        self.quantize(rows, weight.rows, rounding, begin, |row, run, buffer| {
+            let (buffer, scaled) = buffer.split_at_mut(run.len());
+            multiply(values(row, run.clone(), buffer), &factors[run.clone()], &mut scaled[..run.len()]);
+            &scaled[..run.len()]
+        });
+    }
+
+    /// Quantizes `rows` rows of `cols` values, on all threads: `begin` looks at a row, `values` gives one run of it after the other, with a
+    /// buffer of two runs at hand. A run stays in the first-level cache from where its values come into being until they are integers.
+    fn quantize<S>(
+        &mut self,
+        rows: usize,
+        cols: usize,
+        rounding: Rounding,
+        begin: impl Fn(usize) -> S + Sync,
+        values: impl for<'b> Fn(&'b S, Range<usize>, &'b mut [f32]) -> &'b [f32] + Sync,
+    ) {
+        let (stride, runs) = (row_stride(cols), run_count(cols));
         (self.rows, self.cols) = (rows, cols);
         grow(&mut self.values, rows * stride, OFFSET);
         grow(&mut self.scales, rows * runs, 0.0);
-        let (values, scales) = (SharedMut::new(&mut self.values), SharedMut::new(&mut self.scales));
+        let (integers, scales) = (SharedMut::new(&mut self.values), SharedMut::new(&mut self.scales));
         let chunk = parallel::chunk_rows(rows, 8);
         parallel::for_each(rows.div_ceil(chunk), |piece| {
-            scratch::with(Purpose::Row, if factors.is_some() { cols } else { 0 }, |scaled| {
+            scratch::with(Purpose::Row, 2 * run_len(cols), |buffer| {
                 for row in piece * chunk..((piece + 1) * chunk).min(rows) {
-                    let mut from = &x[row * apart..][..cols];
-                    also(row, from);
-                    if let Some(factors) = factors {
-                        multiply(from, factors, scaled);
-                        from = scaled;
-                    }
+                    let state = begin(row);
                     // SAFETY: one piece, its rows.
-                    let (to, scales) = unsafe { (values.slice(row * stride, cols), scales.slice(row * runs, runs)) };
+                    let (to, scales) = unsafe { (integers.slice(row * stride, cols), scales.slice(row * runs, runs)) };
                     for (run, scale) in self::runs(cols).zip(scales) {
-                        *scale = quantize(&from[run.clone()], rounding, &mut to[run]);
+                        *scale = quantize(values(&state, run.clone(), buffer), rounding, &mut to[run]);
                     }
                 }
             });
@@ -681,7 +705,7 @@ mod tests {
         x.chunks_mut(k).for_each(|row| row[5] = 0.9);
         let sum = |rounding| {
             let mut rows = Int8Rows::default();
-            rows.quantize(&x, [k, x.len() / k, k], None, rounding, |_, _| {});
+            rows.quantize(x.len() / k, k, rounding, |row| &x[row * k..][..k], |x, run, _| &x[run]);
             let row = |t: usize| rows.values(t, 0)[..k].iter().map(|&v| f64::from(v) - 128.0).sum::<f64>();
             (0..40).map(|t| f64::from(rows.scales(t, 0).0[0]) * row(t)).sum::<f64>()
         };

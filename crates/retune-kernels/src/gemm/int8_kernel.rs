@@ -527,6 +527,7 @@ mod tests {
                             stride: cols,
                             addend: std::ptr::null(),
                             cols: tile_width(isa).min(cols - start),
+                            streams: false,
                         },
                     };
                     // SAFETY: the machine has the instruction set; operands are whole panels, C has `mr` rows of `cols`.

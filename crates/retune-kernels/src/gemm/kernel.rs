@@ -27,6 +27,8 @@ pub(super) trait Vector: Copy {
     unsafe fn load_first(from: *const f32, lanes: usize) -> Self;
     unsafe fn store(self, to: *mut f32);
     unsafe fn store_first(self, to: *mut f32, lanes: usize);
+    /// Stores past the caches, to an address that is a multiple of the vector's size.
+    unsafe fn stream(self, to: *mut f32);
     /// `self + a * b`
     unsafe fn add_product(self, a: Self, b: Self) -> Self;
     unsafe fn times(self, other: Self) -> Self;
@@ -53,6 +55,8 @@ pub struct Target {
     /// What the product is added to, with the stride of C; null for nothing. It may be C itself.
     pub addend: *const f32,
     pub cols: usize,
+    /// Whether C, whose tiles then begin at cache lines, is stored past the caches.
+    pub streams: bool,
 }
 
 /// Elements of a vector.
@@ -99,9 +103,21 @@ pub(super) fn prefetch(at: *const f32) {
     let _ = at;
 }
 
+/// Makes what was streamed visible to other threads before anything that this one does next.
+pub(super) fn fence() {
+    #[cfg(target_arch = "x86_64")]
+    {
+        // SAFETY: every x86-64 machine has it.
+        unsafe { std::arch::x86_64::_mm_sfence() };
+    }
+}
+
 /// Has the cache lines of a row of a tile's target fetched, so that they are there when its sums are.
 #[inline(always)]
 pub(super) fn fetch<V: Vector, const VECTORS: usize>(to: &Target, row: usize) {
+    if to.streams {
+        return;
+    }
     for j in 0..VECTORS {
         prefetch(to.c.wrapping_add(row * to.stride + j * V::LANES));
     }
@@ -198,7 +214,7 @@ pub(super) unsafe fn finish<V: Vector, const ROWS: usize, const VECTORS: usize>(
     mut acc: [[V; VECTORS]; ROWS],
     to: &Target,
 ) {
-    let Target { c, stride, addend, cols } = *to;
+    let Target { c, stride, addend, cols, streams } = *to;
     // SAFETY (whole body): the caller promises that the pointers cover the tile's shape.
     unsafe {
         // Small loops with nothing to decide inside: they unroll, and the accumulators stay in registers throughout.
@@ -216,6 +232,14 @@ pub(super) unsafe fn finish<V: Vector, const ROWS: usize, const VECTORS: usize>(
                     }
                 }
             }
+        }
+        if streams && full {
+            for (i, row) in acc.iter().enumerate() {
+                for (j, sum) in row.iter().enumerate() {
+                    sum.stream(c.add(i * stride + j * V::LANES));
+                }
+            }
+            return;
         }
         for (i, row) in acc.iter().enumerate() {
             for (j, sum) in row.iter().enumerate() {
@@ -318,6 +342,12 @@ impl Vector for Portable {
     }
 
     #[inline(always)]
+    unsafe fn stream(self, to: *mut f32) {
+        // SAFETY: eight writable elements.
+        unsafe { self.store(to) }
+    }
+
+    #[inline(always)]
     unsafe fn add_product(self, a: Self, b: Self) -> Self {
         let mut sum = self.0;
         for ((sum, x), y) in sum.iter_mut().zip(a.0).zip(b.0) {
@@ -390,6 +420,11 @@ mod neon {
                 vst1q_f32(values.as_mut_ptr(), self);
                 std::ptr::copy_nonoverlapping(values.as_ptr(), to, lanes);
             }
+        }
+
+        #[inline(always)]
+        unsafe fn stream(self, to: *mut f32) {
+            unsafe { self.store(to) }
         }
 
         #[inline(always)]
@@ -468,6 +503,11 @@ mod x86 {
         }
 
         #[inline(always)]
+        unsafe fn stream(self, to: *mut f32) {
+            unsafe { _mm512_stream_ps(to, self) }
+        }
+
+        #[inline(always)]
         unsafe fn add_product(self, a: Self, b: Self) -> Self {
             unsafe { _mm512_fmadd_ps(a, b, self) }
         }
@@ -517,6 +557,11 @@ mod x86 {
         #[inline(always)]
         unsafe fn store_first(self, to: *mut f32, lanes: usize) {
             unsafe { _mm256_maskstore_ps(to, first(lanes), self) }
+        }
+
+        #[inline(always)]
+        unsafe fn stream(self, to: *mut f32) {
+            unsafe { _mm256_stream_ps(to, self) }
         }
 
         #[inline(always)]

@@ -47,7 +47,12 @@ const GROUP_BYTES: usize = 768 << 10;
 const CACHED: usize = 512 << 10;
 /// The same of a weight in 8 bits, of a few runs.
 const INT8_RUN_BYTES: usize = 1 << 20;
-/// Tiles of a run of quantized rows that do.
+/// Elements of a result that is in no cache when it is read next, so that it is stored past them: the line of a target need not be fetched
+/// to be overwritten. The logits of a large vocabulary are such a result.
+const STREAMED: usize = 16 << 20;
+/// Bytes of a cache line.
+const LINE: usize = 64;
+/// Tiles of a run of quantized rows that stay in a second-level cache.
 const INT8_TILES: usize = 96;
 
 /// A strided view of f32 values: element (i, j) is `data[i * row_stride + j * col_stride]`.
@@ -155,6 +160,14 @@ impl<'a> Term<'a> {
         }
     }
 
+    /// How often each tile of C is visited for it.
+    fn visits(&self) -> usize {
+        match *self {
+            Self::F32 { k, .. } => k.div_ceil(KC),
+            Self::Int8 { a, .. } => runs(a.cols()).count(),
+        }
+    }
+
     /// Length of the contraction of a left operand that must be packed, 0 for others.
     fn packed_k(&self) -> usize {
         match *self {
@@ -235,13 +248,17 @@ pub fn gemm<'a>(m: usize, n: usize, terms: &[Term], out: Out<'a>) -> &'a mut [f3
         assert!(covered <= addend.len(), "the addend is smaller than [{m}, {n}]");
     }
     terms.iter().for_each(|term| term.check(m, n));
+    // A vector that is streamed must be aligned, and a tile that is visited again is better found in a cache.
+    let is_aligned = data.as_ptr().addr().is_multiple_of(LINE) && stride.is_multiple_of(LINE / size_of::<f32>());
+    let is_visited_once = matches!(to, To::Nothing) && terms.iter().map(Term::visits).sum::<usize>() == 1;
+    let streams = m * n >= STREAMED && is_aligned && is_visited_once;
     assert!(!terms.is_empty(), "a product of nothing");
     if let [Term::F32 { k, a, b: Rhs::View(b), scale }] = *terms
         && (a.row_stride, b.col_stride) == (1, 1)
         && m > FEW_ROWS
         && a.col_stride > 1
     {
-        Gradient { m, n, k, a, b, scale, c: Shared { c: SharedMut::new(data), stride, to } }.run();
+        Gradient { m, n, k, a, b, scale, c: Shared { c: SharedMut::new(data), stride, to, streams: false } }.run();
         return data;
     }
     let packed_a: usize = terms.iter().map(Term::packed_k).sum();
@@ -257,7 +274,7 @@ pub fn gemm<'a>(m: usize, n: usize, terms: &[Term], out: Out<'a>) -> &'a mut [f3
                 from = to;
             }
         }
-        Job { m, n, terms, packed_a: packed, c: Shared { c: SharedMut::new(data), stride, to } }.run();
+        Job { m, n, terms, packed_a: packed, c: Shared { c: SharedMut::new(data), stride, to, streams } }.run();
     });
     data
 }
@@ -267,6 +284,8 @@ struct Shared<'a> {
     c: SharedMut<'a>,
     stride: usize,
     to: To<'a>,
+    /// Whether it is stored past the caches.
+    streams: bool,
 }
 
 impl Shared<'_> {
@@ -280,7 +299,7 @@ impl Shared<'_> {
             To::Itself => c.cast_const(),
             To::Other(addend) => addend[start..].as_ptr(),
         };
-        Target { c, stride: self.stride, addend, cols: cols.len() }
+        Target { c, stride: self.stride, addend, cols: cols.len(), streams: self.streams }
     }
 }
 
@@ -330,6 +349,9 @@ impl Job<'_> {
             };
             let start = group * columns;
             self.group(start..(start + columns).min(self.n), width, rows);
+            if self.c.streams {
+                kernel::fence();
+            }
         });
     }
 
@@ -609,7 +631,7 @@ pub fn gemm_in_place(m: usize, n: usize, k: usize, a: MatRef, b: MatRef, out: Ou
                         b: b.as_ptr(),
                         b_stride,
                     };
-                    let to = Target { c, stride: out.stride, addend, cols };
+                    let to = Target { c, stride: out.stride, addend, cols, streams: false };
                     // SAFETY: the shapes were checked above, and B's columns are whole vectors.
                     unsafe { kernel::run(isa(), &[product], &to, MR.min(m - row)) };
                 }
@@ -644,6 +666,44 @@ mod tests {
         }
         fn panel_f32(&self, rows: Range<usize>, cols: std::ops::Range<usize>, dst: &mut [f32]) {
             self.0.panel_f32(rows, cols, dst);
+        }
+    }
+
+    #[test]
+    fn a_result_that_is_stored_past_the_caches_is_that_of_its_rows() {
+        // A last tile of few rows, and a last one of few columns, which is stored as usual.
+        let (m, n, stride, k) = (253, 66_505, 66_512, 9);
+        let (a, b) = (random(1, m * k), random(2, n * k));
+        let w = Int8Matrix::new(&F32Panel::new(&b, k), None, &[]);
+        let mut memory = vec![f32::NAN; m * stride + LINE];
+        let first = memory.as_ptr().align_offset(LINE);
+        let c = &mut memory[first..first + m * stride];
+        assert!(m * n >= STREAMED && c.as_ptr().addr().is_multiple_of(LINE));
+        let (mut rows, mut few) = (Int8Rows::default(), Int8Rows::default());
+        rows.quantize_input(&a, &w);
+        for int8 in [false, true] {
+            fn term<'t>(
+                int8: Option<(&'t Int8Rows, &'t Int8Matrix)>,
+                k: usize,
+                a: &'t [f32],
+                b: &'t [f32],
+            ) -> Term<'t> {
+                match int8 {
+                    Some((rows, w)) => Term::int8(rows, w),
+                    None => Term::new(k, MatRef::rows(a, k), Rhs::View(MatRef::rows(b, k).t())),
+                }
+            }
+            gemm(m, n, &[term(int8.then_some((&rows, &w)), k, &a, &b)], Out::set(c, stride));
+            // A multiple of a tile's rows: otherwise the portable kernel may sum up in another order.
+            const ROWS: usize = 10 * MR;
+            for (a, c) in a.chunks(ROWS * k).zip(c.chunks(ROWS * stride)) {
+                few.quantize_input(a, &w);
+                let m = a.len() / k;
+                let mut expected = vec![0.0; m * n];
+                gemm(m, n, &[term(int8.then_some((&few, &w)), k, a, &b)], Out::set(&mut expected, n));
+                assert!(c.chunks(stride).zip(expected.chunks(n)).all(|(c, expected)| c[..n] == *expected));
+                assert!(c.chunks(stride).all(|row| row.len() < stride || row[n..].iter().all(|v| v.is_nan())));
+            }
         }
     }
 
