@@ -167,42 +167,48 @@ impl Int8Rows {
             to.iter_mut().zip(&weight.outliers).for_each(|(to, &channel)| *to = x[channel as usize]);
             x
         };
-        self.quantize(x.len() / cols, cols, Rounding::Nearest, begin, |x, run, buffer| scaled(x, run, factors, buffer));
+        self.quantize(x.len() / cols, cols, Rounding::Nearest, begin, |x, run, buffer| {
+            (scaled(x, run, factors, buffer), 1.0)
+        });
         self.outliers = outliers;
     }
 
     /// Quantizes the gradients of a weight's output: in each of `rows` rows, which begin `row` elements apart in `g`, the first elements.
     pub fn quantize_gradient(&mut self, g: &[f32], row: usize, rows: usize, weight: &Int8Matrix, rounding: Rounding) {
         let begin = |index: usize| &g[index * row..][..weight.rows];
-        self.quantize_gradient_runs(rows, weight, rounding, begin, |g, run, _| &g[run]);
+        self.quantize_gradient_runs(rows, weight, rounding, begin, |g, run, _| (&g[run], 1.0));
     }
 
-    /// The same of gradients that come into being here: `begin` looks at a row, `values` then gives its runs, in the buffer or from elsewhere.
+    /// The same of gradients that come into being here: `begin` looks at a row, `values` then gives its runs, in the buffer or from elsewhere,
+    /// and what each is multiplied by.
     pub(crate) fn quantize_gradient_runs<S>(
         &mut self,
         rows: usize,
         weight: &Int8Matrix,
         rounding: Rounding,
         begin: impl Fn(usize) -> S + Sync,
-        values: impl for<'b> Fn(&'b S, Range<usize>, &'b mut [f32]) -> &'b [f32] + Sync,
+        values: impl for<'b> Fn(&'b S, Range<usize>, &'b mut [f32]) -> (&'b [f32], f32) + Sync,
     ) {
         let factors = &weight.row_scales[..weight.rows];
         self.quantize(rows, weight.rows, rounding, begin, |row, run, buffer| {
             let (buffer, scaled) = buffer.split_at_mut(run.len());
-            multiply(values(row, run.clone(), buffer), &factors[run.clone()], &mut scaled[..run.len()]);
-            &scaled[..run.len()]
+            let (values, weight) = values(row, run.clone(), buffer);
+            if weight != 0.0 {
+                multiply(values, &factors[run.clone()], &mut scaled[..run.len()]);
+            }
+            (&scaled[..run.len()], weight)
         });
     }
 
     /// Quantizes `rows` rows of `cols` values, on all threads: `begin` looks at a row, `values` gives one run of it after the other, with a
-    /// buffer of two runs at hand. A run stays in the first-level cache from where its values come into being until they are integers.
+    /// buffer of two runs at hand, and what it is multiplied by. A run stays in the first-level cache from where its values come into being until they are integers.
     fn quantize<S>(
         &mut self,
         rows: usize,
         cols: usize,
         rounding: Rounding,
         begin: impl Fn(usize) -> S + Sync,
-        values: impl for<'b> Fn(&'b S, Range<usize>, &'b mut [f32]) -> &'b [f32] + Sync,
+        values: impl for<'b> Fn(&'b S, Range<usize>, &'b mut [f32]) -> (&'b [f32], f32) + Sync,
     ) {
         let (stride, runs) = (row_stride(cols), run_count(cols));
         (self.rows, self.cols) = (rows, cols);
@@ -217,7 +223,9 @@ impl Int8Rows {
                     // SAFETY: one piece, its rows.
                     let (to, scales) = unsafe { (integers.slice(row * stride, cols), scales.slice(row * runs, runs)) };
                     for (run, scale) in self::runs(cols).zip(scales) {
-                        *scale = quantize(values(&state, run.clone(), buffer), rounding, &mut to[run]);
+                        let (values, weight) = values(&state, run.clone(), buffer);
+                        // What is left out has whatever integers were there before, times 0.
+                        *scale = if weight == 0.0 { 0.0 } else { weight * quantize(values, rounding, &mut to[run]) };
                     }
                 }
             });
@@ -705,7 +713,7 @@ mod tests {
         x.chunks_mut(k).for_each(|row| row[5] = 0.9);
         let sum = |rounding| {
             let mut rows = Int8Rows::default();
-            rows.quantize(x.len() / k, k, rounding, |row| &x[row * k..][..k], |x, run, _| &x[run]);
+            rows.quantize(x.len() / k, k, rounding, |row| &x[row * k..][..k], |x, run, _| (&x[run], 1.0));
             let row = |t: usize| rows.values(t, 0)[..k].iter().map(|&v| f64::from(v) - 128.0).sum::<f64>();
             (0..40).map(|t| f64::from(rows.scales(t, 0).0[0]) * row(t)).sum::<f64>()
         };

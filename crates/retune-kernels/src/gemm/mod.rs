@@ -29,6 +29,8 @@ pub use pack::transpose_rows;
 use pack::{pack_b, pack_columns, pack_panel, packed_width};
 use small::{PackedTerms, SmallTerms};
 
+/// Rows of the left operand that a tile takes.
+pub(crate) const TILE_ROWS: usize = MR;
 /// Longest run of the contraction between two visits of a tile of C.
 const KC: usize = 1536;
 /// Rows of C up to which a right operand with contiguous columns is read in place: packing would cost a good part of the product.
@@ -559,8 +561,13 @@ impl Job<'_> {
             for tile in tiles.clone() {
                 let row = tile * MR;
                 let (values, (row_scales, row_scale_stride)) = (a.values(row, run.start), a.scales(row, index));
+                let mr = MR.min(self.m - row);
                 let cols = start..start + cols;
                 let (segments, count) = small.segments(None, row, &cols);
+                let adds_nothing = || (0..mr).all(|i| row_scales[i * row_scale_stride] == 0.0);
+                if !first && count == 0 && adds_nothing() {
+                    continue;
+                }
                 let t = Int8Tile {
                     groups,
                     a: values.as_ptr(),
@@ -574,7 +581,7 @@ impl Job<'_> {
                     to: self.c.place(row, &cols, first),
                 };
                 // SAFETY: pieces own disjoint tiles of C, `gemm` checked the shapes, and both operands are filled up to whole panels.
-                unsafe { int8_kernel::run(isa, &t, MR.min(self.m - row)) };
+                unsafe { int8_kernel::run(isa, &t, mr) };
             }
         }
     }
