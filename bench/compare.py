@@ -29,8 +29,10 @@ def main():
 
     with TemporaryDirectory() as inputs:
         retune = ["bench", "train", "--model", args.model, "--method", args.method, "--learning-rate", args.learning_rate,
-                  "--batch", args.batch, "--seq", args.seq, "--steps", args.steps, "--rank", args.rank,
-                  "--targets", args.targets, "--data", comparison.DATA / "debian-synopsis.train.jsonl"]
+                  "--batch", args.batch, "--seq", args.seq, "--steps", args.steps,
+                  "--data", comparison.DATA / "debian-synopsis.train.jsonl"]
+        if args.method == "lora":
+            retune += ["--rank", args.rank, "--targets", args.targets]
 
         def run_retune(compute):  # The inputs are the same in every run; the very first, which is retune's, writes them.
             save = [] if any(Path(inputs).iterdir()) else ["--save-inputs", inputs]

@@ -2,10 +2,11 @@
 
 use std::collections::BTreeMap;
 
+use crate::config::LoraConfig;
 use crate::error::Error;
 use crate::files::AdapterFile;
 use crate::names::{self, Key, Part, trained_biases};
-use crate::targets::{BaseModules, LoraTarget, saved_by, select};
+use crate::targets::{BaseModules, LoraTarget, select};
 
 /// How many tensors an error names before it only counts.
 const NAMED: usize = 3;
@@ -17,16 +18,20 @@ const NAMED: usize = 3;
 /// # Errors
 /// [`Error::Shape`], [`Error::Length`], [`Error::NotFinite`], [`Error::MissingTensors`], [`Error::UnexpectedTensors`], and what
 /// [`select`] and the configuration's check say.
-pub fn check_against(file: &AdapterFile, modules: &BaseModules<'_>) -> Result<Vec<LoraTarget>, Error> {
-    file.config.check()?;
-    let targets = select(&file.config, modules)?;
-    let required = required(file, modules, &targets);
+pub fn check_against(
+    config: &LoraConfig,
+    file: &AdapterFile,
+    modules: &BaseModules<'_>,
+) -> Result<Vec<LoraTarget>, Error> {
+    config.check()?;
+    let targets = select(config, modules)?;
+    let required = required(config, modules, &targets);
     let mut unexpected = Vec::new();
     let mut saved: Vec<String> = Vec::new();
     for (key, (shape, values)) in &file.tensors {
         let expected = match required.get(key) {
             Some(expected) => Some(expected.clone()),
-            None => match optional(file, modules, key) {
+            None => match optional(config, modules, key) {
                 Some((module, expected)) => {
                     saved.push(module);
                     expected
@@ -50,7 +55,7 @@ pub fn check_against(file: &AdapterFile, modules: &BaseModules<'_>) -> Result<Ve
     }
     let mut missing: Vec<&str> =
         required.keys().filter(|key| !file.tensors.contains_key(*key)).map(String::as_str).collect();
-    for entry in &file.config.modules_to_save {
+    for entry in &config.modules_to_save {
         if !saved.iter().any(|module| module.ends_with(entry.as_str())) {
             missing.push(entry);
         }
@@ -62,20 +67,20 @@ pub fn check_against(file: &AdapterFile, modules: &BaseModules<'_>) -> Result<Ve
 }
 
 /// The tensors that must be there, with their shapes.
-fn required(file: &AdapterFile, modules: &BaseModules<'_>, targets: &[LoraTarget]) -> BTreeMap<String, Vec<usize>> {
+fn required(config: &LoraConfig, modules: &BaseModules<'_>, targets: &[LoraTarget]) -> BTreeMap<String, Vec<usize>> {
     let mut shapes = BTreeMap::new();
     for target in targets {
         shapes.insert(names::lora_a(&target.module), vec![target.r, target.in_features]);
         shapes.insert(names::lora_b(&target.module), vec![target.out_features, target.r]);
     }
-    for bias in trained_biases(&file.config, modules, targets) {
+    for bias in trained_biases(config, modules, targets) {
         shapes.insert(bias.key, vec![bias.len]);
     }
     shapes
 }
 
 /// For a tensor that may be there: its module, and its shape where that is known.
-fn optional(file: &AdapterFile, modules: &BaseModules<'_>, key: &str) -> Option<(String, Option<Vec<usize>>)> {
+fn optional(config: &LoraConfig, modules: &BaseModules<'_>, key: &str) -> Option<(String, Option<Vec<usize>>)> {
     let Key::Part(module, part) = names::parse(key) else {
         return None;
     };
@@ -85,7 +90,7 @@ fn optional(file: &AdapterFile, modules: &BaseModules<'_>, key: &str) -> Option<
     let linear = modules.iter().find(|linear| linear.name == module);
     let shape = match part {
         Part::Weight | Part::Bias => {
-            saved_by(&file.config, &module)?;
+            config.selection().saved_by(&module)?;
             linear.map(|linear| match part {
                 Part::Weight => linear.weight_shape(),
                 _ => vec![linear.out_features],
@@ -98,7 +103,8 @@ fn optional(file: &AdapterFile, modules: &BaseModules<'_>, key: &str) -> Option<
     Some((module, shape))
 }
 
-fn check_values(name: &str, shape: &[usize], values: &[f32]) -> Result<(), Error> {
+/// Refuses a tensor that is not whole or not finite.
+pub(crate) fn check_values(name: &str, shape: &[usize], values: &[f32]) -> Result<(), Error> {
     let count = shape.iter().try_fold(1usize, |product, &n| product.checked_mul(n));
     if count != Some(values.len()) {
         return Err(Error::Length { name: name.to_owned(), shape: shape.to_vec(), found: values.len() });
@@ -161,16 +167,20 @@ fn listed(keys: &[&str]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::LoraConfig;
-    use crate::files::tests::adapter;
+    use crate::files::tests::{adapter, lora};
     use crate::test_model::{tiny_llama, tiny_llama_with_biases};
     use serde_json::json;
+    use std::sync::Arc;
 
     const Q0_A: &str = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight";
     const Q0_B: &str = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight";
 
+    fn check(file: &AdapterFile, modules: &BaseModules<'_>) -> Result<Vec<LoraTarget>, Error> {
+        check_against(&lora(file), file, modules)
+    }
+
     fn refused(file: &AdapterFile) -> String {
-        check_against(file, &tiny_llama()).unwrap_err().to_string()
+        check(file, &tiny_llama()).unwrap_err().to_string()
     }
 
     fn put(file: &mut AdapterFile, key: &str, shape: &[usize]) {
@@ -180,7 +190,7 @@ mod tests {
     #[test]
     fn an_adapter_that_fits_gives_its_targets() {
         let file = adapter(json!({"target_modules": ["q_proj", "v_proj"], "r": 4}), &tiny_llama());
-        let targets = check_against(&file, &tiny_llama()).unwrap();
+        let targets = check(&file, &tiny_llama()).unwrap();
         assert_eq!(targets.len(), 6);
         assert_eq!((targets[1].in_features, targets[1].out_features, targets[1].r), (32, 16, 4));
     }
@@ -195,8 +205,8 @@ mod tests {
             json!({"r": 4, "target_modules": ["q_proj"], "layers_to_transform": [0, 1, 2, 3], "layers_pattern": ["layers", "h"]}),
             json!({"r": 4, "target_modules": ["q_proj"], "rank_pattern": {"q_proj": 4, "0.self_attn.q_proj": 8}}),
         ] {
-            file.config = serde_json::from_value(value.clone()).unwrap();
-            let targets = check_against(&file, &tiny_llama());
+            file.method = Arc::new(serde_json::from_value::<LoraConfig>(value.clone()).unwrap());
+            let targets = check(&file, &tiny_llama());
             assert_eq!(targets.map(|targets| targets.len()).map_err(|error| error.to_string()), Ok(3), "{value}");
         }
     }
@@ -269,7 +279,7 @@ mod tests {
         put(&mut file, head, &[64, 32]);
         assert!(refused(&file).contains("lacks `embed_tokens`"));
         put(&mut file, "base_model.model.model.embed_tokens.weight", &[64, 32]);
-        assert!(check_against(&file, &tiny_llama()).is_ok());
+        assert!(check(&file, &tiny_llama()).is_ok());
         put(&mut file, head, &[66, 32]);
         assert!(refused(&file).contains("has shape [66, 32], expected [64, 32]"));
     }
@@ -279,7 +289,7 @@ mod tests {
         let config = json!({"target_modules": ["q_proj"], "r": 4, "modules_to_save": ["norm", "model.norm"]});
         let mut file = adapter(config, &tiny_llama());
         put(&mut file, "base_model.model.model.norm.weight", &[32]);
-        assert!(check_against(&file, &tiny_llama()).is_ok());
+        assert!(check(&file, &tiny_llama()).is_ok());
     }
 
     #[test]
@@ -287,7 +297,7 @@ mod tests {
         let key = "base_model.model.lm_head.base_layer.weight";
         let mut file = adapter(json!({"target_modules": ["lm_head"], "r": 4}), &tiny_llama());
         put(&mut file, key, &[64, 32]);
-        assert!(check_against(&file, &tiny_llama()).is_ok());
+        assert!(check(&file, &tiny_llama()).is_ok());
         put(&mut file, key, &[70, 32]);
         assert!(refused(&file).contains("another model"));
     }
@@ -297,12 +307,12 @@ mod tests {
         let modules = tiny_llama_with_biases();
         let mut file = adapter(json!({"target_modules": ["q_proj"], "r": 4, "bias": "all"}), &modules);
         assert_eq!(file.tensors.len(), 6 + 21);
-        assert_eq!(check_against(&file, &modules).unwrap().len(), 3);
+        assert_eq!(check(&file, &modules).unwrap().len(), 3);
         let key = "base_model.model.model.layers.2.mlp.down_proj.bias";
         put(&mut file, key, &[48]);
-        let message = check_against(&file, &modules).unwrap_err().to_string();
+        let message = check(&file, &modules).unwrap_err().to_string();
         assert!(message.contains(key) && message.contains("expected [32]"), "{message}");
-        file.config = LoraConfig { bias: crate::config::Bias::None, ..file.config };
-        assert!(check_against(&file, &modules).is_err());
+        file.method = Arc::new(LoraConfig { bias: crate::config::Bias::None, ..lora(&file) });
+        assert!(check(&file, &modules).is_err());
     }
 }

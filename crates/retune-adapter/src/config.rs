@@ -10,7 +10,8 @@ use serde::de::{self, Deserializer, MapAccess, Visitor};
 use serde::{Deserialize, Serialize, Serializer};
 
 use crate::error::Error;
-use crate::targets::Selector;
+use crate::selection::Selection;
+use crate::targets::Ranks;
 
 /// The largest rank accepted; far above what is useful, it keeps sizes from overflowing.
 pub const MAX_RANK: usize = 65_536;
@@ -71,6 +72,17 @@ impl Default for LoraConfig {
 }
 
 impl LoraConfig {
+    /// What selects the modules.
+    pub fn selection(&self) -> Selection<'_> {
+        Selection {
+            target_modules: &self.target_modules,
+            exclude_modules: self.exclude_modules.as_ref(),
+            layers_to_transform: self.layers_to_transform.as_ref(),
+            layers_pattern: self.layers_pattern.as_ref(),
+            modules_to_save: &self.modules_to_save,
+        }
+    }
+
     /// Checks everything that can be checked without a model: ranges, contradictions, regular expressions.
     ///
     /// # Errors
@@ -84,60 +96,27 @@ impl LoraConfig {
         for (_, &alpha) in self.alpha_pattern.iter() {
             check_alpha("alpha_pattern", alpha)?;
         }
-        if !(0.0..1.0).contains(&(self.lora_dropout as f32)) {
-            return config_error(
-                "lora_dropout",
-                format!("{} is out of range; expected at least 0 and below 1", self.lora_dropout),
-            );
-        }
-        check_selection("target_modules", &self.target_modules)?;
-        if let Some(excluded) = &self.exclude_modules {
-            check_selection("exclude_modules", excluded)?;
-        }
-        self.check_layers()?;
-        // An empty entry would match every module: the rule is "ends with".
-        if self.modules_to_save.iter().any(String::is_empty) {
-            return config_error("modules_to_save", "an entry is empty; remove it".to_owned());
-        }
-        Selector::new(self)?;
-        Ok(())
-    }
-
-    fn check_layers(&self) -> Result<(), Error> {
-        let has_pattern =
-            self.layers_pattern.as_ref().is_some_and(|patterns| patterns.as_slice().iter().any(|p| !p.is_empty()));
-        if let ModuleSelection::Pattern(text) = &self.target_modules {
-            for (field, given) in [
-                ("layers_to_transform", self.layers_to_transform.is_some()),
-                ("layers_pattern", self.layers_pattern.is_some()),
-            ] {
-                if given {
-                    return config_error(
-                        field,
-                        format!(
-                            "works only when target_modules is a list, and it is \"{text}\"; list the modules, or choose the layers in the regular expression"
-                        ),
-                    );
-                }
-            }
-        }
-        if has_pattern && self.layers_to_transform.is_none() {
-            return config_error(
-                "layers_pattern",
-                "has no effect without layers_to_transform; give the layers or remove it".to_owned(),
-            );
-        }
+        check_dropout("lora_dropout", self.lora_dropout)?;
+        self.selection().check()?;
+        Ranks::new(self)?;
         Ok(())
     }
 }
 
-fn config_error<T>(field: &'static str, problem: String) -> Result<T, Error> {
+pub(crate) fn config_error<T>(field: &'static str, problem: String) -> Result<T, Error> {
     Err(Error::Config { field, problem })
 }
 
-fn check_rank(field: &'static str, rank: usize) -> Result<(), Error> {
+pub(crate) fn check_rank(field: &'static str, rank: usize) -> Result<(), Error> {
     if rank == 0 || rank > MAX_RANK {
         return config_error(field, format!("a rank of {rank} is out of range; expected 1 to {MAX_RANK}"));
+    }
+    Ok(())
+}
+
+pub(crate) fn check_dropout(field: &'static str, dropout: f64) -> Result<(), Error> {
+    if !(0.0..1.0).contains(&(dropout as f32)) {
+        return config_error(field, format!("{dropout} is out of range; expected at least 0 and below 1"));
     }
     Ok(())
 }
@@ -153,21 +132,6 @@ fn check_alpha(field: &'static str, alpha: f64) -> Result<(), Error> {
         );
     }
     Ok(())
-}
-
-fn check_selection(field: &'static str, selection: &ModuleSelection) -> Result<(), Error> {
-    match selection {
-        ModuleSelection::List(names) if names.is_empty() => {
-            config_error(field, "the list is empty; name modules".to_owned())
-        }
-        ModuleSelection::List(names) if names.iter().any(String::is_empty) => {
-            config_error(field, "an entry is empty; remove it".to_owned())
-        }
-        ModuleSelection::Pattern(text) if text.is_empty() => {
-            config_error(field, "the regular expression is empty; write one, or a list of names".to_owned())
-        }
-        _ => Ok(()),
-    }
 }
 
 /// Modules chosen by a list of name endings or by a regular expression that the whole name must match.

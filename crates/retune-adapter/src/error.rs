@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use crate::method::METHODS;
+
 /// Everything that can be wrong with a LoRA configuration or an adapter on disk.
 ///
 /// What is wrong in a configuration begins with the key, so that whoever knows its section or file can put that before it.
@@ -53,13 +55,22 @@ pub enum Error {
     #[error("{path} is not valid JSON: {error}. Copy or save the adapter again")]
     Json { path: PathBuf, error: serde_json::Error },
 
+    /// What a method starts from cannot be read of the base.
+    #[error("{0}")]
+    Base(String),
+
+    /// Settings that JSON cannot hold.
+    #[error("the adapter's settings cannot be written as JSON: {0}")]
+    Settings(#[from] serde_json::Error),
+
     /// A key of `adapter_config.json` has a value that cannot be used.
     #[error("{path}: `{key}`: {problem}")]
     AdapterConfig { path: PathBuf, key: String, problem: String },
 
     /// The adapter is of another method.
     #[error(
-        "{path}: peft_type is {found}; only LORA can be loaded yet. Use a LoRA adapter, or merge this one with PEFT"
+        "{path}: peft_type is {found}; those that can be loaded are {}. Use one of these, or merge this adapter with PEFT",
+        peft_types()
     )]
     PeftType { path: PathBuf, found: String },
 
@@ -102,8 +113,8 @@ pub enum Error {
     TiedHeadSaved { head: String },
 
     /// Dropout where it is not applied.
-    #[error("lora_dropout is not applied to an adapter on lm_head; set it to 0, or take lm_head out of target_modules")]
-    HeadDropout,
+    #[error("{field} is not applied to an adapter on lm_head; set it to 0, or take lm_head out of target_modules")]
+    HeadDropout { field: &'static str },
 
     /// A trainable tensor that the adapter's file lacks.
     #[error("the adapter has no tensor {name}; its file and its configuration do not belong together: save it again")]
@@ -135,4 +146,9 @@ pub enum Error {
     /// A file that is damaged, or cannot be read or written.
     #[error(transparent)]
     Formats(#[from] retune_formats::Error),
+}
+
+/// PEFT's names of the methods there are.
+fn peft_types() -> String {
+    METHODS.iter().filter_map(|method| method.peft_type).collect::<Vec<_>>().join(", ")
 }

@@ -3,18 +3,21 @@
 //! A file may come from anywhere, so nothing in it is trusted. Files are written under another name, flushed to the disk and renamed:
 //! under their own names they are always whole.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fs;
 use std::io::{self, Write};
 use std::path::Path;
+use std::sync::Arc;
 
+use retune_engine::model::Weights;
+use retune_engine::overlay::Overlay;
+use retune_engine::spec::ModelSpec;
 use retune_formats::atomic::{Staged, io_error};
 use retune_formats::safetensors::{self, Tensor, Values};
 use retune_quant::SharedBytes;
 
-use crate::check::check_against;
-use crate::config::LoraConfig;
 use crate::error::Error;
+use crate::method::Method;
 use crate::names::{self, Key, Part};
 use crate::peft_config;
 use crate::targets::BaseModules;
@@ -24,19 +27,22 @@ pub const CONFIG_FILE: &str = "adapter_config.json";
 /// Name of the tensors' file.
 pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
 
+/// How far, relative to its norm, a weight quantized to a few bits may lie from itself.
+const QUANTIZED: f64 = 0.2;
+
 /// An adapter as it lies on disk.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone)]
 pub struct AdapterFile {
-    /// Its configuration.
-    pub config: LoraConfig,
+    /// Its method, with its settings.
+    pub method: Arc<dyn Method>,
     /// The base model it was trained on, as its configuration names it.
     pub base_model: Option<String>,
     /// Shape and values by key, in the spelling of [`crate::names`]; values row-major.
-    pub tensors: BTreeMap<String, (Vec<usize>, Vec<f32>)>,
+    pub tensors: Tensors,
 }
 
 impl AdapterFile {
-    /// Reads the adapter in a directory. Keys are brought to one spelling, numbers to f32; whether it fits a model is for [`check_against`] to say.
+    /// Reads the adapter in a directory. Keys are brought to one spelling, numbers to f32; whether it fits a model is for [`Self::lower`] to say.
     ///
     /// # Errors
     /// A variant of [`Error`] for each way in which the two files can be absent, damaged or of another method.
@@ -44,7 +50,7 @@ impl AdapterFile {
         let config_path = dir.join(CONFIG_FILE);
         let text = read_file(&config_path, "Expected the directory of an adapter saved by retune or PEFT")?;
         let value = serde_json::from_slice(&text).map_err(|error| Error::Json { path: config_path.clone(), error })?;
-        let (config, base_model) = peft_config::parse(&config_path, value)?;
+        let (method, base_model) = peft_config::parse(&config_path, value)?;
 
         let weights_path = dir.join(WEIGHTS_FILE);
         let advice = if dir.join("adapter_model.bin").exists() {
@@ -52,8 +58,8 @@ impl AdapterFile {
         } else {
             "The directory has a configuration but no weights: copy or save the adapter again"
         };
-        let tensors = read_tensors(&weights_path, read_file(&weights_path, advice)?)?;
-        Ok(Self { config, base_model, tensors })
+        let tensors = read_tensors(&*method, &weights_path, read_file(&weights_path, advice)?)?;
+        Ok(Self { method, base_model, tensors })
     }
 
     /// Writes the adapter into a directory, which is made if need be. The same adapter gives the same bytes.
@@ -61,12 +67,11 @@ impl AdapterFile {
     /// `modules` are the base model's: what is written is checked against them first, so that no adapter is saved that could not be loaded.
     ///
     /// # Errors
-    /// What [`check_against`] finds; what the system refuses. The files that were there before are untouched then, unless a rename itself failed.
+    /// What [`Method::check_file`] finds; what the system refuses. The files that were there before are untouched then, unless a rename itself failed.
     pub fn write(&self, dir: &Path, modules: &BaseModules<'_>) -> Result<(), Error> {
-        let targets = check_against(self, modules)?;
+        self.method.check_file(self, modules)?;
         let (config_path, weights_path) = (dir.join(CONFIG_FILE), dir.join(WEIGHTS_FILE));
-        let config = peft_config::to_json(&self.config, self.base_model.as_deref(), &targets, modules)
-            .map_err(|error| Error::Json { path: config_path.clone(), error })?;
+        let config = peft_config::to_json(&*self.method, self.base_model.as_deref(), modules)?;
         fs::create_dir_all(dir).map_err(io_error("create", dir))?;
         let weights = safetensors::stage(&weights_path, &[("format", "pt")], &self.written_tensors())?;
         let config_staged = Staged::new(&config_path, |file| file.write_all(config.as_bytes()))?;
@@ -76,6 +81,72 @@ impl AdapterFile {
         }
         weights.commit()?;
         Ok(config_staged.commit()?)
+    }
+
+    /// Lowers an adapter that exists already, as PEFT takes it: entries of its configuration that match nothing are passed over.
+    ///
+    /// # Errors
+    /// An adapter that does not fit the model.
+    pub fn lower(&self, spec: &ModelSpec) -> Result<Overlay, Error> {
+        self.method.check_file(self, &BaseModules::of(spec))?;
+        self.method.lower(spec, false)
+    }
+
+    /// The same for training it further.
+    ///
+    /// # Errors
+    /// An adapter that does not fit the model, or cannot be trained.
+    pub fn lower_for_training(&self, spec: &ModelSpec) -> Result<Overlay, Error> {
+        let overlay = self.lower(spec)?;
+        self.method.check_trainable(spec)?;
+        Ok(overlay)
+    }
+
+    /// The flat vector of an overlay that holds this adapter's tensors.
+    ///
+    /// # Errors
+    /// A trainable tensor that is missing or of another shape, or a tensor that belongs to nothing.
+    pub fn params(&self, overlay: &Overlay) -> Result<Vec<f32>, Error> {
+        let mut params = vec![0.0; overlay.layout.len()];
+        for param in overlay.layout.params() {
+            let Some((shape, values)) = self.tensors.get(&param.name) else {
+                return Err(Error::TensorMissing { name: param.name.clone() });
+            };
+            if *shape != param.shape {
+                let (name, found) = (param.name.clone(), shape.clone());
+                return Err(Error::TensorShape { name, found, expected: param.shape.clone() });
+            }
+            param.read_file(values, &mut params);
+        }
+        // PEFT saves the base's own weight beside an adapted head; it is not the adapter's.
+        let is_base_weight = |name: &str| matches!(names::parse(name), Key::Part(_, Part::BaseWeight));
+        let belongs = |name: &str| overlay.layout.find(name).is_some() || is_base_weight(name);
+        match self.tensors.keys().find(|name| !belongs(name)) {
+            Some(name) => Err(Error::TensorUnknown { name: name.clone() }),
+            None => Ok(params),
+        }
+    }
+
+    /// Holds the base's own weights, which PEFT saves beside an adapted head or embedding and loads over the base's, against the base: what
+    /// is quantized may differ, another table may not.
+    ///
+    /// # Errors
+    /// A weight that is not the base's.
+    pub fn check_base_weights<W: Weights>(&self, base: &W) -> Result<(), Error>
+    where
+        W::Error: std::fmt::Display,
+    {
+        for (key, (_, values)) in &self.tensors {
+            let Key::Part(module, Part::BaseWeight) = names::parse(key) else { continue };
+            let Ok(matrix) = base.tensor(&format!("{module}.weight")) else { continue };
+            let ours = matrix.to_f32();
+            let norm: f64 = ours.iter().map(|&v| f64::from(v).powi(2)).sum();
+            let difference: f64 = ours.iter().zip(values).map(|(&a, &b)| f64::from(a - b).powi(2)).sum();
+            if ours.len() != values.len() || difference > QUANTIZED.powi(2) * norm {
+                return Err(Error::OtherBaseWeight { name: key.clone(), module });
+            }
+        }
+        Ok(())
     }
 
     /// The tensors of the file. The base's own weight of an adapted head is the base's to keep.
@@ -93,27 +164,16 @@ fn read_file(path: &Path, advice: &'static str) -> Result<Vec<u8>, Error> {
     })
 }
 
-type Tensors = BTreeMap<String, (Vec<usize>, Vec<f32>)>;
+/// Shape and values by key.
+pub type Tensors = BTreeMap<String, (Vec<usize>, Vec<f32>)>;
 
-fn read_tensors(path: &Path, bytes: Vec<u8>) -> Result<Tensors, Error> {
+fn read_tensors(method: &dyn Method, path: &Path, bytes: Vec<u8>) -> Result<Tensors, Error> {
     let file = safetensors::parse(&SharedBytes::from_vec(bytes)).map_err(|error| damaged(path, error))?;
-    let adapted: BTreeSet<String> = file
-        .keys()
-        .filter_map(|key| match names::parse(key) {
-            Key::Part(module, Part::LoraA | Part::LoraB) => Some(module),
-            _ => None,
-        })
-        .collect();
-
+    let keys: Vec<&str> = file.keys().map(String::as_str).collect();
     let mut tensors = Tensors::new();
     let mut spelled: BTreeMap<String, &str> = BTreeMap::new();
-    for (key, raw) in &file {
-        let name = match names::parse(key) {
-            Key::Part(module, Part::Bias) => names::trained_bias(&module, adapted.contains(&module)),
-            Key::Part(module, part) => part.key(&module),
-            Key::Copy => continue,
-            Key::Unknown => key.to_owned(),
-        };
+    for ((key, raw), name) in file.iter().zip(method.spell(&keys)) {
+        let Some(name) = name else { continue };
         if let Some(first) = spelled.insert(name.clone(), key) {
             return Err(Error::DuplicateTensor {
                 path: path.to_owned(),
@@ -131,6 +191,12 @@ fn read_tensors(path: &Path, bytes: Vec<u8>) -> Result<Tensors, Error> {
     Ok(tensors)
 }
 
+/// The tensors of a flat vector (of parameters or of gradients) by name, as files hold them.
+pub fn tensors_of(overlay: &Overlay, flat: &[f32]) -> Tensors {
+    let params = overlay.layout.params().iter();
+    params.map(|param| (param.name.clone(), (param.shape.clone(), param.to_file(flat)))).collect()
+}
+
 fn damaged(path: &Path, error: retune_formats::Error) -> Error {
     use retune_formats::Error::{SafetensorsHeader, Truncated};
     let reason = match error {
@@ -144,8 +210,9 @@ fn damaged(path: &Path, error: retune_formats::Error) -> Error {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
+    use crate::config::LoraConfig;
     use crate::names::trained_biases;
-    use crate::targets::resolve;
+    use crate::targets::{resolve, select};
     use crate::test_model::{tiny_llama, tiny_llama_with_biases};
     use ::safetensors::SafeTensors;
     use retune_kernels::random;
@@ -169,7 +236,17 @@ pub(crate) mod tests {
         for bias in trained_biases(&config, modules, &targets) {
             put(bias.key, vec![bias.len]);
         }
-        AdapterFile { config, base_model: Some("some/base".to_owned()), tensors }
+        AdapterFile { method: Arc::new(config), base_model: Some("some/base".to_owned()), tensors }
+    }
+
+    /// The settings of a LoRA adapter.
+    pub(crate) fn lora(file: &AdapterFile) -> LoraConfig {
+        serde_json::from_value(file.method.settings().unwrap()).unwrap()
+    }
+
+    /// What makes two adapters the same.
+    fn parts(file: &AdapterFile) -> (LoraConfig, &Option<String>, &Tensors) {
+        (lora(file), &file.base_model, &file.tensors)
     }
 
     fn small() -> AdapterFile {
@@ -211,7 +288,7 @@ pub(crate) mod tests {
             let dir = tempfile::tempdir().unwrap();
             let inside = dir.path().join("a/b");
             file.write(&inside, &modules).unwrap();
-            assert_eq!(AdapterFile::read(&inside).unwrap(), file);
+            assert_eq!(parts(&AdapterFile::read(&inside).unwrap()), parts(&file));
         }
     }
 
@@ -222,8 +299,8 @@ pub(crate) mod tests {
         file.write(dir.path(), &tiny_llama()).unwrap();
         let read = AdapterFile::read(dir.path()).unwrap();
         assert_eq!(read.tensors, file.tensors);
-        assert!(!read.config.target_modules.is_all_linear());
-        assert_eq!(check_against(&read, &tiny_llama()).unwrap(), check_against(&file, &tiny_llama()).unwrap());
+        assert!(!lora(&read).target_modules.is_all_linear());
+        assert_eq!(select(&lora(&read), &tiny_llama()).unwrap(), select(&lora(&file), &tiny_llama()).unwrap());
     }
 
     #[test]
@@ -264,21 +341,21 @@ pub(crate) mod tests {
         let old = small();
         old.write(dir.path(), &tiny_llama()).unwrap();
         let mut new = old.clone();
-        new.config.lora_alpha = 64.0;
+        new.method = Arc::new(LoraConfig { lora_alpha: 64.0, ..lora(&new) });
         let mut broken = new.clone();
         broken.tensors.values_mut().next().unwrap().1[0] = f32::NAN;
         assert!(matches!(broken.write(dir.path(), &tiny_llama()), Err(Error::NotFinite { .. })));
-        assert_eq!(AdapterFile::read(dir.path()).unwrap(), old);
+        assert_eq!(parts(&AdapterFile::read(dir.path()).unwrap()), parts(&old));
         // No temporary file can be made: the disk is as good as full.
         let staged = dir.path().join(format!(".{CONFIG_FILE}.tmp"));
         fs::create_dir(&staged).unwrap();
         assert!(matches!(new.write(dir.path(), &tiny_llama()), Err(Error::Formats(retune_formats::Error::Io { .. }))));
-        assert_eq!(AdapterFile::read(dir.path()).unwrap(), old);
+        assert_eq!(parts(&AdapterFile::read(dir.path()).unwrap()), parts(&old));
         // What an interrupted write has left behind is in nobody's way.
         fs::remove_dir(&staged).unwrap();
         fs::write(&staged, "{\"half").unwrap();
         new.write(dir.path(), &tiny_llama()).unwrap();
-        assert_eq!(AdapterFile::read(dir.path()).unwrap(), new);
+        assert_eq!(parts(&AdapterFile::read(dir.path()).unwrap()), parts(&new));
         assert!(!staged.exists());
     }
 
@@ -301,7 +378,7 @@ pub(crate) mod tests {
             });
             while !writer.is_finished() {
                 let read = AdapterFile::read(dir.path()).unwrap();
-                assert!(versions.contains(&read));
+                assert!(versions.iter().any(|version| parts(version) == parts(&read)));
             }
         });
     }
@@ -316,7 +393,7 @@ pub(crate) mod tests {
         let file = read_weights(&raw(header, &data)).unwrap();
         assert_eq!(file.tensors["base_model.model.a.q_proj.lora_A.weight"], (vec![1, 2], vec![1.5, -0.25]));
         assert_eq!(file.tensors["base_model.model.a.q_proj.lora_B.weight"], (vec![1, 1], vec![3.0]));
-        assert_eq!((file.config.r, file.config.lora_alpha), (8, 8.0));
+        assert_eq!((lora(&file).r, lora(&file).lora_alpha), (8, 8.0));
     }
 
     #[test]
@@ -388,13 +465,13 @@ pub(crate) mod tests {
         let whole = fs::read(dir.path().join(WEIGHTS_FILE)).unwrap();
         let path = Path::new("test");
         for i in 0..whole.len() {
-            assert!(read_tensors(path, whole[..i].to_vec()).is_err());
+            assert!(read_tensors(&LoraConfig::default(), path, whole[..i].to_vec()).is_err());
             for flip in [1u8, 0x10, 0x80] {
                 let mut changed = whole.clone();
                 changed[i] ^= flip;
-                if let Ok(tensors) = read_tensors(path, changed) {
-                    let file = AdapterFile { config: LoraConfig::default(), base_model: None, tensors };
-                    assert!(check_against(&file, &tiny_llama()).is_err());
+                if let Ok(tensors) = read_tensors(&LoraConfig::default(), path, changed) {
+                    let file = AdapterFile { method: Arc::new(LoraConfig::default()), base_model: None, tensors };
+                    assert!(file.method.check_file(&file, &tiny_llama()).is_err());
                 }
             }
         }

@@ -13,17 +13,17 @@ pub mod methods;
 pub mod names;
 mod pattern;
 mod peft_config;
+pub mod selection;
 pub mod targets;
 #[cfg(test)]
 mod test_model;
+mod walk;
 
-pub use check::check_against;
 pub use config::{Bias, InitLoraWeights, LoraConfig, ModuleSelection, OneOrMany, Patterns};
 pub use error::Error;
-pub use files::AdapterFile;
+pub use files::{AdapterFile, Tensors, tensors_of};
 pub use init::init_lora;
-pub use method::{METHODS, Method, MethodInfo, initial_params};
+pub use method::{METHODS, Method, MethodInfo, by_name, initial_params};
 pub use methods::full::Full;
-pub use methods::lora::tensors_of;
-pub use peft_config::compatibility_notes;
-pub use targets::{BaseModules, LinearModule, LoraTarget, count_matches, resolve, resolve_modules_to_save, select};
+pub use selection::Selection;
+pub use targets::{BaseModules, LinearModule, LoraTarget, count_matches, resolve, select};

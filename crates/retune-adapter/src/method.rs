@@ -1,27 +1,107 @@
 //! What a method of fine-tuning is to the rest of the program: it lowers itself to an overlay on a model, and says how its parameters
-//! start. Everything after that is the engine's.
+//! start and how PEFT's files hold them. Everything else is the engine's.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::Path;
+use std::sync::Arc;
 
 use retune_engine::model::Weights;
 use retune_engine::overlay::Overlay;
 use retune_engine::spec::ModelSpec;
 use retune_kernels::PanelSource;
+use retune_quant::Matrix;
+use schemars::{Schema, SchemaGenerator};
+use serde::de::DeserializeOwned;
+use serde_json::{Map, Value};
 
+use crate::check::check_values;
 use crate::error::Error;
+use crate::files::AdapterFile;
+use crate::methods::{full, lora};
+use crate::names;
+use crate::targets::BaseModules;
 
 /// A method of fine-tuning, with its settings.
-pub trait Method {
-    /// Lowers the method to an overlay, strictly: for training.
+pub trait Method: fmt::Debug + Send + Sync {
+    /// What the list of methods says of it.
+    fn info(&self) -> &'static MethodInfo;
+
+    /// Its settings, as the section `adapter` of a run's configuration holds them.
+    ///
+    /// # Errors
+    /// Settings that JSON cannot hold.
+    fn settings(&self) -> Result<Value, serde_json::Error>;
+
+    /// Checks everything that can be checked without a model: ranges, contradictions, regular expressions.
+    ///
+    /// # Errors
+    /// [`Error::Config`] and others that begin with the key.
+    fn check(&self) -> Result<(), Error>;
+
+    /// Lowers the method to an overlay. `strict` is for a method that somebody wants to begin with: what has no effect is an error then. An
+    /// adapter that exists already is taken as PEFT takes it.
     ///
     /// # Errors
     /// Settings that contradict themselves or the model, or have no effect.
-    fn lower(&self, spec: &ModelSpec) -> Result<Overlay, Error>;
+    fn lower(&self, spec: &ModelSpec, strict: bool) -> Result<Overlay, Error>;
 
-    /// Fills those parameters that start from nothing of the base.
-    fn initialise(&self, spec: &ModelSpec, overlay: &Overlay, seed: u64, params: &mut [f32]);
+    /// Fills those parameters that do not take the place of the base's tensors.
+    ///
+    /// # Errors
+    /// What the start reads of the base and cannot.
+    fn initialise(
+        &self,
+        spec: &ModelSpec,
+        overlay: &Overlay,
+        start: &Start<'_>,
+        params: &mut [f32],
+    ) -> Result<(), Error>;
+
+    /// Refuses what can be used and not trained.
+    ///
+    /// # Errors
+    /// The setting, and what to do.
+    fn check_trainable(&self, _spec: &ModelSpec) -> Result<(), Error> {
+        Ok(())
+    }
+
+    /// The keys of a file in the spelling that layouts use, where there are several; nothing for a copy of what the file holds elsewhere.
+    fn spell(&self, keys: &[&str]) -> Vec<Option<String>> {
+        keys.iter().map(|key| Some(names::plain(key))).collect()
+    }
+
+    /// Checks an adapter of this method against a model's modules, as far as the layout does not say it.
+    ///
+    /// # Errors
+    /// Tensors that are not finite or not whole.
+    fn check_file(&self, file: &AdapterFile, _modules: &BaseModules<'_>) -> Result<(), Error> {
+        file.tensors.iter().try_for_each(|(key, (shape, values))| check_values(key, shape, values))
+    }
+
+    /// The keys of `adapter_config.json` beside those that every method has.
+    ///
+    /// # Errors
+    /// Settings that select nothing of the modules, or that JSON cannot hold.
+    fn peft_config(&self, modules: &BaseModules<'_>) -> Result<BTreeMap<&'static str, Value>, Error>;
+
+    /// What the servers in use would refuse in an adapter of this method, or compute otherwise; empty when all is well.
+    fn compatibility_notes(&self) -> Vec<String> {
+        Vec::new()
+    }
 }
 
-/// What a list of methods says of one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// What a method may start from.
+pub struct Start<'a> {
+    /// The seed of everything random.
+    pub seed: u64,
+    /// A tensor of the base, by its name.
+    pub tensor: &'a dyn Fn(&str) -> Result<Matrix, Error>,
+    /// The token ids of a text, with those that the tokenizer puts around it.
+    pub tokenize: &'a dyn Fn(&str) -> Result<Vec<u32>, Error>,
+}
+
+/// What the list of methods says of one.
 pub struct MethodInfo {
     /// Its name in a run's configuration.
     pub name: &'static str,
@@ -29,36 +109,71 @@ pub struct MethodInfo {
     pub peft_type: Option<&'static str>,
     /// In a few words, for people.
     pub what: &'static str,
+    /// The peak learning rate where none is given.
+    pub learning_rate: f64,
+    /// Reads its settings from the section `adapter` of a run's configuration; an empty section stands for the defaults.
+    pub read: fn(Value) -> Result<Arc<dyn Method>, serde_json::Error>,
+    /// The schema of that section; none for a method without settings.
+    pub schema: Option<fn(&mut SchemaGenerator) -> Schema>,
+    /// Reads what `adapter_config.json`, whose path is for errors, says beside the keys that every method has.
+    pub from_peft: fn(&Path, Map<String, Value>) -> Result<Arc<dyn Method>, Error>,
 }
 
-/// All methods.
-pub const METHODS: &[MethodInfo] = &[
-    MethodInfo {
-        name: "lora",
-        peft_type: Some("LORA"),
-        what: "low-rank adapters on chosen linear modules (LoRA, rsLoRA)",
-    },
-    MethodInfo { name: "full", peft_type: None, what: "every weight of the model" },
-];
+impl PartialEq for MethodInfo {
+    fn eq(&self, other: &Self) -> bool {
+        self.name == other.name
+    }
+}
+
+impl fmt::Debug for MethodInfo {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name)
+    }
+}
+
+impl MethodInfo {
+    /// Whether its result is an adapter, and not a model of its own.
+    pub fn saves_adapter(&self) -> bool {
+        self.peft_type.is_some()
+    }
+}
+
+/// All methods; the first is what a run's configuration means that names none.
+pub const METHODS: &[&MethodInfo] = &[&lora::INFO, &full::INFO];
+
+/// The method of this name in a run's configuration.
+pub fn by_name(name: &str) -> Option<&'static MethodInfo> {
+    METHODS.iter().copied().find(|method| method.name == name)
+}
+
+/// Reads settings by way of serde.
+pub(crate) fn read<M: Method + DeserializeOwned + 'static>(value: Value) -> Result<Arc<dyn Method>, serde_json::Error> {
+    Ok(Arc::new(serde_json::from_value::<M>(value)?))
+}
 
 /// The first values of everything trainable, as one flat vector: the base's own for what takes the place of its tensors, the method's
 /// for the rest.
 ///
 /// # Errors
-/// A tensor that cannot be read.
+/// A tensor that cannot be read; a text that cannot be tokenized.
 pub fn initial_params<W: Weights>(
     method: &dyn Method,
     spec: &ModelSpec,
     overlay: &Overlay,
     weights: &W,
+    tokenize: &dyn Fn(&str) -> Result<Vec<u32>, Error>,
     seed: u64,
-) -> Result<Vec<f32>, W::Error> {
+) -> Result<Vec<f32>, Error>
+where
+    W::Error: fmt::Display,
+{
+    let tensor = |name: &str| weights.tensor(name).map_err(|error| Error::Base(error.to_string()));
     let mut params = vec![0.0; overlay.layout.len()];
     for param in overlay.layout.params() {
         let Some(name) = &param.base else { continue };
-        let matrix = weights.tensor(name)?;
+        let matrix = tensor(name)?;
         matrix.panel_f32(0..matrix.rows(), 0..matrix.cols(), &mut params[param.range.clone()]);
     }
-    method.initialise(spec, overlay, seed, &mut params);
+    method.initialise(spec, overlay, &Start { seed, tensor: &tensor, tokenize }, &mut params)?;
     Ok(params)
 }

@@ -3,7 +3,7 @@
 //! PEFT wraps the model twice, so every key starts with "base_model.model."; what follows is the module's own name.
 
 use crate::config::{Bias, LoraConfig};
-use crate::targets::{BaseModules, LoraTarget, saved_by};
+use crate::targets::{BaseModules, LoraTarget};
 
 const PREFIX: &str = "base_model.model.";
 
@@ -53,7 +53,7 @@ pub fn trained_biases(config: &LoraConfig, modules: &BaseModules<'_>, targets: &
         let trained = match config.bias {
             Bias::None => false,
             Bias::LoraOnly => adapted,
-            Bias::All => adapted || saved_by(config, module).is_none(),
+            Bias::All => adapted || config.selection().saved_by(module).is_none(),
         };
         if trained {
             biases.push(BiasTarget { module: module.to_owned(), len, key: trained_bias(module, adapted) });
@@ -101,10 +101,15 @@ pub enum Key {
     Unknown,
 }
 
+/// A key as PEFT writes it, without the wrapper of torch.compile.
+pub(crate) fn plain(key: &str) -> String {
+    key.replace("_orig_mod.", "")
+}
+
 /// Reads a key, in any spelling that PEFT and the tools around it have used: without the prefix, with the adapter's name
 /// ("lora_A.default.weight"), with the wrapper of torch.compile.
 pub fn parse(key: &str) -> Key {
-    let key = key.replace("_orig_mod.", "");
+    let key = plain(key);
     let name = key.strip_prefix(PREFIX).unwrap_or(&key);
     for (marker, part) in [(".lora_A.", Part::LoraA), (".lora_B.", Part::LoraB)] {
         if let Some((module, rest)) = name.rsplit_once(marker) {

@@ -2,11 +2,15 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::Arc;
 
+use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 
 use crate::config::{Bias, LoraConfig, ModuleSelection};
 use crate::error::Error;
+use crate::method::{METHODS, Method};
+use crate::selection::Selection;
 use crate::targets::{BaseModules, LoraTarget, last_component};
 
 /// The keys that mean the same here.
@@ -25,50 +29,88 @@ const FIELDS: [&str; 12] = [
     "use_rslora",
 ];
 
-/// Keys that change nothing in a trained adapter on linear modules, whatever their value: bookkeeping, and how the training started.
-const WITHOUT_EFFECT: [&str; 12] = [
-    "auto_mapping",
+/// Keys of every method that change nothing in a trained adapter, whatever their value.
+const BOOKKEEPING: [&str; 4] = ["auto_mapping", "inference_mode", "peft_version", "revision"];
+
+/// The same of LoRA on linear modules: bookkeeping, and how the training started.
+const WITHOUT_EFFECT: [&str; 8] = [
     "corda_config",
     "eva_config",
     "fan_in_fan_out",
-    "inference_mode",
     "loftq_config",
     "lora_ga_config",
     "megatron_core",
-    "peft_version",
     "qalora_group_size",
-    "revision",
     "runtime_config",
 ];
 
 /// Initialisations that leave the base model as it is: how the adapter started does not matter once it is trained.
 const HARMLESS_INITIALISATIONS: [&str; 3] = ["gaussian", "eva", "orthogonal"];
 
-/// Reads a configuration and the name of the base model. What a file does not say has PEFT's default, not ours (r 8, alpha 8).
+/// Reads a configuration and the name of the base model.
 ///
 /// # Errors
 /// [`Error::PeftType`], or [`Error::AdapterConfig`] naming the key: one that would change the mathematics, or one with a wrong value.
-pub(crate) fn parse(path: &Path, value: Value) -> Result<(LoraConfig, Option<String>), Error> {
+pub(crate) fn parse(path: &Path, value: Value) -> Result<(Arc<dyn Method>, Option<String>), Error> {
     let Value::Object(mut map) = value else {
         return Err(bad(path, "adapter_config.json", "is not a JSON object; copy or save the adapter again"));
     };
-    check_method(path, &map)?;
+    let info = match map.remove("peft_type") {
+        None => return Err(Error::PeftType { path: path.to_owned(), found: "missing".to_owned() }),
+        Some(found) => {
+            let known = METHODS.iter().find(|method| method.peft_type.is_some() && method.peft_type == found.as_str());
+            known.ok_or_else(|| Error::PeftType { path: path.to_owned(), found: found.to_string() })?
+        }
+    };
+    match map.remove("task_type") {
+        None | Some(Value::Null) => {}
+        Some(Value::String(task)) if task == "CAUSAL_LM" => {}
+        Some(other) => {
+            return Err(bad(path, "task_type", &format!("is {other}; only CAUSAL_LM adapters can be loaded")));
+        }
+    }
     let base_model = match map.remove("base_model_name_or_path") {
         Some(Value::String(name)) if !name.is_empty() => Some(name),
         _ => None,
     };
-    check_initialisation(path, map.remove("init_lora_weights"))?;
-    map.remove("peft_type");
-    map.remove("task_type");
-    map.retain(|key, _| !WITHOUT_EFFECT.contains(&key.as_str()));
+    map.retain(|key, _| !BOOKKEEPING.contains(&key.as_str()));
+    let method = (info.from_peft)(path, map)?;
+    method.check().map_err(|error| match error {
+        Error::Config { field, problem } => bad(path, field, &problem),
+        other => other,
+    })?;
+    Ok((method, base_model))
+}
 
+/// Reads the keys of LoRA. What a file does not say has PEFT's default, not ours (r 8, alpha 8).
+pub(crate) fn lora(path: &Path, mut map: Map<String, Value>) -> Result<Arc<dyn Method>, Error> {
+    check_initialisation(path, map.remove("init_lora_weights"))?;
+    let mut fields = known_fields(path, map, &FIELDS, &WITHOUT_EFFECT)?;
+    if !fields.contains_key("target_modules") {
+        return Err(bad(path, "target_modules", "is missing or empty; expected the list of modules that were adapted"));
+    }
+    fields.entry("r").or_insert(json!(8));
+    fields.entry("lora_alpha").or_insert(json!(8));
+    Ok(Arc::new(deserialize::<LoraConfig>(path, fields)?))
+}
+
+/// The keys that are `known`, without those that say nothing.
+///
+/// # Errors
+/// A key that is neither known nor among those `without_effect`, and says something.
+pub(crate) fn known_fields(
+    path: &Path,
+    map: Map<String, Value>,
+    known: &[&str],
+    without_effect: &[&str],
+) -> Result<Map<String, Value>, Error> {
     let mut fields = Map::new();
     for (key, value) in map {
-        let known = FIELDS.contains(&key.as_str());
-        if is_inert(&value) && !(known && value.is_number()) {
+        let is_known = known.contains(&key.as_str());
+        if without_effect.contains(&key.as_str()) || is_inert(&value) && !(is_known && value.is_number()) {
             continue;
         }
-        if !known {
+        if !is_known {
             let problem = format!(
                 "is {value}, which changes what the adapter computes and is not available yet; \
                  merge the adapter into its base with PEFT and use the merged model"
@@ -77,30 +119,7 @@ pub(crate) fn parse(path: &Path, value: Value) -> Result<(LoraConfig, Option<Str
         }
         fields.insert(key, value);
     }
-    if !fields.contains_key("target_modules") {
-        return Err(bad(path, "target_modules", "is missing or empty; expected the list of modules that were adapted"));
-    }
-    fields.entry("r").or_insert(json!(8));
-    fields.entry("lora_alpha").or_insert(json!(8));
-    let config = deserialize(path, fields)?;
-    config.check().map_err(|error| match error {
-        Error::Config { field, problem } => bad(path, field, &problem),
-        other => other,
-    })?;
-    Ok((config, base_model))
-}
-
-fn check_method(path: &Path, map: &Map<String, Value>) -> Result<(), Error> {
-    match map.get("peft_type") {
-        Some(Value::String(method)) if method == "LORA" => {}
-        Some(other) => return Err(Error::PeftType { path: path.to_owned(), found: other.to_string() }),
-        None => return Err(Error::PeftType { path: path.to_owned(), found: "missing".to_owned() }),
-    }
-    match map.get("task_type") {
-        None | Some(Value::Null) => Ok(()),
-        Some(Value::String(task)) if task == "CAUSAL_LM" => Ok(()),
-        Some(other) => Err(bad(path, "task_type", &format!("is {other}; only CAUSAL_LM adapters can be loaded"))),
-    }
+    Ok(fields)
 }
 
 fn check_initialisation(path: &Path, value: Option<Value>) -> Result<(), Error> {
@@ -130,14 +149,14 @@ fn is_inert(value: &Value) -> bool {
 }
 
 /// Deserializes, and when that fails finds the key at fault: every key can stand alone.
-fn deserialize(path: &Path, fields: Map<String, Value>) -> Result<LoraConfig, Error> {
+pub(crate) fn deserialize<M: DeserializeOwned>(path: &Path, fields: Map<String, Value>) -> Result<M, Error> {
     let error = match serde_json::from_value(Value::Object(fields.clone())) {
         Ok(config) => return Ok(config),
         Err(error) => error,
     };
     for (key, value) in fields {
         let alone = Value::Object(Map::from_iter([(key.clone(), value)]));
-        if let Err(error) = serde_json::from_value::<LoraConfig>(alone) {
+        if let Err(error) = serde_json::from_value::<M>(alone) {
             return Err(bad(path, &key, &unreadable(&error)));
         }
     }
@@ -148,52 +167,42 @@ fn unreadable(error: &serde_json::Error) -> String {
     format!("{error}; correct it, or save the adapter again")
 }
 
-fn bad(path: &Path, key: &str, problem: &str) -> Error {
+pub(crate) fn bad(path: &Path, key: &str, problem: &str) -> Error {
     Error::AdapterConfig { path: path.to_owned(), key: key.to_owned(), problem: problem.to_owned() }
 }
 
 /// The smallest file that says everything: keys that PEFT has known from its first versions, and others only where they are not default.
 pub(crate) fn to_json(
-    config: &LoraConfig,
+    method: &dyn Method,
     base_model: Option<&str>,
-    targets: &[LoraTarget],
     modules: &BaseModules<'_>,
-) -> Result<String, serde_json::Error> {
-    let mut keys: BTreeMap<&str, Value> = BTreeMap::new();
-    keys.insert("peft_type", json!("LORA"));
+) -> Result<String, Error> {
+    let mut keys = method.peft_config(modules)?;
+    keys.insert("peft_type", json!(method.info().peft_type));
     keys.insert("task_type", json!("CAUSAL_LM"));
     keys.insert("base_model_name_or_path", json!(base_model));
+    keys.insert("inference_mode", json!(true));
+    let mut text = serde_json::to_string_pretty(&keys)?;
+    text.push('\n');
+    Ok(text)
+}
+
+/// LoRA's keys.
+pub(crate) fn lora_keys(
+    config: &LoraConfig,
+    targets: &[LoraTarget],
+    modules: &BaseModules<'_>,
+) -> Result<BTreeMap<&'static str, Value>, serde_json::Error> {
+    let mut keys: BTreeMap<&str, Value> = BTreeMap::new();
     keys.insert("r", json!(config.r));
     keys.insert("lora_alpha", number(config.lora_alpha));
     keys.insert("lora_dropout", json!(config.lora_dropout));
     keys.insert("bias", json!(config.bias.as_str()));
     // PEFT wants to be told that the adapted weights are stored as [in, out].
-    let is_transposed = |target: &LoraTarget| modules.iter().any(|m| m.name == target.module && m.is_transposed);
+    let is_transposed = |target: &LoraTarget| modules.is_transposed(&target.module);
     keys.insert("fan_in_fan_out", json!(targets.iter().any(is_transposed)));
-    keys.insert("inference_mode", json!(true));
-    let saved = Some(&config.modules_to_save).filter(|names| !names.is_empty());
-    keys.insert("modules_to_save", json!(saved));
-    match (&config.target_modules, &config.exclude_modules) {
-        (ModuleSelection::Pattern(source), None) if !config.target_modules.is_all_linear() => {
-            keys.insert("target_modules", json!(source));
-        }
-        (ModuleSelection::List(names), None) => {
-            let mut names = names.clone();
-            names.sort();
-            names.dedup();
-            keys.insert("target_modules", json!(names));
-            if let Some(layers) = &config.layers_to_transform {
-                keys.insert("layers_to_transform", serde_json::to_value(layers)?);
-            }
-            if let Some(pattern) = &config.layers_pattern {
-                keys.insert("layers_pattern", serde_json::to_value(pattern)?);
-            }
-        }
-        // PEFT learned `exclude_modules` late, and "all-linear" means another thing on another model: written out.
-        _ => {
-            keys.insert("target_modules", json!(shortest_names(targets, modules)));
-        }
-    }
+    let targets: Vec<&str> = targets.iter().map(|target| target.module.as_str()).collect();
+    selection_keys(&config.selection(), &targets, modules, &mut keys)?;
     if !config.rank_pattern.is_empty() {
         keys.insert("rank_pattern", serde_json::to_value(&config.rank_pattern)?);
     }
@@ -205,9 +214,40 @@ pub(crate) fn to_json(
     if config.use_rslora {
         keys.insert("use_rslora", json!(true));
     }
-    let mut text = serde_json::to_string_pretty(&keys)?;
-    text.push('\n');
-    Ok(text)
+    Ok(keys)
+}
+
+/// The keys by which a method selects the modules `targets`.
+pub(crate) fn selection_keys(
+    selection: &Selection<'_>,
+    targets: &[&str],
+    modules: &BaseModules<'_>,
+    keys: &mut BTreeMap<&str, Value>,
+) -> Result<(), serde_json::Error> {
+    let saved = Some(selection.modules_to_save).filter(|names| !names.is_empty());
+    keys.insert("modules_to_save", json!(saved));
+    match (selection.target_modules, selection.exclude_modules) {
+        (ModuleSelection::Pattern(source), None) if !selection.target_modules.is_all_linear() => {
+            keys.insert("target_modules", json!(source));
+        }
+        (ModuleSelection::List(names), None) => {
+            let mut names = names.clone();
+            names.sort();
+            names.dedup();
+            keys.insert("target_modules", json!(names));
+            if let Some(layers) = selection.layers_to_transform {
+                keys.insert("layers_to_transform", serde_json::to_value(layers)?);
+            }
+            if let Some(pattern) = selection.layers_pattern {
+                keys.insert("layers_pattern", serde_json::to_value(pattern)?);
+            }
+        }
+        // PEFT learned `exclude_modules` late, and "all-linear" means another thing on another model: written out.
+        _ => {
+            keys.insert("target_modules", json!(shortest_names(targets, modules)));
+        }
+    }
+    Ok(())
 }
 
 /// An alpha as an integer where it is one, as PEFT's own files have it.
@@ -216,21 +256,21 @@ fn number(value: f64) -> Value {
 }
 
 /// Names that select the targets and nothing else, sorted: the last component where all modules with it are targets, else the full name.
-fn shortest_names(targets: &[LoraTarget], modules: &BaseModules<'_>) -> Vec<String> {
+fn shortest_names(targets: &[&str], modules: &BaseModules<'_>) -> Vec<String> {
     // Beside the part that is read such a model has one that sees pictures, whose modules have the same ends.
-    if targets.iter().any(|target| target.module.starts_with("model.language_model.")) {
-        let mut names: Vec<String> = targets.iter().map(|target| target.module.clone()).collect();
+    if targets.iter().any(|target| target.starts_with("model.language_model.")) {
+        let mut names: Vec<String> = targets.iter().map(|target| (*target).to_owned()).collect();
         names.sort();
         return names;
     }
-    let is_target = |name: &str| targets.iter().any(|target| target.module == name);
+    let is_target = |name: &str| targets.contains(&name);
     let mut names: Vec<String> = targets
         .iter()
         .map(|target| {
-            let end = last_component(&target.module);
+            let end = last_component(target);
             let whole =
                 modules.iter().filter(|module| last_component(module.name) == end).all(|module| is_target(module.name));
-            if whole { end.to_owned() } else { target.module.clone() }
+            if whole { end.to_owned() } else { (*target).to_owned() }
         })
         .collect();
     names.sort();
@@ -238,8 +278,8 @@ fn shortest_names(targets: &[LoraTarget], modules: &BaseModules<'_>) -> Vec<Stri
     names
 }
 
-/// What the servers in use would refuse in an adapter with this configuration, or compute otherwise; empty when all is well.
-pub fn compatibility_notes(config: &LoraConfig) -> Vec<String> {
+/// What the servers in use would refuse in a LoRA adapter, or compute otherwise.
+pub(crate) fn compatibility_notes(config: &LoraConfig) -> Vec<String> {
     let mut notes = Vec::new();
     let rank = config.rank_pattern.iter().map(|(_, &rank)| rank).fold(config.r, usize::max);
     if rank > 512 {
@@ -283,7 +323,8 @@ mod tests {
     use crate::test_model::tiny_llama;
 
     fn read(value: Value) -> Result<(LoraConfig, Option<String>), Error> {
-        parse(Path::new("adapter_config.json"), value)
+        let (method, base) = parse(Path::new("adapter_config.json"), value)?;
+        Ok((serde_json::from_value(method.settings()?)?, base))
     }
 
     fn minimal(extra: Value) -> Value {
@@ -297,8 +338,8 @@ mod tests {
     fn written(config: Value) -> Value {
         let config: LoraConfig = serde_json::from_value(config).unwrap();
         let modules = tiny_llama();
-        let targets = resolve(&config, &modules).unwrap();
-        let text = to_json(&config, Some("base"), &targets, &modules).unwrap();
+        resolve(&config, &modules).unwrap();
+        let text = to_json(&config, Some("base"), &modules).unwrap();
         serde_json::from_str(&text).unwrap()
     }
 

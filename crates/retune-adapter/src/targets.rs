@@ -1,18 +1,14 @@
-//! Which modules of a model a configuration selects, with what rank and scale, by PEFT's rules.
-//!
-//! The rules are those of PEFT 0.21: an entry of a list is a module's name or its end after a dot; a string is a regular expression
-//! for the whole name; what `modules_to_save` names is never adapted; a full name in a list is not bound by `layers_to_transform`.
-//! Where PEFT stays silent about an entry without effect, [`resolve`] is strict; [`select`] is for adapters that PEFT has written.
+//! The modules of a model that can be adapted, and those that LoRA adapts, with what rank and scale.
 
-use std::collections::BTreeSet;
 use std::ops::Deref;
 
 use retune_engine::spec::{ModelSpec, Module};
 
-use crate::config::{Bias, LoraConfig, ModuleSelection};
+use crate::config::{Bias, LoraConfig};
 use crate::error::Error;
 use crate::names::trained_biases;
 use crate::pattern::Pattern;
+use crate::selection::{check_each_counts, did_you_mean, list_ends};
 
 /// A linear module of a model: what can be adapted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -49,6 +45,8 @@ pub struct BaseModules<'a> {
     pub linears: Vec<LinearModule<'a>>,
     /// The norms that have a bias, and its length.
     pub biased_norms: Vec<(&'a str, usize)>,
+    /// The model's family: transformers' `model_type`.
+    pub family: &'a str,
 }
 
 impl<'a> BaseModules<'a> {
@@ -67,7 +65,14 @@ impl<'a> BaseModules<'a> {
             Module::Norm(norm) if norm.has_bias() => Some((norm.name.as_str(), norm.width)),
             _ => None,
         });
-        Self { linears: linears.collect(), biased_norms: norms.collect() }
+        Self { linears: linears.collect(), biased_norms: norms.collect(), family: spec.family }
+    }
+}
+
+impl BaseModules<'_> {
+    /// Whether files hold the weight of the linear module of this name as [in_features, out_features].
+    pub(crate) fn is_transposed(&self, name: &str) -> bool {
+        self.linears.iter().any(|module| module.name == name && module.is_transposed)
     }
 }
 
@@ -94,30 +99,20 @@ pub struct LoraTarget {
     pub out_features: usize,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Verdict {
-    Targeted,
-    Excluded,
-    Unmatched,
+/// How many modules end in each name ("q_proj", 30), in the order the names first appear.
+pub fn count_matches(modules: &[LinearModule<'_>]) -> Vec<(String, usize)> {
+    count_ends(modules.iter().map(|module| module.name))
+        .into_iter()
+        .map(|(end, count)| (end.to_owned(), count))
+        .collect()
 }
 
-enum Names {
-    AllLinear,
-    List(Vec<String>),
-    Pattern(Pattern),
+pub(crate) fn last_component(name: &str) -> &str {
+    name.rsplit('.').next().unwrap_or(name)
 }
 
-struct Layers {
-    numbers: Vec<usize>,
-    patterns: Vec<Pattern>,
-}
-
-/// A configuration with its patterns compiled.
-pub(crate) struct Selector {
-    include: Names,
-    exclude: Option<Names>,
-    saved: Vec<Pattern>,
-    layers: Option<Layers>,
+/// LoRA's ranks and scales, with their patterns compiled.
+pub(crate) struct Ranks {
     ranks: Vec<(Pattern, usize)>,
     alphas: Vec<(Pattern, f64)>,
     r: usize,
@@ -125,22 +120,10 @@ pub(crate) struct Selector {
     use_rslora: bool,
 }
 
-impl Selector {
+impl Ranks {
     /// # Errors
     /// [`Error::Pattern`] when a pattern does not compile.
     pub(crate) fn new(config: &LoraConfig) -> Result<Self, Error> {
-        let include = if config.target_modules.is_all_linear() {
-            Names::AllLinear
-        } else {
-            names("target_modules", &config.target_modules)?
-        };
-        let exclude =
-            config.exclude_modules.as_ref().map(|selection| names("exclude_modules", selection)).transpose()?;
-        let saved = config
-            .modules_to_save
-            .iter()
-            .map(|entry| Pattern::within("modules_to_save", entry))
-            .collect::<Result<_, _>>()?;
         let ranks = config
             .rank_pattern
             .iter()
@@ -151,44 +134,7 @@ impl Selector {
             .iter()
             .map(|(key, &alpha)| Ok((Pattern::name_end("alpha_pattern", key)?, alpha)))
             .collect::<Result<_, Error>>()?;
-        Ok(Self {
-            include,
-            exclude,
-            saved,
-            layers: layers(config)?,
-            ranks,
-            alphas,
-            r: config.r,
-            alpha: config.lora_alpha,
-            use_rslora: config.use_rslora,
-        })
-    }
-
-    fn verdict(&self, module: &LinearModule<'_>) -> Result<Verdict, Error> {
-        if let Some(exclude) = &self.exclude
-            && exclude.matches(module)?
-        {
-            return Ok(Verdict::Excluded);
-        }
-        for saved in &self.saved {
-            if saved.is_match(module.name)? {
-                return Ok(Verdict::Excluded);
-            }
-        }
-        let targeted = match &self.include {
-            Names::List(entries) if entries.iter().all(|entry| entry != module.name) => {
-                self.include.matches(module)? && self.in_layers(module.name)?
-            }
-            names => names.matches(module)?,
-        };
-        Ok(if targeted { Verdict::Targeted } else { Verdict::Unmatched })
-    }
-
-    fn in_layers(&self, name: &str) -> Result<bool, Error> {
-        let Some(layers) = &self.layers else {
-            return Ok(true);
-        };
-        Ok(layers.number_of(name)?.is_some_and(|number| layers.numbers.contains(&number)))
+        Ok(Self { ranks, alphas, r: config.r, alpha: config.lora_alpha, use_rslora: config.use_rslora })
     }
 
     fn target(&self, module: &LinearModule<'_>) -> Result<LoraTarget, Error> {
@@ -203,57 +149,10 @@ impl Selector {
             out_features: module.out_features,
         })
     }
-}
 
-impl Names {
-    fn matches(&self, module: &LinearModule<'_>) -> Result<bool, Error> {
-        match self {
-            Self::AllLinear => Ok(!module.is_output_head),
-            Self::List(entries) => Ok(entries.iter().any(|entry| is_name_or_end(module.name, entry))),
-            Self::Pattern(pattern) => pattern.is_match(module.name),
-        }
+    fn targets(&self, modules: Vec<&LinearModule<'_>>) -> Result<Vec<LoraTarget>, Error> {
+        modules.into_iter().map(|module| self.target(module)).collect()
     }
-}
-
-impl Layers {
-    /// The layer a module is in: the first pattern that matches decides.
-    fn number_of(&self, name: &str) -> Result<Option<usize>, Error> {
-        for pattern in &self.patterns {
-            if let Some(number) = pattern.number(name)? {
-                return Ok(number);
-            }
-        }
-        Ok(None)
-    }
-}
-
-fn names(field: &'static str, selection: &ModuleSelection) -> Result<Names, Error> {
-    Ok(match selection {
-        ModuleSelection::List(entries) => Names::List(entries.clone()),
-        ModuleSelection::Pattern(source) => Names::Pattern(Pattern::full(field, source)?),
-    })
-}
-
-fn layers(config: &LoraConfig) -> Result<Option<Layers>, Error> {
-    let patterns: Vec<Pattern> = match &config.layers_pattern {
-        Some(given) => given
-            .as_slice()
-            .iter()
-            .filter(|name| !name.is_empty())
-            .map(|name| Pattern::layer_number("layers_pattern", Some(name.as_str())))
-            .collect::<Result<_, _>>()?,
-        None => Vec::new(),
-    };
-    let Some(numbers) = config
-        .layers_to_transform
-        .as_ref()
-        .map(|numbers| numbers.as_slice().to_vec())
-        .filter(|numbers| !numbers.is_empty())
-    else {
-        return Ok(None);
-    };
-    let patterns = if patterns.is_empty() { vec![Pattern::layer_number("layers_pattern", None)?] } else { patterns };
-    Ok(Some(Layers { numbers, patterns }))
 }
 
 fn first_match<T: Copy>(patterns: &[(Pattern, T)], name: &str) -> Result<Option<T>, Error> {
@@ -265,153 +164,29 @@ fn first_match<T: Copy>(patterns: &[(Pattern, T)], name: &str) -> Result<Option<
     Ok(None)
 }
 
-fn is_name_or_end(name: &str, entry: &str) -> bool {
-    name.strip_suffix(entry).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
-}
-
-/// The modules that a configuration adapts, in the modules' order.
+/// The modules that LoRA adapts, in the modules' order.
 ///
-/// Stricter than PEFT: every entry of a list, every excluded name, every layer number, every pattern and `bias` must have an effect.
+/// Stricter than PEFT, as [`Selection::resolve`] is: every pattern and `bias` must have an effect too.
 ///
 /// # Errors
-/// What [`LoraConfig::check`] finds; [`Error::NoTarget`] and [`Error::UnknownModule`] with the nearest names;
-/// [`Error::SavedAndAdapted`]; [`Error::ShadowedPattern`]; [`Error::NoBias`]; [`Error::Config`] for layers without effect.
+/// What [`LoraConfig::check`] and [`Selection::resolve`] find; [`Error::UnknownModule`] and [`Error::ShadowedPattern`] for patterns;
+/// [`Error::NoBias`].
 pub fn resolve(config: &LoraConfig, modules: &BaseModules<'_>) -> Result<Vec<LoraTarget>, Error> {
     config.check()?;
-    let selector = Selector::new(config)?;
-    check_entries("target_modules", &config.target_modules, modules)?;
-    if let Some(excluded) = &config.exclude_modules {
-        check_entries("exclude_modules", excluded, modules)?;
-        let pattern = selector.exclude.as_ref();
-        if let (ModuleSelection::Pattern(source), Some(names)) = (excluded, pattern)
-            && !any(modules, |module| names.matches(module))?
-        {
-            return Err(unknown_module("exclude_modules", source, modules));
-        }
-    }
-    check_layers(config, &selector, modules)?;
-    let targets = select(config, modules)?;
-    for target in &targets {
-        if let Some(entry) = saved_by(config, &target.module) {
-            return Err(Error::SavedAndAdapted { entry: entry.to_owned(), module: target.module.clone() });
-        }
-    }
-    check_patterns_used("rank_pattern", &selector.ranks, &targets)?;
-    check_patterns_used("alpha_pattern", &selector.alphas, &targets)?;
+    let ranks = Ranks::new(config)?;
+    let targets = ranks.targets(config.selection().resolve(modules)?)?;
+    check_patterns_used("rank_pattern", &ranks.ranks, &targets)?;
+    check_patterns_used("alpha_pattern", &ranks.alphas, &targets)?;
     check_bias(config, modules, &targets)?;
     Ok(targets)
 }
 
-/// The modules that a configuration adapts, by PEFT's own rules: entries without effect are passed over.
+/// The modules that LoRA adapts, by PEFT's own rules: entries without effect are passed over.
 ///
 /// # Errors
 /// [`Error::Pattern`]; [`Error::NoTarget`] when nothing at all is selected.
 pub fn select(config: &LoraConfig, modules: &[LinearModule<'_>]) -> Result<Vec<LoraTarget>, Error> {
-    let selector = Selector::new(config)?;
-    let mut targets = Vec::new();
-    let mut excluded = false;
-    for module in modules {
-        match selector.verdict(module)? {
-            Verdict::Targeted => targets.push(selector.target(module)?),
-            Verdict::Excluded => excluded = true,
-            Verdict::Unmatched => {}
-        }
-    }
-    if targets.is_empty() {
-        return Err(no_target(config, modules, excluded));
-    }
-    Ok(targets)
-}
-
-/// How many modules end in each name ("q_proj", 30), in the order the names first appear.
-pub fn count_matches(modules: &[LinearModule<'_>]) -> Vec<(String, usize)> {
-    count_ends(modules.iter().map(|module| module.name))
-        .into_iter()
-        .map(|(end, count)| (end.to_owned(), count))
-        .collect()
-}
-
-/// The modules that are trained and saved whole, in the order of `names` (the full names of all modules that hold weights).
-///
-/// As in PEFT an entry matches every name that ends with it, also in the middle of a component: "norm" is every `input_layernorm` too.
-///
-/// # Errors
-/// [`Error::UnknownModule`] with the nearest names when an entry matches nothing.
-pub fn resolve_modules_to_save(config: &LoraConfig, names: &[&str]) -> Result<Vec<String>, Error> {
-    for entry in &config.modules_to_save {
-        if !names.iter().any(|name| name.ends_with(entry.as_str())) {
-            return Err(Error::UnknownModule {
-                field: "modules_to_save",
-                entry: entry.clone(),
-                advice: did_you_mean(entry, names.iter().copied()),
-                available: list_ends(names.iter().copied()),
-            });
-        }
-    }
-    Ok(names.iter().filter(|name| saved_by(config, name).is_some()).map(|name| (*name).to_owned()).collect())
-}
-
-/// The entry of `modules_to_save` that saves this module whole.
-pub(crate) fn saved_by<'c>(config: &'c LoraConfig, module: &str) -> Option<&'c str> {
-    config.modules_to_save.iter().map(String::as_str).find(|entry| module.ends_with(entry))
-}
-
-pub(crate) fn last_component(name: &str) -> &str {
-    name.rsplit('.').next().unwrap_or(name)
-}
-
-fn any(
-    modules: &[LinearModule<'_>],
-    mut test: impl FnMut(&LinearModule<'_>) -> Result<bool, Error>,
-) -> Result<bool, Error> {
-    for module in modules {
-        if test(module)? {
-            return Ok(true);
-        }
-    }
-    Ok(false)
-}
-
-fn check_entries(field: &'static str, selection: &ModuleSelection, modules: &[LinearModule<'_>]) -> Result<(), Error> {
-    let ModuleSelection::List(entries) = selection else {
-        return Ok(());
-    };
-    let unknown = entries.iter().find(|entry| !modules.iter().any(|module| is_name_or_end(module.name, entry)));
-    match unknown {
-        Some(entry) => Err(unknown_module(field, entry, modules)),
-        None => Ok(()),
-    }
-}
-
-fn check_layers(config: &LoraConfig, selector: &Selector, modules: &[LinearModule<'_>]) -> Result<(), Error> {
-    if config.layers_to_transform.as_ref().is_some_and(|numbers| numbers.as_slice().is_empty()) {
-        let problem = "the list is empty, and every layer would be adapted; give the layers, or remove it".to_owned();
-        return Err(Error::Config { field: "layers_to_transform", problem });
-    }
-    let given = config.layers_pattern.as_ref().map(|given| given.as_slice());
-    if given.is_some_and(|given| given.is_empty() || given.iter().any(String::is_empty)) {
-        let problem = "it or an entry of it is empty; name the list of layers (\"layers\"), or remove it".to_owned();
-        return Err(Error::Config { field: "layers_pattern", problem });
-    }
-    let Some(layers) = &selector.layers else {
-        return Ok(());
-    };
-    if given.is_some() {
-        let names: Vec<&str> = modules.iter().map(|module| module.name).collect();
-        check_each_counts("layers_pattern", &layers.patterns, &names, |_| numbered_lists(&names))?;
-    }
-    let mut present = BTreeSet::new();
-    for module in modules {
-        present.extend(layers.number_of(module.name)?);
-    }
-    let Some(missing) = layers.numbers.iter().find(|number| !present.contains(*number)) else {
-        return Ok(());
-    };
-    let known = match (present.first(), present.last()) {
-        (Some(first), Some(last)) => format!("the layers of this model are {first} to {last}"),
-        _ => "no module of this model has a layer's number: remove layers_to_transform".to_owned(),
-    };
-    Err(Error::Config { field: "layers_to_transform", problem: format!("layer {missing} does not exist; {known}") })
+    Ranks::new(config)?.targets(config.selection().select(modules)?)
 }
 
 fn check_patterns_used<T>(field: &'static str, patterns: &[(Pattern, T)], targets: &[LoraTarget]) -> Result<(), Error> {
@@ -422,49 +197,6 @@ fn check_patterns_used<T>(field: &'static str, patterns: &[(Pattern, T)], target
             did_you_mean(entry, names.iter().copied())
         )
     })
-}
-
-/// Refuses a pattern that is not for any name the first that matches. `advice` is for one that matches none at all.
-fn check_each_counts<'p>(
-    field: &'static str,
-    patterns: impl IntoIterator<Item = &'p Pattern>,
-    names: &[&str],
-    advice: impl Fn(&str) -> String,
-) -> Result<(), Error> {
-    // The pattern that takes each name.
-    let mut takers: Vec<Option<&Pattern>> = vec![None; names.len()];
-    for pattern in patterns {
-        let mut counts = false;
-        let mut shadow = None;
-        for (name, taker) in names.iter().zip(&mut takers) {
-            if !pattern.is_match(name)? {
-                continue;
-            }
-            match *taker {
-                Some(earlier) => shadow = shadow.or(Some((earlier, *name))),
-                None => {
-                    *taker = Some(pattern);
-                    counts = true;
-                }
-            }
-        }
-        if counts {
-            continue;
-        }
-        let entry = pattern.source().to_owned();
-        return Err(match shadow {
-            Some((earlier, module)) => {
-                Error::ShadowedPattern { field, entry, earlier: earlier.source().to_owned(), module: module.to_owned() }
-            }
-            None => Error::UnknownModule {
-                field,
-                advice: advice(&entry),
-                entry,
-                available: list_ends(names.iter().copied()),
-            },
-        });
-    }
-    Ok(())
 }
 
 fn check_bias(config: &LoraConfig, modules: &BaseModules<'_>, targets: &[LoraTarget]) -> Result<(), Error> {
@@ -484,104 +216,7 @@ fn check_bias(config: &LoraConfig, modules: &BaseModules<'_>, targets: &[LoraTar
     Err(Error::NoBias { bias: config.bias.as_str(), reason, advice })
 }
 
-fn unknown_module(field: &'static str, entry: &str, modules: &[LinearModule<'_>]) -> Error {
-    let names = modules.iter().map(|module| module.name);
-    Error::UnknownModule {
-        field,
-        entry: entry.to_owned(),
-        advice: advice_for(entry, modules),
-        available: list_ends(names),
-    }
-}
-
-fn no_target(config: &LoraConfig, modules: &[LinearModule<'_>], excluded: bool) -> Error {
-    let (asked, advice) = match &config.target_modules {
-        ModuleSelection::Pattern(source) if modules.iter().any(|m| is_name_or_end(m.name, source)) => (
-            format!("\"{source}\""),
-            format!(
-                "A string is a regular expression for the whole name: write the list [{source}], or \".*\\.{source}\"."
-            ),
-        ),
-        ModuleSelection::Pattern(source) => (
-            format!("\"{source}\""),
-            if config.target_modules.is_all_linear() {
-                String::new()
-            } else {
-                "A string is a regular expression for the whole name, such as \".*\\.(q|v)_proj\".".to_owned()
-            },
-        ),
-        ModuleSelection::List(entries) => (
-            format!("[{}]", entries.join(", ")),
-            entries.first().map(|entry| advice_for(entry, modules)).unwrap_or_default(),
-        ),
-    };
-    let mut reasons = Vec::new();
-    if excluded {
-        reasons.push("exclude_modules or modules_to_save takes modules away.".to_owned());
-    }
-    if config.layers_to_transform.is_some() {
-        reasons.push("layers_to_transform (with layers_pattern) leaves no layer.".to_owned());
-    }
-    if !advice.is_empty() {
-        reasons.push(advice);
-    }
-    Error::NoTarget { asked, reason: reasons.join(" "), available: list_ends(modules.iter().map(|module| module.name)) }
-}
-
-fn advice_for(entry: &str, modules: &[LinearModule<'_>]) -> String {
-    if entry.eq_ignore_ascii_case("all-linear") || entry.eq_ignore_ascii_case("all_linear") {
-        return "\"all-linear\" is a string of its own, not an entry of a list.".to_owned();
-    }
-    if entry.contains(['*', '(', '|', '[', '\\', '^', '$']) {
-        return "A list holds names or ends of names; give a regular expression as one string.".to_owned();
-    }
-    if matches!(entry, "embed_tokens" | "wte") {
-        return "Embeddings cannot be adapted, only trained whole: put them in modules_to_save.".to_owned();
-    }
-    did_you_mean(entry, modules.iter().map(|module| module.name))
-}
-
-/// "Did you mean `q_proj`?" for the ends of names, as long as what was asked, that look most like it.
-fn did_you_mean<'a>(asked: &str, names: impl Iterator<Item = &'a str>) -> String {
-    let components = asked.split('.').count();
-    let ends: BTreeSet<&str> = names.map(|name| end_of(name, components)).collect();
-    let asked = asked.to_lowercase();
-    let mut scored: Vec<(f64, &str)> = ends
-        .into_iter()
-        .map(|end| (strsim::jaro_winkler(&asked, &end.to_lowercase()), end))
-        .filter(|(score, _)| *score >= 0.7)
-        .collect();
-    scored.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(b.1)));
-    let nearest: Vec<String> = scored.iter().take(3).map(|(_, end)| format!("`{end}`")).collect();
-    if nearest.is_empty() {
-        return String::new();
-    }
-    format!("Did you mean {}?", nearest.join(" or "))
-}
-
-/// What can stand in `layers_pattern`: "layers" for "model.layers.0.mlp.up_proj".
-fn numbered_lists(names: &[&str]) -> String {
-    let mut lists = BTreeSet::new();
-    for name in names {
-        let pairs = name.split('.').zip(name.split('.').skip(1));
-        lists.extend(pairs.filter(|(_, next)| next.parse::<usize>().is_ok()).map(|(list, _)| format!("`{list}`")));
-    }
-    if lists.is_empty() {
-        return "No name has a layer's number: remove layers_pattern and layers_to_transform.".to_owned();
-    }
-    let lists: Vec<String> = lists.into_iter().collect();
-    format!("Numbers follow {} in the names.", lists.join(" and "))
-}
-
-/// The last `components` components of a name.
-fn end_of(name: &str, components: usize) -> &str {
-    match name.rmatch_indices('.').nth(components.saturating_sub(1)) {
-        Some((dot, _)) => name.get(dot + 1..).unwrap_or(name),
-        None => name,
-    }
-}
-
-fn count_ends<'a>(names: impl Iterator<Item = &'a str>) -> Vec<(&'a str, usize)> {
+pub(crate) fn count_ends<'a>(names: impl Iterator<Item = &'a str>) -> Vec<(&'a str, usize)> {
     let mut ends: Vec<(&str, usize)> = Vec::new();
     for name in names {
         let end = last_component(name);
@@ -591,12 +226,6 @@ fn count_ends<'a>(names: impl Iterator<Item = &'a str>) -> Vec<(&'a str, usize)>
         }
     }
     ends
-}
-
-/// "q_proj (30), k_proj (30), lm_head (1)".
-fn list_ends<'a>(names: impl Iterator<Item = &'a str>) -> String {
-    let listed: Vec<String> = count_ends(names).iter().map(|(end, count)| format!("{end} ({count})")).collect();
-    listed.join(", ")
 }
 
 #[cfg(test)]
@@ -854,8 +483,9 @@ mod tests {
             "model.norm",
             "lm_head",
         ];
-        let saving =
-            |entries: serde_json::Value| resolve_modules_to_save(&config(json!({"modules_to_save": entries})), &names);
+        let saving = |entries: serde_json::Value| {
+            config(json!({"modules_to_save": entries})).selection().resolve_modules_to_save(&names)
+        };
         assert_eq!(saving(json!(["lm_head", "norm"])).unwrap(), [names[1], names[3], names[4]]);
         assert!(saving(json!([])).unwrap().is_empty());
         let message = saving(json!(["lm_hed"])).unwrap_err().to_string();

@@ -40,11 +40,11 @@ pub(crate) const MODULES: [LinearModule<'static>; 22] = [
 ];
 
 pub(crate) fn tiny_llama() -> BaseModules<'static> {
-    BaseModules { linears: MODULES.to_vec(), biased_norms: Vec::new() }
+    BaseModules { linears: MODULES.to_vec(), biased_norms: Vec::new(), family: "llama" }
 }
 
 /// The same model with a bias on every linear module but the head.
 pub(crate) fn tiny_llama_with_biases() -> BaseModules<'static> {
     let biased = |module: &LinearModule<'static>| LinearModule { has_bias: !module.is_output_head, ..*module };
-    BaseModules { linears: MODULES.iter().map(biased).collect(), biased_norms: Vec::new() }
+    BaseModules { linears: MODULES.iter().map(biased).collect(), biased_norms: Vec::new(), family: "llama" }
 }

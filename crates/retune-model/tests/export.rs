@@ -4,8 +4,9 @@
 
 use std::fs;
 use std::path::Path;
+use std::sync::Arc;
 
-use retune_adapter::{AdapterFile, Full, ModuleSelection, names};
+use retune_adapter::{AdapterFile, Full, LoraConfig, ModuleSelection, names};
 use retune_engine::compute::Compute;
 use retune_engine::overlay::{LowRank, Overlay};
 use retune_engine::pass::Pass;
@@ -69,6 +70,11 @@ fn written(case: &Case, out: &Path, options: &MergeOptions) -> Result<MergeRepor
 }
 
 /// Writes a base with an adapter, unrounded.
+/// The settings of a LoRA adapter.
+fn settings(adapter: &AdapterFile) -> LoraConfig {
+    serde_json::from_value(adapter.method.settings().unwrap()).unwrap()
+}
+
 fn merged(checkpoint: Checkpoint, adapter: &AdapterFile, out: &Path) -> (Case, MergeReport) {
     let case = Case::with_adapter("merged", checkpoint, adapter);
     let report = written(&case, out, &MergeOptions::default()).unwrap();
@@ -260,11 +266,13 @@ fn types_are_rounded_and_named() {
 #[test]
 fn embeddings_or_head_that_an_adapter_changes_are_untied() {
     let mut saved = adapter("lora_all_linear");
-    saved.config.modules_to_save = vec!["embed_tokens".to_owned()];
+    saved.method = Arc::new(LoraConfig { modules_to_save: vec!["embed_tokens".to_owned()], ..settings(&saved) });
     saved.tensors.insert(names::saved_weight("model.embed_tokens"), (vec![96, 32], numbers(96 * 32)));
     let mut adapted = adapter("lora_all_linear");
-    let ModuleSelection::List(targets) = &mut adapted.config.target_modules else { panic!("a list") };
+    let mut config = settings(&adapted);
+    let ModuleSelection::List(targets) = &mut config.target_modules else { panic!("a list") };
     targets.push("lm_head".to_owned());
+    adapted.method = Arc::new(config);
     adapted.tensors.insert(names::lora_a("lm_head"), (vec![4, 32], numbers(4 * 32)));
     adapted.tensors.insert(names::lora_b("lm_head"), (vec![96, 4], numbers(96 * 4)));
 
@@ -363,7 +371,7 @@ fn what_does_not_fit_the_base_is_refused() {
     assert!(text.contains("no place in this model"), "{text}");
 
     let mut resized = adapter("lora_all_linear");
-    resized.config.modules_to_save = vec!["embed_tokens".to_owned()];
+    resized.method = Arc::new(LoraConfig { modules_to_save: vec!["embed_tokens".to_owned()], ..settings(&resized) });
     let key = names::saved_weight("model.embed_tokens");
     resized.tensors.insert(key.clone(), (vec![97, 32], numbers(97 * 32)));
     let lowered = resized.lower(spec).and_then(|overlay| resized.params(&overlay));

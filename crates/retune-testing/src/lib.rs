@@ -97,7 +97,7 @@ impl Case {
             Ok(base) => {
                 let adapter = AdapterFile::read(&dir.join("adapter")).unwrap_or_else(|e| panic!("{case}: {e}"));
                 let checkpoint = checkpoint(base.trim());
-                let overlay = adapter.config.lower(&checkpoint.spec).unwrap_or_else(|e| panic!("{case}: {e}"));
+                let overlay = adapter.method.lower(&checkpoint.spec, true).unwrap_or_else(|e| panic!("{case}: {e}"));
                 let params = adapter.params(&overlay).unwrap_or_else(|e| panic!("{case}: {e}"));
                 Self::new(case, checkpoint, overlay, params)
             }
@@ -118,8 +118,9 @@ impl Case {
 
     /// A model with a method's first parameters.
     pub fn with_method(name: &str, checkpoint: Checkpoint, method: &dyn Method) -> Self {
-        let overlay = method.lower(&checkpoint.spec).unwrap_or_else(|e| panic!("{name}: {e}"));
-        let params = initial_params(method, &checkpoint.spec, &overlay, &checkpoint, 0);
+        let overlay = method.lower(&checkpoint.spec, true).unwrap_or_else(|e| panic!("{name}: {e}"));
+        let tokenize = |_: &str| Err(retune_adapter::Error::Base("there is no tokenizer".to_owned()));
+        let params = initial_params(method, &checkpoint.spec, &overlay, &checkpoint, &tokenize, 0);
         let params = params.unwrap_or_else(|e| panic!("{name}: {e}"));
         Self::new(name, checkpoint, overlay, params)
     }

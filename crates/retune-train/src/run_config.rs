@@ -4,18 +4,20 @@
 //! A checked configuration written out is itself a valid file that reads back as the same one, so a resumed run decides nothing
 //! anew.
 
+mod method;
 mod tree;
 
 use std::path::{Path, PathBuf};
 
-use retune_adapter::LoraConfig;
-use schemars::{JsonSchema, schema_for};
+use retune_adapter::{MethodInfo, by_name};
+use schemars::{JsonSchema, SchemaGenerator};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::data::{ColumnMap, DataFormat, EncodeOptions, Names, Overlong, read_text};
 use crate::error::Error;
 use crate::schedule::SchedulerType;
+pub use method::{MethodName, Settings};
 
 /// More threads or tokens than any machine or model has: what is above is a slip.
 pub const MOST_THREADS: usize = 4096;
@@ -31,10 +33,10 @@ pub struct RawRunConfig {
     pub output_dir: PathBuf,
     /// What is trained.
     #[serde(default)]
-    pub method: Method,
-    /// The LoRA adapter, in PEFT's terms. Only with method lora. Rank 16 on every linear layer when absent.
+    pub method: MethodName,
+    /// The settings of the method, in PEFT's terms; its defaults when absent. Not with method full.
     #[serde(default)]
-    pub adapter: Option<LoraConfig>,
+    pub adapter: Option<Value>,
     /// The directory of a PEFT adapter to go on from. Without the section adapter, that adapter's own configuration is used.
     #[serde(default)]
     pub adapter_init: Option<PathBuf>,
@@ -49,28 +51,6 @@ pub struct RawRunConfig {
     /// Threads to compute with; all of the machine when absent. The result does not depend on it.
     #[serde(default)]
     pub threads: Option<usize>,
-}
-
-/// What is trained.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-#[cfg_attr(feature = "clap", derive(clap::ValueEnum), value(rename_all = "snake_case"))]
-pub enum Method {
-    /// A low-rank adapter; the base model stays as it is.
-    #[default]
-    Lora,
-    /// All weights of the model.
-    Full,
-}
-
-impl Method {
-    /// The peak learning rate where none is given. Full fine-tuning needs about a tenth of LoRA's.
-    fn learning_rate(self) -> f64 {
-        match self {
-            Method::Lora => 2e-4,
-            Method::Full => 2e-5,
-        }
-    }
 }
 
 /// How the frozen base model is computed.
@@ -215,7 +195,7 @@ pub struct TrainingConfig {
     pub batch_size: usize,
     /// Batches whose gradients make one step. The loss is the mean over all label tokens of the step.
     pub gradient_accumulation_steps: usize,
-    /// The peak learning rate. When absent 2e-4 for LoRA and 2e-5 for full fine-tuning.
+    /// The peak learning rate. When absent the method's own: 2e-4 for LoRA and 2e-5 for full fine-tuning.
     pub learning_rate: Option<f64>,
     /// How the learning rate goes on after the warm-up.
     pub lr_scheduler_type: SchedulerType,
@@ -310,9 +290,9 @@ pub enum ActivationCheckpointing {
 pub struct RunConfig {
     pub model: String,
     pub output_dir: PathBuf,
-    pub method: Method,
+    pub method: MethodName,
     /// `None` for full fine-tuning, and where the configuration of the adapter at `adapter_init` is to be used.
-    pub adapter: Option<LoraConfig>,
+    pub adapter: Option<Settings>,
     pub adapter_init: Option<PathBuf>,
     pub base: BaseConfig,
     pub data: DataConfig,
@@ -338,7 +318,9 @@ impl RunConfig {
         for text in overrides {
             tree::set(&mut tree, text)?;
         }
-        tree::Schema::new(schema_for!(RawRunConfig).as_value()).check(&tree)?;
+        // Which settings there are is the method's to say; a method that is none is told with the other keys.
+        let method = tree.get("method").and_then(Value::as_str).map(by_name);
+        tree::Schema::new(&schema(Some(method.flatten().unwrap_or(MethodName::default().0)))).check(&tree)?;
         let raw: RawRunConfig =
             serde_json::from_value(tree).map_err(|error| Error::Config { cause: error.to_string() })?;
         raw.check()
@@ -347,7 +329,20 @@ impl RunConfig {
 
 /// The JSON schema of the configuration file, for editors and as a reference.
 pub fn json_schema() -> String {
-    format!("{:#}", schema_for!(RawRunConfig).as_value())
+    format!("{:#}", schema(None))
+}
+
+/// The schema with the settings of one method, or of all.
+fn schema(method: Option<&MethodInfo>) -> Value {
+    let mut generator = SchemaGenerator::default();
+    let settings = method::settings_schema(method, &mut generator);
+    let mut schema = generator.into_root_schema_for::<RawRunConfig>().to_value();
+    if let Some(adapter) = schema.pointer_mut("/properties/adapter").and_then(Value::as_object_mut) {
+        let mut rest = std::mem::take(adapter);
+        adapter.insert("anyOf".to_owned(), settings);
+        adapter.append(&mut rest);
+    }
+    schema
 }
 
 impl RawRunConfig {
@@ -365,7 +360,7 @@ impl RawRunConfig {
         let adapter = check_adapter(method, adapter, adapter_init.as_deref())?;
         data.check(&Names::KEYS)?;
         require(
-            method == Method::Lora || base.compute != Compute::Int8,
+            method.saves_adapter() || base.compute != Compute::Int8,
             "base.compute",
             "int8 with method full",
             "f32 or auto",
@@ -386,36 +381,35 @@ impl RawRunConfig {
     }
 }
 
-fn check_adapter(
-    method: Method,
-    adapter: Option<LoraConfig>,
-    init: Option<&Path>,
-) -> Result<Option<LoraConfig>, Error> {
-    const ADVICE: &str = "Remove it, or set method to lora";
-    if method == Method::Full {
-        require(adapter.is_none(), "adapter", "given with method full", "no adapter", ADVICE)?;
-        require(init.is_none(), "adapter_init", "given with method full", "no adapter", ADVICE)?;
+fn check_adapter(method: MethodName, adapter: Option<Value>, init: Option<&Path>) -> Result<Option<Settings>, Error> {
+    const ADVICE: &str = "Remove it, or choose another method";
+    if !method.saves_adapter() {
+        let with = format!("given with method {}", method.name);
+        require(adapter.is_none(), "adapter", &with, "no adapter", ADVICE)?;
+        require(init.is_none(), "adapter_init", &with, "no adapter", ADVICE)?;
         return Ok(None);
     }
     if let Some(path) = init {
         check_path("adapter_init", path, "Name the directory of an adapter")?;
     }
-    let adapter = if init.is_some() { adapter } else { Some(adapter.unwrap_or_default()) };
-    if let Some(adapter) = &adapter {
-        adapter.check().map_err(Error::AdapterConfig)?;
+    if adapter.is_none() && init.is_some() {
+        return Ok(None);
     }
-    Ok(adapter)
+    let settings = adapter.unwrap_or_else(|| Value::Object(Map::new()));
+    let adapter = (method.read)(settings).map_err(|error| Error::Config { cause: format!("adapter: {error}") })?;
+    adapter.check().map_err(Error::AdapterConfig)?;
+    Ok(Some(Settings(adapter)))
 }
 
 impl TrainingConfig {
-    /// The peak learning rate: the one that is given, which a checked configuration has, or LoRA's.
+    /// The peak learning rate: the one that is given, which a checked configuration has, or the default method's.
     pub fn peak_learning_rate(&self) -> f64 {
-        self.learning_rate.unwrap_or_else(|| Method::Lora.learning_rate())
+        self.learning_rate.unwrap_or(MethodName::default().learning_rate)
     }
 
     /// Checks ranges and contradictions, and lets the method decide what it has a say in.
-    fn check(self, method: Method, data: &DataConfig) -> Result<TrainingConfig, Error> {
-        let learning_rate = self.learning_rate.unwrap_or_else(|| method.learning_rate());
+    fn check(self, method: MethodName, data: &DataConfig) -> Result<TrainingConfig, Error> {
+        let learning_rate = self.learning_rate.unwrap_or(method.learning_rate);
         self.check_steps()?;
         self.check_optimizer(learning_rate)?;
         let key = "training.tokens_per_pass";
@@ -544,12 +538,18 @@ fn require(holds: bool, key: &str, found: impl ToString, expected: &str, advice:
 #[cfg(test)]
 mod tests {
     use super::*;
+    use retune_adapter::LoraConfig;
 
     const LEAST: &str = "model: m\noutput_dir: out\ndata:\n  train: rows.jsonl\n";
 
     fn parse(overrides: &[&str]) -> Result<RunConfig, Error> {
         let overrides: Vec<String> = overrides.iter().map(|text| text.to_string()).collect();
         RunConfig::parse(LEAST, "run.yaml", &overrides)
+    }
+
+    /// The settings of a run with LoRA.
+    fn lora(config: &RunConfig) -> LoraConfig {
+        serde_json::from_value(serde_json::to_value(&config.adapter).unwrap()).unwrap()
     }
 
     fn error(overrides: &[&str]) -> String {
@@ -559,8 +559,8 @@ mod tests {
     #[test]
     fn the_least_file_gets_the_documented_defaults() {
         let config = parse(&[]).unwrap();
-        assert_eq!((config.method, config.base.compute, config.threads), (Method::Lora, Compute::Auto, None));
-        assert_eq!(config.adapter, Some(LoraConfig::default()));
+        assert_eq!((config.method, config.base.compute, config.threads), (MethodName::default(), Compute::Auto, None));
+        assert_eq!(lora(&config), LoraConfig::default());
         assert_eq!(config.adapter_init, None);
         let DataConfig {
             train,
@@ -614,7 +614,7 @@ threads: 2
         let config =
             RunConfig::parse(text, "run.yaml", &["training.epochs=0.5".to_owned(), "adapter.lora_alpha=16".to_owned()])
                 .unwrap();
-        let adapter = config.adapter.unwrap();
+        let adapter = lora(&config);
         assert_eq!((adapter.r, adapter.lora_alpha), (8, 16.0));
         assert_eq!(config.data.columns.completion.as_deref(), Some("answer"));
         assert_eq!((config.training.epochs, config.training.learning_rate), (0.5, Some(1e-3)));
@@ -648,7 +648,7 @@ threads: 2
         assert!(error(&["method=full", "adapter.r=8"]).contains("adapter is given with method full"));
         assert!(error(&["method=full", "adapter_init=a"]).contains("adapter_init is given with method full"));
         assert_eq!(parse(&["adapter_init=a"]).unwrap().adapter, None);
-        assert_eq!(parse(&["adapter_init=a", "adapter.r=8"]).unwrap().adapter.map(|adapter| adapter.r), Some(8));
+        assert_eq!(lora(&parse(&["adapter_init=a", "adapter.r=8"]).unwrap()).r, 8);
     }
 
     #[test]

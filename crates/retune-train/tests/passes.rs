@@ -121,7 +121,7 @@ fn rows_share_their_beginnings_unless_told_otherwise_or_dropped() {
             "training": { "batch_size": examples.len(), "tokens_per_pass": 400, "share_prefixes": share },
         });
         let config = RunConfig::parse(&run.to_string(), "the run", &[]).unwrap();
-        let case = Case::with_method("gguf_llama", checkpoint("gguf_llama"), config.adapter.as_ref().unwrap());
+        let case = Case::with_method("gguf_llama", checkpoint("gguf_llama"), &*config.adapter.as_ref().unwrap().0);
         let passes = Passes::resolve(&config.training, &case.model, &case.overlay, false, 60);
         assert_eq!(passes.share_prefixes, share && dropout == 0.0);
         let size = largest_pass(&config.training, passes, false, &examples, &[]);

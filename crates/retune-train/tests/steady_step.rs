@@ -104,7 +104,7 @@ fn third_epoch(
         },
     });
     let config = RunConfig::parse(&run.to_string(), "the run", &[]).unwrap();
-    let case = Case::with_method(model, checkpoint(model), config.adapter.as_ref().unwrap());
+    let case = Case::with_method(model, checkpoint(model), &*config.adapter.as_ref().unwrap().0);
     let compute = if int8 {
         let mut pass = Pass::default();
         fill_pass(&mut pass, examples, &[0, 1], 0, TOKENS_PER_PASS);

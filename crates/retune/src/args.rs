@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 use retune_model::export::ExportType;
 use retune_train::data::DataFormat;
-use retune_train::run_config::{Compute, Method};
+use retune_train::run_config::{Compute, MethodName};
+use serde_json::Value;
 
 use crate::fetch;
 
@@ -287,6 +288,10 @@ pub enum BenchCommand {
     Train(BenchTrainArgs),
 }
 
+fn settings(text: &str) -> Result<Value, serde_json::Error> {
+    serde_json::from_str(text)
+}
+
 #[derive(Args)]
 pub struct BenchTrainArgs {
     /// The base model: a directory, a .gguf file or a Hub id
@@ -294,16 +299,20 @@ pub struct BenchTrainArgs {
     pub model: String,
 
     /// What is trained
-    #[arg(long, value_enum, default_value_t = Method::Lora)]
-    pub method: Method,
+    #[arg(long, value_enum, default_value_t)]
+    pub method: MethodName,
 
-    /// Rank of the adapter
-    #[arg(long, default_value_t = 16, value_name = "R")]
-    pub rank: usize,
+    /// Rank of a LoRA adapter; 16 when absent
+    #[arg(long, value_name = "R", conflicts_with = "settings")]
+    pub rank: Option<usize>,
 
-    /// Target modules: all-linear, or name endings separated by commas
-    #[arg(long, default_value = "all-linear", value_name = "NAMES")]
-    pub targets: String,
+    /// Target modules of a LoRA adapter: all-linear (when absent), or name endings separated by commas
+    #[arg(long, value_name = "NAMES", conflicts_with = "settings")]
+    pub targets: Option<String>,
+
+    /// Settings of the method as JSON, those of the section `adapter` of a run's configuration
+    #[arg(long, value_name = "JSON", value_parser = settings)]
+    pub settings: Option<Value>,
 
     /// Tokens of a sequence
     #[arg(long, default_value_t = 512, value_name = "N")]
@@ -345,7 +354,7 @@ pub struct BenchTrainArgs {
 #[cfg(test)]
 mod tests {
     use clap::{CommandFactory, ValueEnum};
-    use serde_json::{Value, json};
+    use serde_json::json;
 
     use super::*;
 
@@ -364,7 +373,7 @@ mod tests {
     fn flags_take_the_values_that_run_files_take() {
         Cli::command().debug_assert();
         assert_eq!(keys::<Compute>(), flags::<Compute>());
-        assert_eq!(keys::<Method>(), flags::<Method>());
+        assert_eq!(keys::<MethodName>(), flags::<MethodName>());
         assert_eq!(keys::<DataFormat>(), flags::<DataFormat>());
         assert_eq!(flags::<DataFormat>(), ["auto", "messages", "prompt_completion", "alpaca", "text"]);
         let types = ExportType::value_variants().iter().map(ToString::to_string).collect::<Vec<_>>();

@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::Result;
 use retune_engine::calibrate::Choice;
 use retune_train::data::{Names, read_rows};
-use retune_train::run_config::{Method, RunConfig};
+use retune_train::run_config::RunConfig;
 use retune_train::state::Progress;
 use serde_json::{Value, json};
 
@@ -63,25 +63,26 @@ impl Report<'_> {
             outln!("    base       {}", text("base"));
             outln!("    trained    {}", text("trained"));
         }
-        let what = if self.config.method == Method::Full { "model  " } else { "adapter" };
+        let what = if self.config.method.saves_adapter() { "adapter" } else { "model  " };
         let peak = memory::peak_resident().map_or_else(|| "unknown".to_owned(), human);
         outln!("\n{what}        {} ({})", self.result.display(), human(folder_size(self.result)));
         outln!("took           {:.0} s, peak memory {peak}", self.seconds);
         let (program, path) = (program(), shell_word(&self.result.to_string_lossy()));
-        let model = match self.config.method {
-            Method::Full => format!("--model {path}"),
-            Method::Lora => format!("--model {} --adapter {path}", shell_word(&self.config.model)),
+        let saves_adapter = self.config.method.saves_adapter();
+        let model = match saves_adapter {
+            false => format!("--model {path}"),
+            true => format!("--model {} --adapter {path}", shell_word(&self.config.model)),
         };
         let question = self.first_question().unwrap_or_else(|| "Once upon a time".to_owned());
         outln!("\nNext:");
         outln!("  {program} generate {model} {}", shell_word(&question));
         outln!("  {program} inspect {path}");
-        match (self.config.method, &self.config.data.eval) {
-            (Method::Full, None) => {}
-            (Method::Full, Some(eval)) => {
+        match (saves_adapter, &self.config.data.eval) {
+            (false, None) => {}
+            (false, Some(eval)) => {
                 outln!("  {program} eval {model} --data {}", shell_word(&eval.to_string_lossy()));
             }
-            (Method::Lora, _) => {
+            (true, _) => {
                 let merged = format!("{}-merged", self.config.output_dir.to_string_lossy());
                 outln!("  {program} merge {model} --out {}", shell_word(&merged));
             }

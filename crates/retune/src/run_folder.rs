@@ -4,8 +4,9 @@ use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
+use retune_adapter::MethodInfo;
 use retune_formats::atomic;
-use retune_train::run_config::{Method, RunConfig};
+use retune_train::run_config::RunConfig;
 use serde_json::Value;
 
 use crate::args::TrainArgs;
@@ -41,8 +42,14 @@ impl RunFolder {
         self.root.join("metrics.jsonl")
     }
 
-    pub fn result(&self, method: Method) -> PathBuf {
-        self.root.join(if method == Method::Full { "model" } else { "adapter" })
+    /// Where the result of a method goes.
+    pub fn result(&self, method: &MethodInfo) -> PathBuf {
+        self.root.join(if method.saves_adapter() { "adapter" } else { "model" })
+    }
+
+    /// What a run leaves beside its records.
+    fn results(&self) -> [PathBuf; 3] {
+        [self.checkpoints(), self.root.join("adapter"), self.root.join("model")]
     }
 
     /// Makes the folder ready for a run that starts (or, with `resume`, goes on) and keeps other processes out of it for as long as the
@@ -85,7 +92,7 @@ impl RunFolder {
             );
         }
         // Without run.json these are somebody else's, whatever their names.
-        let folders = [self.checkpoints(), self.result(Method::Lora), self.result(Method::Full)];
+        let folders = self.results();
         if let Some(folder) = folders.iter().find(|folder| folder.exists()) {
             bail!(
                 "{} is there, but {root} holds no run of retune's (run.json): move it, or set another output_dir",
@@ -116,7 +123,7 @@ impl RunFolder {
 
     /// Removes what the earlier run left, unless the new one reads from it.
     fn clear(&self, config: &RunConfig) -> Result<()> {
-        let folders = [self.checkpoints(), self.result(Method::Lora), self.result(Method::Full)];
+        let folders = self.results();
         let data = &config.data;
         let used =
             [Some(Path::new(&config.model)), config.adapter_init.as_deref(), Some(&*data.train), data.eval.as_deref()];

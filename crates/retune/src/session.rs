@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::OnceLock;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Error, Result, bail};
 use retune_adapter::AdapterFile;
 use retune_engine::model::Model;
 use retune_engine::overlay::Overlay;
@@ -46,6 +46,15 @@ impl Base {
         }
         let tokenizer = self.checkpoint.tokenizer()?;
         Ok(self.tokenizer.get_or_init(|| tokenizer))
+    }
+
+    /// The token ids of a text with those that the tokenizer puts around it, for a method that starts from it.
+    ///
+    /// # Errors
+    /// No tokenizer, or a text that it cannot take.
+    pub fn tokenize(&self, text: &str) -> Result<Vec<u32>, retune_adapter::Error> {
+        let failed = |error: Error| retune_adapter::Error::Base(format!("{error:#}"));
+        self.tokenizer().map_err(failed)?.encode_with_special_tokens(text).map_err(|error| failed(error.into()))
     }
 
     /// As [`Checkpoint::check_finite`], but reads the weights only if they have changed since it last did.

@@ -1,49 +1,63 @@
 //! Full fine-tuning: every tensor of the model is trained in its place.
 
-use retune_engine::model::{LinearId, VectorId};
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+
 use retune_engine::overlay::Overlay;
-use retune_engine::spec::{ModelSpec, Module};
+use retune_engine::spec::ModelSpec;
+use serde_json::{Map, Value};
 
 use crate::error::Error;
-use crate::method::Method;
+use crate::method::{Method, MethodInfo, Start};
+use crate::targets::BaseModules;
+use crate::walk::walk;
 
 /// Full fine-tuning. It has no settings.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Full;
 
+pub static INFO: MethodInfo = MethodInfo {
+    name: "full",
+    peft_type: None,
+    what: "every weight of the model",
+    // About a tenth of what an adapter needs.
+    learning_rate: 2e-5,
+    read: |_| Ok(Arc::new(Full)),
+    schema: None,
+    from_peft: |path: &Path, _: Map<String, Value>| {
+        Err(Error::PeftType { path: path.to_owned(), found: "missing".to_owned() })
+    },
+};
+
 impl Method for Full {
-    fn lower(&self, spec: &ModelSpec) -> Result<Overlay, Error> {
-        let mut overlay = Overlay::of_sizes(spec.linears().count(), spec.vectors().len());
-        let (mut linear, mut vector) = (0, 0);
-        for module in spec.modules() {
-            for (name, shape) in module.tensors() {
-                if shape.len() == 1 {
-                    overlay.vectors[VectorId(vector).0] = Some(overlay.layout.add(name.clone(), shape, Some(name)));
-                    vector += 1;
-                    continue;
-                }
-                let range = match module {
-                    Module::Linear(of) if of.transposed => {
-                        overlay.layout.add_transposed(name.clone(), shape, Some(name))
-                    }
-                    _ => overlay.layout.add(name.clone(), shape, Some(name)),
-                };
-                match module {
-                    Module::Linear(_) => {
-                        overlay.linears[LinearId(linear).0].weight = Some(range);
-                        linear += 1;
-                    }
-                    _ if module.name() == spec.table.name => overlay.table = Some(range),
-                    _ => overlay.positions = Some(range),
-                }
-            }
-        }
+    fn info(&self) -> &'static MethodInfo {
+        &INFO
+    }
+
+    fn settings(&self) -> Result<Value, serde_json::Error> {
+        Ok(Value::Null)
+    }
+
+    fn check(&self) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn lower(&self, spec: &ModelSpec, _: bool) -> Result<Overlay, Error> {
+        let mut overlay = walk(spec, |_, tensor| Some(tensor.to_owned()), |_, _, _| {});
         if spec.head.tied {
             // One place with two users, both adding to its gradient.
-            overlay.linears[linear].weight = overlay.table.clone();
+            let table = overlay.table.clone();
+            overlay.linears.last_mut().into_iter().for_each(|head| head.weight.clone_from(&table));
         }
         Ok(overlay)
     }
 
-    fn initialise(&self, _: &ModelSpec, _: &Overlay, _: u64, _: &mut [f32]) {}
+    fn initialise(&self, _: &ModelSpec, _: &Overlay, _: &Start<'_>, _: &mut [f32]) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn peft_config(&self, _: &BaseModules<'_>) -> Result<BTreeMap<&'static str, Value>, Error> {
+        Ok(BTreeMap::new())
+    }
 }

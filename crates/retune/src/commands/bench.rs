@@ -4,13 +4,13 @@ use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use retune_adapter::{AdapterFile, BaseModules, Full, LoraConfig, Method, ModuleSelection, initial_params, tensors_of};
+use retune_adapter::{AdapterFile, BaseModules, initial_params, tensors_of};
 use retune_engine::{Work, profile, work_of_step};
 use retune_formats::safetensors::{Tensor, Values, stage};
 use retune_kernels::peak;
 use retune_text::tokenizer::Tokenizer;
 use retune_train::data::{ColumnMap, DataFormat, Example, Names, read_rows};
-use retune_train::run_config::{Method as TrainMethod, TrainingConfig};
+use retune_train::run_config::{MethodName, TrainingConfig};
 use retune_train::schedule::SchedulerType;
 use retune_train::trainer::{Passes, Trained, Trainer};
 use serde_json::{Map, Value, json};
@@ -32,47 +32,58 @@ pub fn run(command: &BenchCommand) -> Result<()> {
     }
 }
 
+/// The settings of the method that the arguments ask for.
+fn settings(args: &BenchTrainArgs) -> Result<Value> {
+    if let Some(settings) = &args.settings {
+        if args.method.schema.is_none() {
+            bail!("--settings is given, but method {} has no settings: leave it out", args.method.name);
+        }
+        return Ok(settings.clone());
+    }
+    if args.method != MethodName::default() {
+        if args.rank.is_some() || args.targets.is_some() {
+            bail!("--rank and --targets are those of LoRA; for method {} give --settings", args.method.name);
+        }
+        return Ok(json!({}));
+    }
+    let rank = args.rank.unwrap_or(16);
+    let targets = match args.targets.as_deref() {
+        None | Some("all-linear") => json!("all-linear"),
+        Some(names) => names.split(',').collect(),
+    };
+    Ok(json!({ "r": rank, "lora_alpha": 2 * rank, "target_modules": targets }))
+}
+
 fn train(args: &BenchTrainArgs) -> Result<()> {
-    if args.steps <= WARM_UP || args.seq < 2 || args.batch == 0 || args.rank == 0 {
-        bail!("--steps must be more than {WARM_UP}, --seq at least 2, --batch and --rank at least 1");
+    if args.steps <= WARM_UP || args.seq < 2 || args.batch == 0 {
+        bail!("--steps must be more than {WARM_UP}, --seq at least 2, --batch at least 1");
     }
     let start = Instant::now();
     let base = Base::open(&fetch::resolve(&args.model)?)?;
     base.check_finite()?;
     let checkpoint = &base.checkpoint;
     let examples = sequences(base.tokenizer()?, &args.data, args.seq, args.batch * args.steps)?;
-    let config = LoraConfig {
-        r: args.rank,
-        lora_alpha: 2.0 * args.rank as f64,
-        target_modules: if args.targets == "all-linear" {
-            ModuleSelection::Pattern(args.targets.clone())
-        } else {
-            ModuleSelection::List(args.targets.split(',').map(str::to_owned).collect())
-        },
-        ..LoraConfig::default()
-    };
     let spec = &checkpoint.spec;
-    let method: &dyn Method = match args.method {
-        TrainMethod::Lora => &config,
-        TrainMethod::Full => &Full,
-    };
+    let method =
+        (args.method.read)(settings(args)?).with_context(|| format!("settings of method {}", args.method.name))?;
+    method.check()?;
     let model = checkpoint.model()?;
-    let overlay = method.lower(spec)?;
-    let params = initial_params(method, spec, &overlay, checkpoint, 0)?;
+    let overlay = method.lower(spec, true)?;
+    let params = initial_params(&*method, spec, &overlay, checkpoint, &|text| base.tokenize(text), 0)?;
     if let Some(directory) = &args.save_inputs {
         save_inputs(directory, args, &examples)?;
-        if args.method == TrainMethod::Lora {
+        if args.method.saves_adapter() {
             let tensors = tensors_of(&overlay, &params);
-            let file = AdapterFile { config: config.clone(), base_model: Some(args.model.clone()), tensors };
+            let file = AdapterFile { method: method.clone(), base_model: Some(args.model.clone()), tensors };
             file.write(&directory.join("adapter"), &BaseModules::of(spec))?;
         }
     }
     let pass = compute::calibration_pass(&examples);
     // In 8 bits the first forward is that of the calibration.
     let mut until_forward = start.elapsed().as_secs_f64();
-    let (compute, choices) = match args.method {
-        TrainMethod::Lora => compute::choose(&model, &overlay, &params, args.compute, &pass, true),
-        TrainMethod::Full => Default::default(),
+    let (compute, choices) = match args.method.saves_adapter() {
+        true => compute::choose(&model, &overlay, &params, args.compute, &pass, true),
+        false => Default::default(),
     };
     checkpoint.release();
     let training = TrainingConfig {

@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::{Context, Error, Result, anyhow};
 use retune_adapter::files::WEIGHTS_FILE;
 use retune_adapter::names::{self, Key, Part};
-use retune_adapter::{AdapterFile, BaseModules, Bias, OneOrMany, compatibility_notes, count_matches};
+use retune_adapter::{AdapterFile, BaseModules, count_matches};
 use retune_engine::spec::{Attention, SubLayer};
 use retune_model::checkpoint::{Checkpoint, CheckpointKind};
 use retune_model::rope::GGUF_FACTORS;
@@ -121,33 +121,29 @@ fn adapter(path: &Path) -> Result<Value> {
     let weights = path.join(WEIGHTS_FILE);
     let size = fs::metadata(&weights).with_context(|| format!("cannot read {}", weights.display()))?.len();
     let modules = modules(&file);
-    let config = &file.config;
-    let mut notes = compatibility_notes(config);
+    let mut notes = file.method.compatibility_notes();
     // A trained bias or a module saved whole differs from the base's, whatever B is.
     let unchanged = |module: &Value| module["norm_B"].as_f64() == Some(0.0) && module.get("norm_bias").is_none();
     if !modules.is_empty() && modules.values().all(unchanged) {
         notes.push("every B is zero: this adapter changes nothing yet".to_owned());
     }
-    Ok(json!({
+    let mut value = json!({
         "adapter": path.display().to_string(),
-        "method": if config.use_rslora { "LoRA (rank-stabilised)" } else { "LoRA" },
+        "method": file.method.info().name,
         "base_model": file.base_model,
-        "r": config.r,
-        "rank_pattern": Some(&config.rank_pattern).filter(|pattern| !pattern.is_empty()),
-        "lora_alpha": config.lora_alpha,
-        "alpha_pattern": Some(&config.alpha_pattern).filter(|pattern| !pattern.is_empty()),
-        "lora_dropout": config.lora_dropout,
-        "target_modules": config.target_modules,
-        "exclude_modules": config.exclude_modules,
-        "layers_to_transform": config.layers_to_transform.as_ref().map(OneOrMany::as_slice),
-        "layers_pattern": config.layers_pattern.as_ref().map(OneOrMany::as_slice),
-        "modules_to_save": config.modules_to_save,
-        "bias": if config.bias == Bias::None { Value::Null } else { json!(config.bias.as_str()) },
+    });
+    let rest = json!({
         "parameters": file.tensors.values().map(|(_, values)| values.len()).sum::<usize>(),
         "size": size,
         "notes": notes,
         "modules": modules,
-    }))
+    });
+    if let Some(value) = value.as_object_mut() {
+        for part in [file.method.settings()?, rest] {
+            value.extend(part.as_object().into_iter().flatten().map(|(key, value)| (key.clone(), value.clone())));
+        }
+    }
+    Ok(value)
 }
 
 /// Rank and norms of each module that the file has tensors of; a tensor that is no part of a LoRA adapter stands under its own name.

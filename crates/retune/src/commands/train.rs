@@ -2,10 +2,11 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow, bail};
-use retune_adapter::{AdapterFile, BaseModules, Full, LoraConfig, Method as _, initial_params, tensors_of};
+use retune_adapter::{AdapterFile, BaseModules, Full, Method, initial_params, tensors_of};
 use retune_engine::calibrate::Choice;
 use retune_engine::compute::Compute;
 use retune_engine::generate::{Generation, Sampling};
@@ -17,7 +18,7 @@ use retune_kernels::parallel;
 use retune_model::export::{self, MergeOptions};
 use retune_train::calibration;
 use retune_train::data::{Example, Names};
-use retune_train::run_config::{ActivationCheckpointing, Method, RunConfig};
+use retune_train::run_config::{ActivationCheckpointing, RunConfig};
 use retune_train::state::{self, Progress as RunProgress};
 use retune_train::trainer::{Observer, Outcome, Passes, Trained, Trainer, largest_pass};
 use serde_json::{Value, json};
@@ -47,8 +48,7 @@ struct Run<'a> {
     folder: RunFolder,
     base: Base,
     data: RunData,
-    /// The adapter's configuration; of no matter in full fine-tuning.
-    adapter: LoraConfig,
+    method: Arc<dyn Method>,
     /// The adapter to start from.
     initial: Option<AdapterFile>,
     /// What `run.json` says.
@@ -77,17 +77,22 @@ fn start(args: &TrainArgs, config: RunConfig, start: Instant) -> Result<End> {
         Some(directory) => Some(session::adapted(&base, directory)?.2),
         None => None,
     };
-    let adapter = config.adapter.clone().or_else(|| initial.as_ref().map(|file| file.config.clone()));
-    let adapter = adapter.unwrap_or_default();
+    let given = config.adapter.as_ref().map(|settings| settings.0.clone());
+    let method = given.or_else(|| initial.as_ref().map(|file| file.method.clone())).unwrap_or_else(|| Arc::new(Full));
+    if *method.info() != *config.method {
+        bail!(
+            "adapter_init is an adapter of method {}, this run trains with method {}; set method to {0}, or leave adapter_init out",
+            method.info().name,
+            config.method.name
+        );
+    }
     let mut record = serde_json::to_value(&config)?;
     if let Some(record) = record.as_object_mut() {
         // The number of threads changes no byte of the result.
         record.remove("threads");
     }
     record["retune"] = json!(env!("CARGO_PKG_VERSION"));
-    if config.method == Method::Lora {
-        record["adapter"] = serde_json::to_value(&adapter)?;
-    }
+    record["adapter"] = method.settings()?;
     record["adapter_init_hash"] = json!(initial.as_ref().map(tensors_hash));
     record["base_content_hash"] = json!(base.content_hash());
     record[CONFIG_HASH] = json!(text_hash(&base.checkpoint.config_json().to_string()));
@@ -95,7 +100,7 @@ fn start(args: &TrainArgs, config: RunConfig, start: Instant) -> Result<End> {
     record["eval_rows_hash"] = json!(data.eval.as_ref().map(|eval| rows_hash(&eval.examples)));
     record["isa"] = json!(retune_kernels::isa::isa().to_string());
     let folder = RunFolder { root: config.output_dir.clone() };
-    Run { start, args, config, folder, base, data, adapter, initial, record }.train()
+    Run { start, args, config, folder, base, data, method, initial, record }.train()
 }
 
 /// A hash of an adapter's values.
@@ -202,16 +207,11 @@ impl Run<'_> {
         let Run { config, base, .. } = self;
         let checkpoint = &base.checkpoint;
         let (spec, seed) = (&checkpoint.spec, config.training.seed);
-        if config.method == Method::Full {
-            let overlay = Full.lower(spec)?;
-            let params = initial_params(&Full, spec, &overlay, checkpoint, seed)?;
-            return Ok((overlay, params));
-        }
         let overlay = match (&config.adapter, &self.initial) {
             // What lies on disk is taken as peft takes it.
             (None, Some(file)) => file.lower_for_training(spec)?,
             // The texts begin with the key; its section is known here.
-            _ => self.adapter.lower(spec).map_err(|error| anyhow!("adapter.{error}"))?,
+            _ => self.method.lower(spec, true).map_err(|error| anyhow!("adapter.{error}"))?,
         };
         let params = match (&self.initial, &config.adapter_init) {
             (Some(file), Some(directory)) => {
@@ -234,7 +234,7 @@ impl Run<'_> {
                     format!("{} was made with another `adapter` than this run asks for", directory.display())
                 })?
             }
-            _ => initial_params(&self.adapter, spec, &overlay, checkpoint, seed)?,
+            _ => initial_params(&*self.method, spec, &overlay, checkpoint, &|text| base.tokenize(text), seed)?,
         };
         Ok((overlay, params))
     }
@@ -295,9 +295,9 @@ impl Run<'_> {
             (compute, choices)
         } else {
             let pass = compute::calibration_pass(&self.data.train.examples);
-            let (compute, choices) = match self.config.method {
-                Method::Lora => compute::choose(model, overlay, params, self.config.base.compute, &pass, true),
-                Method::Full => Default::default(),
+            let (compute, choices) = match self.config.method.saves_adapter() {
+                true => compute::choose(model, overlay, params, self.config.base.compute, &pass, true),
+                false => Default::default(),
             };
             calibration::write(&path, &choices)?;
             (compute, choices)
@@ -336,7 +336,7 @@ impl Run<'_> {
 
     /// Whether the base is to be computed in 8 bits, as far as errors allow.
     fn computes_int8(&self) -> bool {
-        self.config.method == Method::Lora && compute::limit(self.config.base.compute).is_some()
+        self.config.method.saves_adapter() && compute::limit(self.config.base.compute).is_some()
     }
 
     fn longest_row(&self) -> usize {
@@ -371,7 +371,7 @@ impl Run<'_> {
             human(total),
             human(base as u64),
             human(quantized as u64),
-            if self.config.method == Method::Full { "model" } else { "adapter" },
+            if self.config.method.saves_adapter() { "adapter" } else { "model" },
             human(trained as u64),
             human(optimizer as u64),
             human(activations as u64),
@@ -383,10 +383,10 @@ impl Run<'_> {
             let ways: Vec<&str> = [
                 (!layer).then_some("set training.activation_checkpointing=layer"),
                 Some("lower training.tokens_per_pass or data.max_length"),
-                Some(if self.config.method == Method::Full {
-                    "train an adapter (method: lora)"
-                } else {
+                Some(if self.config.method.saves_adapter() {
                     "lower adapter.r"
+                } else {
+                    "train an adapter (method: lora)"
                 }),
             ]
             .into_iter()
@@ -419,8 +419,8 @@ impl Run<'_> {
     ) -> Result<PathBuf> {
         let Run { config, base, folder, .. } = self;
         let (checkpoint, tokenizer) = (&base.checkpoint, base.tokenizer()?);
-        let out = folder.result(config.method);
-        if config.method == Method::Full {
+        let out = folder.result(&config.method);
+        if !config.method.saves_adapter() {
             // Beside the final name first: an earlier model goes only when this one is whole.
             let partial = folder.partial_model();
             folder.remove_leftovers();
@@ -435,7 +435,7 @@ impl Run<'_> {
             fs::rename(&partial, &out).with_context(|| format!("cannot write {}", out.display()))?;
         } else {
             let file = AdapterFile {
-                config: self.adapter.clone(),
+                method: self.method.clone(),
                 base_model: Some(config.model.clone()),
                 tensors: tensors_of(overlay, params),
             };
