@@ -7,7 +7,7 @@ use std::path::Path;
 
 use retune_adapter::{AdapterFile, Full, ModuleSelection, names};
 use retune_engine::compute::Compute;
-use retune_engine::overlay::{LowRank, Overlay};
+use retune_engine::overlay::{Factor, LowRank, Overlay};
 use retune_engine::pass::Pass;
 use retune_model::Error;
 use retune_model::checkpoint::Checkpoint;
@@ -292,11 +292,11 @@ fn with_table(case: &mut Case) {
 
 fn with_head(case: &mut Case) {
     let (rows, cols, r) = (case.model.spec.vocab_size, case.model.spec.hidden_size, 4);
-    let a = case.overlay.layout.add("A".to_owned(), vec![r, cols], None);
-    let b = case.overlay.layout.add("B".to_owned(), vec![rows, r], None);
+    let a = Factor::Trained(case.overlay.layout.add("A".to_owned(), vec![r, cols], None));
+    let b = Factor::Trained(case.overlay.layout.add("B".to_owned(), vec![rows, r], None));
     case.params = numbers(r * (rows + cols)).into_iter().map(|value| 10.0 * value).collect();
     let head = case.overlay.linears.last_mut().unwrap();
-    head.low_rank = Some(LowRank { a, b, r, scale: 0.5, dropout: 0.0, key: 0 });
+    head.low_rank.push(LowRank { a, b, r, scale: 0.5, dropout: 0.0, key: 0 });
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use retune_engine::model::Weights;
-use retune_engine::overlay::{LowRank, Overlay};
+use retune_engine::overlay::{Factor, LowRank, Overlay};
 use retune_engine::spec::{ModelSpec, Module};
 use retune_kernels::dropout;
 
@@ -28,7 +28,9 @@ impl Method for LoraConfig {
 
     fn initialise(&self, spec: &ModelSpec, overlay: &Overlay, seed: u64, params: &mut [f32]) {
         for (linear, change) in spec.linears().zip(&overlay.linears) {
-            let Some(LowRank { a, b, r, .. }) = &change.low_rank else { continue };
+            let [LowRank { a: Factor::Trained(a), b: Factor::Trained(b), r, .. }] = &change.low_rank[..] else {
+                continue;
+            };
             // B follows A.
             let (a, b) = params[a.start..b.end].split_at_mut(a.len());
             init_lora(&linear.name, *r, &self.init_lora_weights, seed, a, b);
@@ -171,11 +173,11 @@ fn on_targets(config: &LoraConfig, spec: &ModelSpec, targets: &[LoraTarget]) -> 
         }
         if let Module::Linear(of) = module {
             if let Some(target) = targets.iter().find(|target| target.module == name) {
-                let a = overlay.layout.add(names::lora_a(name), vec![target.r, of.cols], None);
-                let b = overlay.layout.add(names::lora_b(name), vec![of.rows, target.r], None);
+                let a = Factor::Trained(overlay.layout.add(names::lora_a(name), vec![target.r, of.cols], None));
+                let b = Factor::Trained(overlay.layout.add(names::lora_b(name), vec![of.rows, target.r], None));
                 let (r, scale, dropout) = (target.r, target.scaling, config.lora_dropout as f32);
                 let key = dropout::module_key(name);
-                overlay.linears[linear].low_rank = Some(LowRank { a, b, r, scale, dropout, key });
+                overlay.linears[linear].low_rank.push(LowRank { a, b, r, scale, dropout, key });
             }
             linear += 1;
         }
