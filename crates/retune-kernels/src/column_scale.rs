@@ -117,11 +117,12 @@ pub fn forward(z: Rows, scale: Scale, tokens: usize, y: RowsMut, onto: Onto, kep
                 Onto::Itself => scale_and_add_row(from, scale.factors, y),
                 Onto::Nothing | Onto::Other(_) => scale_row(from, scale.factors, y),
             }
-            if let Some(offsets) = scale.offsets {
-                add_row(y, offsets);
-            }
+            // In the order in which a product that is not scaled adds them.
             if let Onto::Other(addend) = onto {
                 add_row(y, &addend[token * row..][..n]);
+            }
+            if let Some(offsets) = scale.offsets {
+                add_row(y, offsets);
             }
             if let Some(kept) = &kept {
                 // SAFETY: as above.

@@ -140,6 +140,11 @@ impl Case {
         Self { name: name.to_owned(), checkpoint, model, overlay, params, norms }
     }
 
+    /// Takes the norms that output scales stand over from the parameters as they are.
+    pub fn refresh(&mut self) {
+        self.norms = RowNorms::of(&self.model, &self.overlay, &self.params);
+    }
+
     /// What the reference computed.
     pub fn golden(&self) -> Golden {
         Golden::read(&goldens().join(&self.name))
