@@ -19,6 +19,7 @@ use crate::compute::{Compute, Watch};
 use crate::model::{Linear, LinearId, Model};
 use crate::overlay::Overlay;
 use crate::pass::Pass;
+use crate::row_norms::RowNorms;
 use crate::run::Run;
 use crate::saved::Saving;
 use crate::workspace::Workspace;
@@ -210,13 +211,13 @@ fn relative_error(a: &[f32], b: &[f32], width: usize) -> f64 {
     if error.is_finite() { error } else { f64::MAX }
 }
 
-/// The linears that can be computed in 8 bits: those whose weight is the base's. The loss is not quantized, so that a head that trains
-/// anything of its own is left out.
+/// The linears that can be computed in 8 bits: those whose weight is the base's. The loss is not quantized, so that a head on which
+/// anything stands is left out.
 fn candidates(model: &Model, overlay: &Overlay) -> Vec<LinearId> {
     let all = (0..model.linears.len()).map(LinearId);
     let is_candidate = |&id: &LinearId| {
-        let is_trained_head = id == model.head && overlay.trains_linear(model, id);
-        overlay.change(id).weight.is_none() && !is_trained_head
+        let is_changed_head = id == model.head && overlay.changes_linear(model, id);
+        overlay.change(id).weight.is_none() && !is_changed_head
     };
     all.filter(is_candidate).collect()
 }
@@ -238,7 +239,8 @@ impl Compute {
         let linears = vec![Candidates::new(); model.linears.len()];
         let measured = Arc::new(Mutex::new(Measured { linears, memory: Vec::new() }));
         let watched = Self::watched(Box::new(Calibration { measured: Arc::clone(&measured), is_candidate }));
-        let run = Run { model, overlay, params, compute: &watched, pass, step: None };
+        let norms = RowNorms::of(model, overlay, params);
+        let run = Run { model, overlay, params, norms: &norms, compute: &watched, pass, step: None };
         let mut workspace = Workspace::new(model, Saving::BlockInputs);
         if backward {
             run.loss_and_gradient(&mut vec![0.0; params.len()], &mut workspace);

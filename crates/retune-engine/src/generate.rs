@@ -9,6 +9,7 @@ use crate::compute::Compute;
 use crate::model::{Attention, Model};
 use crate::overlay::Overlay;
 use crate::pass::Pass;
+use crate::row_norms::RowNorms;
 use crate::run::Run;
 use crate::saved::Saving;
 use crate::spec::{LongFrequencies, LongRope};
@@ -92,6 +93,7 @@ pub struct Generation<'a> {
     model: &'a Model,
     overlay: &'a Overlay,
     params: &'a [f32],
+    norms: RowNorms,
     compute: Compute,
     sampling: Sampling,
     workspace: Workspace,
@@ -111,6 +113,7 @@ impl<'a> Generation<'a> {
             model,
             overlay,
             params,
+            norms: RowNorms::of(model, overlay, params),
             compute: Compute::default(),
             sampling,
             workspace: Workspace::new(model, Saving::None),
@@ -141,15 +144,15 @@ impl<'a> Generation<'a> {
             self.pass.push(0, chunk, &[]);
             self.pass.positions.iter_mut().for_each(|p| *p += first as u32);
             first += chunk.len();
-            let Self { model, overlay, params, ref compute, ref pass, .. } = *self;
-            let run = Run { model, overlay, params, compute, pass, step: None };
+            let Self { model, overlay, params, ref norms, ref compute, ref pass, .. } = *self;
+            let run = Run { model, overlay, params, norms, compute, pass, step: None };
             run.forward(&mut self.workspace, false, Some(&mut self.cache));
         }
         // The tokens before the last are read for their keys and values alone.
         if !self.pass.ids.is_empty() {
             let last = [self.pass.tokens() as u32 - 1];
-            let Self { model, overlay, params, ref compute, ref pass, .. } = *self;
-            let run = Run { model, overlay, params, compute, pass, step: None };
+            let Self { model, overlay, params, ref norms, ref compute, ref pass, .. } = *self;
+            let run = Run { model, overlay, params, norms, compute, pass, step: None };
             run.last_logits(&last, &mut self.workspace, &mut self.logits);
         }
     }

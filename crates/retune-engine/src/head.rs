@@ -1,10 +1,11 @@
 //! The last norm, the head and its loss over the label tokens, a block of rows at a time, forward and backward.
 
+use retune_kernels::column_scale::Unscaled;
 use retune_kernels::gemm::{Out, Term, gemm};
 use retune_kernels::int8::Int8Matrix;
 use retune_kernels::{cross_entropy, embedding, vector};
 
-use crate::linear::{self, Gradient, Input, To};
+use crate::linear::{self, Gradient, Input, Keep, To};
 use crate::model::Linear;
 use crate::pass::Label;
 use crate::profile::{Operation, span};
@@ -25,23 +26,24 @@ impl Run<'_> {
         self.model.norm.forward(*self, &head.rows[..rows * d], &mut head.norm[..rows * d]);
     }
 
+    /// Makes room for what the head keeps of `rows` rows for its backward.
+    fn grow_kept(&self, rows: usize, head: &mut HeadBuffers) {
+        grow(&mut head.u, rows * self.overlay.ranks(&[self.model.head]));
+        grow(&mut head.unscaled, rows * self.overlay.unscaled(self.model, &[self.model.head]));
+    }
+
     /// Writes the logits `[tokens.len(), V]` of tokens of the pass whose layers were run last without backward.
     pub(crate) fn last_logits(&self, tokens: &[u32], workspace: &mut Workspace, logits: &mut [f32]) {
         let last = workspace.input(self.model, self.model.sub_layers.len(), false);
         let Workspace { x, temporary, head, .. } = workspace;
         let rows = tokens.len();
         self.gather_normalised(tokens.iter().copied(), rows, &x[last], head);
-        grow(&mut head.u, rows * self.overlay.ranks(&[self.model.head]));
+        self.grow_kept(rows, head);
         let _span = span(Operation::Head);
         let norm = &head.norm[..rows * self.model.spec.hidden_size];
-        linear::forward(
-            self.of_head(),
-            &[self.model.head],
-            norm,
-            To::Columns(logits),
-            &mut head.u,
-            &mut temporary.linear,
-        );
+        let keep = Keep { u: &mut head.u, unscaled: &mut head.unscaled, rounded: None };
+        let to = To::Columns(&mut *logits);
+        linear::forward(self.of_head(), &[self.model.head], norm, to, keep, &mut temporary.linear);
         if let Some(cap) = self.model.spec.head.soft_cap {
             cross_entropy::soft_cap(logits, cap);
         }
@@ -64,14 +66,15 @@ impl Run<'_> {
             let rows = labels.len();
             self.gather_normalised(labels.iter().map(|l| l.token), rows, &x[last], head);
             grow(&mut head.logits, block * v);
-            grow(&mut head.u, block * self.overlay.ranks(&[self.model.head]));
+            self.grow_kept(block, head);
             head.targets.clear();
             head.targets.extend(labels.iter().map(|l| l.target));
             {
                 let _span = span(Operation::Head);
                 let (norm, logits) = (&head.norm[..rows * d], &mut head.logits[..rows * v]);
                 let to = To::Columns(&mut *logits);
-                linear::forward(self.of_head(), &[self.model.head], norm, to, &mut head.u, &mut temporary.linear);
+                let keep = Keep { u: &mut head.u, unscaled: &mut head.unscaled, rounded: None };
+                linear::forward(self.of_head(), &[self.model.head], norm, to, keep, &mut temporary.linear);
                 match self.int8_head().filter(|_| backward) {
                     None => {
                         cross_entropy::forward_backward(logits, &head.targets, losses, backward, spec.head.soft_cap)
@@ -100,13 +103,13 @@ impl Run<'_> {
         let below = trains_norm || self.overlay.lowest_sub_layer(self.model).is_some();
         grow(&mut head.dnorm, rows * d);
         grow(&mut head.drows, rows * d);
-        let HeadBuffers { rows: inputs, norm, dnorm, drows, logits, targets, label_gradients, u } = head;
+        let HeadBuffers { rows: inputs, norm, dnorm, drows, logits, targets, label_gradients, u, unscaled } = head;
         {
             let _span = span(Operation::Head);
             let logits = &mut logits[..rows * v];
             // In 8 bits the label's own gradient, p − 1, is kept apart and exact: beside it small probabilities would round to 0, and where p
             // is close to 1 it would cancel against a rounded weight, the same way at every step.
-            let is_measured = self.compute.watch.is_some() && !self.overlay.trains_linear(self.model, self.model.head);
+            let is_measured = self.compute.watch.is_some() && !self.overlay.changes_linear(self.model, self.model.head);
             let exact_labels = self.compute.head_in_int8(self.model) || is_measured;
             if exact_labels && self.int8_head().is_none() {
                 grow(label_gradients, rows);
@@ -121,7 +124,9 @@ impl Run<'_> {
                 }
                 (Some(_), None) => {}
                 (None, dx) => {
-                    let gradient = Gradient { group: &[self.model.head], g: logits };
+                    let (group, kept) = (&[self.model.head], Unscaled::Exact(unscaled));
+                    linear::unscale_gradients(run, group, None, logits, rows, kept, grads, &mut temporary.linear);
+                    let gradient = Gradient { group, g: logits };
                     let input = Input { x: &norm[..rows * d], u };
                     linear::backward(run, gradient, grads, input, &mut temporary.linear, dx);
                 }
@@ -149,7 +154,7 @@ impl Run<'_> {
     /// being.
     fn int8_head(&self) -> Option<(&Linear, &Int8Matrix)> {
         let id = self.model.head;
-        let wanted = self.overlay.trains_linear(self.model, id) || self.compute.watch.is_some();
+        let wanted = self.overlay.changes_linear(self.model, id) || self.compute.watch.is_some();
         self.compute.int8(id).filter(|_| !wanted).map(|weight| (self.model.linear(id), weight))
     }
 

@@ -17,6 +17,7 @@ pub mod params;
 pub mod pass;
 pub mod profile;
 mod rope;
+pub mod row_norms;
 pub mod run;
 mod saved;
 pub mod spec;

@@ -1,9 +1,11 @@
-//! A group of linears that read the same input, with what stands on them: `y = x·Wᵀ + s·drop(x)·Aᵀ·Bᵀ + b`, forward and backward.
+//! A group of linears that read the same input, with what stands on them: `y = o ⊙ (x'·Wᵀ + Σ s·drop(x')·Aᵀ·Bᵀ + b)` with `x' = i ⊙ x`,
+//! forward and backward.
 //!
-//! Outputs of a group lie side by side in one buffer. A low-rank term rides in the same product as the weight, and a group has one product
-//! for the gradient of its input.
+//! Outputs of a group lie side by side in one buffer. Low-rank terms ride in the same product as the weight, and a group has one product
+//! for the gradient of its input. A linear without scales pays for none: its product goes straight to the outputs.
 
 use arrayvec::ArrayVec;
+use retune_kernels::column_scale::{self, Onto, Rows, RowsMut, Scale, Unscaled};
 use retune_kernels::dropout::{self, DropoutKey};
 use retune_kernels::gemm::{MatRef, Out, Rhs, Term, gemm};
 use retune_kernels::int8::Int8Rows;
@@ -11,7 +13,7 @@ use retune_kernels::{F32Panel, PanelSource, matvec, vector};
 use retune_quant::Matrix;
 
 use crate::model::LinearId;
-use crate::overlay::LowRank;
+use crate::overlay::{LowRank, MOST_TERMS, OutputScale};
 use crate::profile::{Operation, span};
 use crate::run::Run;
 
@@ -22,10 +24,16 @@ const MOST_INPUTS: usize = 3;
 #[derive(Default)]
 pub(crate) struct LinearScratch {
     dropped: Vec<f32>,
+    /// The input times an input scale.
+    scaled: Vec<f32>,
+    /// The gradients of scaled inputs before their scale, one group's linears after each other, `[T, in]` each.
+    scaled_gradients: Vec<f32>,
     low_rank: Vec<f32>,
     /// The A of linears that share an input one below the other, or what is added to their gradients.
     stacked: Vec<f32>,
     b_gradient: Vec<f32>,
+    /// A bias times an output scale, or the gradient of what an output is multiplied by.
+    row: Vec<f32>,
     quantized: [Int8Rows; MOST_INPUTS],
 }
 
@@ -62,10 +70,22 @@ impl Weight<'_> {
 
 /// Where the outputs of a group go.
 pub(crate) enum To<'a> {
+    /// Nowhere: the group is run for what its backward reads.
+    Nowhere,
     /// Side by side, in the group's order, from the beginning of each row: as many rows as the input has.
     Columns(&'a mut [f32]),
     /// One linear's output plus an addend of the same shape.
     Sum(&'a mut [f32], &'a [f32]),
+}
+
+/// Where a group leaves what its backward reads.
+pub(crate) struct Keep<'a> {
+    /// The low-rank projections `[T, Σ r]`.
+    pub u: &'a mut [f32],
+    /// The outputs before output scales, [`Overlay::unscaled`](crate::overlay::Overlay::unscaled) elements a token.
+    pub unscaled: &'a mut [f32],
+    /// The same rounded, where that is what lasts.
+    pub rounded: Option<&'a mut [u16]>,
 }
 
 /// What a group read: its input `x: [T, in]`, and the `u: [T, Σ r]` its forward kept.
@@ -75,25 +95,37 @@ pub(crate) struct Input<'a> {
     pub u: &'a [f32],
 }
 
-/// The low-rank terms of a group in parts whose terms read the same input, with the column at which each part begins in `[T, Σ r]`: one
-/// part of all, or a part for each where dropout gives each an input of its own. Parts without terms are left out.
-fn parts<'a>(run: Run<'a>, group: &'a [LinearId]) -> impl Iterator<Item = (usize, &'a [LinearId])> {
-    let drops = |term: &LowRank| term.dropout > 0.0;
-    let terms = group.iter().filter_map(move |&id| run.overlay.change(id).low_rank.as_ref());
-    let drops = run.step.is_some() && terms.into_iter().any(drops);
-    let size = if drops { 1 } else { group.len().max(1) };
-    let mut next = 0;
-    group.chunks(size).filter_map(move |part| {
-        let rank = run.overlay.ranks(part);
-        let first = next;
-        next += rank;
-        (rank > 0).then_some((first, part))
-    })
+/// A low-rank term of a group.
+#[derive(Clone, Copy)]
+struct Placed<'a> {
+    id: LinearId,
+    term: &'a LowRank,
+    /// Its first column in `[T, Σ r]`.
+    column: usize,
 }
 
-/// The low-rank terms of linears.
-fn terms<'a>(run: Run<'a>, linears: &'a [LinearId]) -> impl Iterator<Item = &'a LowRank> {
-    linears.iter().filter_map(move |&id| run.overlay.change(id).low_rank.as_ref())
+/// The low-rank terms of a group, in the order of their columns.
+fn terms<'a>(run: Run<'a>, group: &'a [LinearId]) -> ArrayVec<Placed<'a>, { MOST_INPUTS * MOST_TERMS }> {
+    let of = move |&id: &'a LinearId| run.overlay.change(id).low_rank.iter().map(move |term| (id, term));
+    let mut next = 0;
+    let place = |(id, term): (LinearId, &'a LowRank)| {
+        let column = next;
+        next += term.r;
+        Placed { id, term, column }
+    };
+    group.iter().flat_map(of).map(place).collect()
+}
+
+/// Whether a term's input loses elements in this run.
+fn drops(run: Run, term: &LowRank) -> bool {
+    run.step.is_some() && term.dropout > 0.0
+}
+
+/// The terms in parts that read the same input: all that read the group's own together, and each alone that dropout or an input scale
+/// gives one of its own.
+fn parts<'p, 'a>(run: Run<'p>, terms: &'p [Placed<'a>]) -> impl Iterator<Item = &'p [Placed<'a>]> {
+    let reads_own = move |of: &Placed| drops(run, of.term) || run.overlay.change(of.id).input_scale.is_some();
+    terms.chunk_by(move |a, b| !reads_own(a) && !reads_own(b))
 }
 
 /// Writes the input with its dropped elements zero and the others divided by 1 − p. A mask is keyed by the row, so it does not depend
@@ -107,77 +139,119 @@ fn drop_elements(run: Run, term: &LowRank, x: &[f32], features: usize, to: &mut 
     }
 }
 
-/// The input of a part's low-rank terms: `x`, or what dropout leaves of it.
-fn dropped<'a>(run: Run, part: &[LinearId], x: &'a [f32], memory: &'a mut Vec<f32>) -> &'a [f32] {
-    match part {
-        [id] if run.step.is_some() => match &run.overlay.change(*id).low_rank {
-            Some(term) if term.dropout > 0.0 => {
-                let dropped = sized(memory, x.len());
-                drop_elements(run, term, x, run.model.linear(*id).cols(), dropped);
-                dropped
-            }
-            _ => x,
-        },
-        _ => x,
-    }
+/// What a linear reads of the group's input `x: [T, in]`: the same, or that times its input scale.
+fn scaled<'a>(run: Run, id: LinearId, x: &'a [f32], memory: &'a mut Vec<f32>) -> &'a [f32] {
+    let Some(range) = &run.overlay.change(id).input_scale else { return x };
+    let _span = span(Operation::Scale);
+    let row = range.len();
+    let (scaled, scale) = (sized(memory, x.len()), Scale { factors: &run.params[range.clone()], offsets: None });
+    let to = RowsMut { data: &mut *scaled, row };
+    column_scale::forward(Rows { data: x, row }, scale, x.len() / row, to, Onto::Nothing, None);
+    scaled
 }
 
-/// Writes `u = drop(x)·Aᵀ: [T, Σ r]` of a group's low-rank terms, side by side, for its input `x: [T, in]`. The backward reads it.
-pub(crate) fn project(run: Run, group: &[LinearId], x: &[f32], u: &mut [f32], scratch: &mut LinearScratch) {
+/// What a part's terms read: what their linear reads, or what dropout leaves of it.
+fn part_input<'a>(
+    run: Run,
+    of: &Placed,
+    x: &'a [f32],
+    in_scaled: &'a mut Vec<f32>,
+    in_dropped: &'a mut Vec<f32>,
+) -> &'a [f32] {
+    let x = scaled(run, of.id, x, in_scaled);
+    if !drops(run, of.term) {
+        return x;
+    }
+    let dropped = sized(in_dropped, x.len());
+    drop_elements(run, of.term, x, run.model.linear(of.id).cols(), dropped);
+    dropped
+}
+
+/// Writes `u = drop(x')·Aᵀ: [T, Σ r]` of a group's low-rank terms, side by side, for its input `x: [T, in]`. The backward reads it.
+fn project(run: Run, group: &[LinearId], x: &[f32], u: &mut [f32], scratch: &mut LinearScratch) {
     let _span = span(Operation::LowRank);
     let width = run.overlay.ranks(group);
-    for (first, part) in parts(run, group) {
-        let (k, rank) = (run.model.linear(part[0]).cols(), run.overlay.ranks(part));
-        let x = dropped(run, part, x, &mut scratch.dropped);
-        let stacked = sized(&mut scratch.stacked, rank * k);
+    let LinearScratch { dropped, scaled, stacked, .. } = scratch;
+    for part in parts(run, &terms(run, group)) {
+        let k = run.model.linear(part[0].id).cols();
+        let rank = part.iter().map(|of| of.term.r).sum();
+        let x = part_input(run, &part[0], x, scaled, dropped);
+        let stacked = sized(stacked, rank * k);
         let mut rest = &mut *stacked;
-        for term in terms(run, part) {
-            let (to, others) = rest.split_at_mut(term.a.len());
-            to.copy_from_slice(&run.params[term.a.clone()]);
+        for of in part {
+            let (to, others) = rest.split_at_mut(of.term.r * k);
+            to.copy_from_slice(of.term.a.values(run.params));
             rest = others;
         }
         let a = Rhs::View(MatRef::rows(stacked, k).t());
-        gemm(x.len() / k, rank, &[Term::new(k, MatRef::rows(x, k), a)], Out::set(&mut u[first..], width));
+        gemm(x.len() / k, rank, &[Term::new(k, MatRef::rows(x, k), a)], Out::set(&mut u[part[0].column..], width));
     }
 }
 
-/// Computes a group's outputs for its input `x: [T, in]`, and keeps the low-rank projections `u: [T, Σ r]`.
-pub(crate) fn forward(run: Run, group: &[LinearId], x: &[f32], to: To, u: &mut [f32], scratch: &mut LinearScratch) {
+/// Computes a group's outputs for its input `x: [T, in]`, and keeps what the backward reads.
+pub(crate) fn forward(run: Run, group: &[LinearId], x: &[f32], mut to: To, keep: Keep, scratch: &mut LinearScratch) {
+    let Keep { u, unscaled, mut rounded } = keep;
     project(run, group, x, u, scratch);
+    let Some(&first) = group.first() else { return };
+    let tokens = x.len() / run.model.linear(first).cols();
     let u = MatRef::rows(u, run.overlay.ranks(group));
-    let mut column = 0;
-    match to {
-        To::Sum(y, addend) => {
-            let Some(&id) = group.first() else { return };
-            let n = run.model.linear(id).rows();
-            forward_one(run, id, x, u, scratch, Out::sum(y, n, addend), n);
-        }
-        To::Columns(y) => {
-            let Some(&first) = group.first() else { return };
-            // Rows may be longer than the columns that are written.
-            let width = y.len() / (x.len() / run.model.linear(first).cols()).max(1);
-            let mut first = 0;
-            for &id in group {
-                forward_one(run, id, x, u.from(0, column), scratch, Out::set(&mut y[first..], width), width);
-                first += run.model.linear(id).rows();
-                column += run.overlay.change(id).rank();
+    let unscaled_row = run.overlay.unscaled(run.model, group);
+    // Rows may be longer than the columns that are written.
+    let row = match &to {
+        To::Nowhere => 0,
+        To::Columns(y) => y.len() / tokens.max(1),
+        To::Sum(..) => run.model.linear(first).rows(),
+    };
+    let (mut column, mut first, mut first_unscaled) = (0, 0, 0);
+    for &id in group {
+        let (linear, change) = (run.model.linear(id), run.overlay.change(id));
+        let (n, u) = (linear.rows(), u.from(0, column));
+        if let Some(scale) = &change.output_scale {
+            let z = &mut unscaled[first_unscaled..];
+            product(run, id, x, u, scratch, Out::set(&mut *z, unscaled_row));
+            let rounded = rounded.as_mut().map(|rounded| &mut rounded[first_unscaled..]);
+            let z = Rows { data: z, row: unscaled_row };
+            let (y, onto) = match &mut to {
+                To::Nowhere => (None, Onto::Nothing),
+                To::Columns(y) => (Some(&mut y[first..]), Onto::Nothing),
+                To::Sum(y, addend) => (Some(&mut **y), Onto::Other(addend)),
+            };
+            if let Some(data) = y {
+                scale_output(run, id, scale, z, tokens, (RowsMut { data, row }, onto), rounded, &mut scratch.row);
+            }
+            first_unscaled += n;
+        } else {
+            let y = match &mut to {
+                To::Nowhere => None,
+                To::Columns(y) => Some(Out::set(&mut y[first..], row)),
+                To::Sum(y, addend) => Some(Out::sum(y, row, addend)),
+            };
+            if let Some(y) = y {
+                let y = product(run, id, x, u, scratch, y);
+                if let Some(bias) = linear.bias {
+                    let _span = span(Operation::Linear);
+                    vector::add_bias(y, row, tokens, run.vector(bias));
+                }
             }
         }
+        first += n;
+        column += change.rank();
     }
 }
 
-/// Computes one linear into rows that start `row` elements apart.
-fn forward_one(run: Run, id: LinearId, x: &[f32], u: MatRef, scratch: &mut LinearScratch, y: Out, row: usize) {
+/// Writes the product of what a linear reads with its weight, and its low-rank terms: all but output scale and bias.
+fn product<'y>(run: Run, id: LinearId, x: &[f32], u: MatRef, scratch: &mut LinearScratch, y: Out<'y>) -> &'y mut [f32] {
     let linear = run.model.linear(id);
     let (k, n) = (linear.cols(), linear.rows());
     let tokens = x.len() / k;
+    let LinearScratch { low_rank, scaled, quantized: [quantized, ..], .. } = scratch;
+    let x = self::scaled(run, id, x, scaled);
     if let Some(mut watch) = run.compute.watch() {
         watch.input(id, linear, x);
     }
-    let LinearScratch { low_rank, quantized: [quantized, ..], .. } = scratch;
     let weight = run.weight(id);
     let mut y = y;
-    let mut terms = ArrayVec::<Term, 2>::new();
+    let mut terms = ArrayVec::<Term, { 1 + MOST_TERMS }>::new();
     if let Some(weight) = run.compute.int8(id) {
         let _span = span(Operation::Quantize);
         quantized.quantize_input(x, weight);
@@ -192,17 +266,45 @@ fn forward_one(run: Run, id: LinearId, x: &[f32], u: MatRef, scratch: &mut Linea
         terms.push(Term::new(k, MatRef::rows(x, k), Rhs::Transposed(weight.panel())));
     }
     let _span = span(Operation::Linear);
-    if let Some(term) = &run.overlay.change(id).low_rank {
-        let b = Rhs::View(MatRef::rows(&run.params[term.b.clone()], term.r).t());
-        terms.push(Term::scaled(term.r, u, b, term.scale));
+    let mut column = 0;
+    for term in &run.overlay.change(id).low_rank {
+        let b = Rhs::View(MatRef::rows(term.b.values(run.params), term.r).t());
+        terms.push(Term::scaled(term.r, u.from(0, column), b, term.scale));
+        column += term.r;
     }
-    let y = if terms.is_empty() { y.into_data() } else { gemm(tokens, n, &terms, y) };
-    if let Some(bias) = linear.bias {
-        vector::add_bias(y, row, tokens, run.vector(bias));
-    }
+    if terms.is_empty() { y.into_data() } else { gemm(tokens, n, &terms, y) }
 }
 
-/// The gradient of a group's outputs, side by side from the beginning of each row: as many rows as the input has.
+/// Writes a linear's output from what it is before its output scale, and that rounded where it lasts so.
+fn scale_output(
+    run: Run,
+    id: LinearId,
+    scale: &OutputScale,
+    z: Rows,
+    tokens: usize,
+    (y, onto): (RowsMut, Onto),
+    rounded: Option<&mut [u16]>,
+    memory: &mut Vec<f32>,
+) {
+    let _span = span(Operation::Scale);
+    let bias = run.model.linear(id).bias.map(|bias| run.vector(bias));
+    let (factors, offsets) = match scale {
+        OutputScale::OverNorm(_) => (run.norms.of_linear(id).0, bias),
+        OutputScale::Plain(range) => {
+            let factors = &run.params[range.clone()];
+            let offsets = bias.map(|bias| {
+                let offsets = sized(memory, bias.len());
+                offsets.iter_mut().zip(bias).zip(factors).for_each(|((to, bias), factor)| *to = factor * bias);
+                &*offsets
+            });
+            (factors, offsets)
+        }
+    };
+    column_scale::forward(z, Scale { factors, offsets }, tokens, y, onto, rounded);
+}
+
+/// The gradient of a group's outputs, side by side from the beginning of each row: as many rows as the input has. Where outputs are scaled
+/// it is that before the scale, which [`unscale_gradients`] makes.
 #[derive(Clone, Copy)]
 pub(crate) struct Gradient<'a> {
     pub group: &'a [LinearId],
@@ -226,22 +328,160 @@ impl<'a> Gradient<'a> {
     }
 }
 
+/// Before a backward: turns the gradients of scaled outputs, in `dz` or else in `dy`, which then is one linear's, into those before the
+/// scale, in `dz`, and adds those of the scales to `grads`. `z` is what the forward kept of the outputs.
+#[allow(clippy::too_many_arguments)] // as the backward
+pub(crate) fn unscale_gradients(
+    run: Run,
+    group: &[LinearId],
+    dy: Option<&[f32]>,
+    dz: &mut [f32],
+    tokens: usize,
+    z: Unscaled,
+    grads: &mut [f32],
+    scratch: &mut LinearScratch,
+) {
+    let _span = span(Operation::Scale);
+    let (row, z_row) = (dz.len() / tokens.max(1), run.overlay.unscaled(run.model, group));
+    let (mut first, mut first_unscaled) = (0, 0);
+    for &id in group {
+        let linear = run.model.linear(id);
+        if let Some(scale) = &run.overlay.change(id).output_scale {
+            let (dy, dz) = (dy.map(|dy| &dy[first..]), &mut dz[first..]);
+            let z = match z {
+                Unscaled::Exact(z) => Unscaled::Exact(&z[first_unscaled..]),
+                Unscaled::Rounded(z) => Unscaled::Rounded(&z[first_unscaled..]),
+            };
+            match scale {
+                OutputScale::Plain(range) => {
+                    let (factors, bias) = (&run.params[range.clone()], linear.bias.map(|bias| run.vector(bias)));
+                    let dz = RowsMut { data: dz, row };
+                    column_scale::backward(dy, dz, z, z_row, factors, bias, tokens, &mut grads[range.clone()]);
+                }
+                OutputScale::OverNorm(range) => {
+                    if let Some(bias) = linear.bias.and_then(|bias| run.overlay.vectors[bias.0].clone()) {
+                        vector::add_column_sums(dy.unwrap_or(&*dz), row, tokens, &mut grads[bias]);
+                    }
+                    let (factors, inverse) = run.norms.of_linear(id);
+                    let by_factor = sized(&mut scratch.row, factors.len());
+                    by_factor.fill(0.0);
+                    column_scale::backward(dy, RowsMut { data: dz, row }, z, z_row, factors, None, tokens, by_factor);
+                    let gradients = grads[range.clone()].iter_mut().zip(by_factor).zip(inverse);
+                    gradients.for_each(|((gradient, by_factor), inverse)| *gradient += *by_factor * inverse);
+                }
+            }
+            first_unscaled += linear.rows();
+        }
+        first += linear.rows();
+    }
+}
+
 /// First part of a backward: `v = s·g·B: [T, Σ r]` of the low-rank terms, kept in `scratch` for the other two parts.
 pub(crate) fn project_gradients(run: Run, gradient: Gradient, tokens: usize, scratch: &mut LinearScratch) {
     let (width, row) = (run.overlay.ranks(gradient.group), gradient.row(tokens));
     let v = sized(&mut scratch.low_rank, tokens * width);
     let mut first = 0;
     for (id, g) in gradient.columns(run) {
-        let Some(term) = &run.overlay.change(id).low_rank else { continue };
-        let _span = span(Operation::LowRank);
-        let b = Rhs::View(MatRef::rows(&run.params[term.b.clone()], term.r));
-        let product = Term::scaled(run.model.linear(id).rows(), MatRef::rows(g, row), b, term.scale);
-        gemm(tokens, term.r, &[product], Out::set(&mut v[first..], width));
-        first += term.r;
+        for term in &run.overlay.change(id).low_rank {
+            let _span = span(Operation::LowRank);
+            let b = Rhs::View(MatRef::rows(term.b.values(run.params), term.r));
+            let product = Term::scaled(run.model.linear(id).rows(), MatRef::rows(g, row), b, term.scale);
+            gemm(tokens, term.r, &[product], Out::set(&mut v[first..], width));
+            first += term.r;
+        }
     }
 }
 
-/// Second part: adds the gradients of a group's parameters to `grads`.
+/// Whether the gradient of a group's input is to be computed even where nothing below is trained: an input scale's follows from it.
+pub(crate) fn needs_input_gradient(run: Run, group: &[LinearId]) -> bool {
+    group.iter().any(|&id| run.overlay.change(id).input_scale.is_some())
+}
+
+/// A low-rank term's share of the gradient of its input, `v·A`.
+fn input_term<'a>(run: Run<'a>, of: &Placed<'a>, v: MatRef<'a>, k: usize) -> Term<'a> {
+    let a = Rhs::View(MatRef::rows(of.term.a.values(run.params), k));
+    Term::new(of.term.r, v.from(0, of.column), a)
+}
+
+/// Second part: writes the gradient of the group's input, `dx: [T, in]` if it is asked for, as one product with a term for each weight and
+/// each A. The gradients of what linears with an input scale read, before that scale, are kept in `scratch` for the third part.
+pub(crate) fn input_gradient(
+    run: Run,
+    gradient: Gradient,
+    tokens: usize,
+    scratch: &mut LinearScratch,
+    mut dx: Option<&mut [f32]>,
+) {
+    let Some(k) = gradient.group.first().map(|&id| run.model.linear(id).cols()) else { return };
+    let row = gradient.row(tokens);
+    let LinearScratch { dropped, scaled_gradients, low_rank, quantized, .. } = scratch;
+    let is_wanted = dx.is_some();
+    let input_scale = |id: LinearId| run.overlay.change(id).input_scale.clone();
+    for ((id, g), rows) in gradient.columns(run).zip(&mut *quantized) {
+        if !is_wanted && input_scale(id).is_none() {
+            continue;
+        }
+        let linear = run.model.linear(id);
+        if let Some(mut watch) = run.compute.watch() {
+            watch.gradient(id, linear, &g[..(tokens - 1) * row + linear.rows()], row);
+        }
+        if let Some(weight) = run.compute.int8(id) {
+            let _span = span(Operation::Quantize);
+            rows.quantize_gradient(g, row, tokens, weight, linear.gradient_rounding);
+        }
+    }
+    let terms = terms(run, gradient.group);
+    let v = MatRef::rows(low_rank, run.overlay.ranks(gradient.group));
+    let weights: ArrayVec<Weight, MOST_INPUTS> = gradient.group.iter().map(|&id| run.weight(id)).collect();
+    // One product for the linears of `which`, to be written to `dx`. It says whether there are any.
+    let mut product = |which: &dyn Fn(LinearId) -> bool, dx: &mut [f32]| {
+        let mut products = ArrayVec::<Term, { (1 + MOST_TERMS) * MOST_INPUTS }>::new();
+        for (((id, g), weight), rows) in gradient.columns(run).zip(&weights).zip(&*quantized) {
+            if which(id) {
+                products.push(match run.compute.int8(id) {
+                    Some(weight) => Term::int8_plain(rows, weight),
+                    None => Term::new(run.model.linear(id).rows(), MatRef::rows(g, row), Rhs::Plain(weight.panel())),
+                });
+                let undropped = terms.iter().filter(|of| of.id == id && !drops(run, of.term));
+                products.extend(undropped.map(|of| input_term(run, of, v, k)));
+            }
+        }
+        if products.is_empty() {
+            return false;
+        }
+        let _span = span(Operation::Linear);
+        gemm(tokens, k, &products, Out::set(&mut *dx, k));
+        // With dropout a low-rank term's share of the gradient passes through the mask on its way: dx += mask ⊙ (v·A).
+        for of in terms.iter().filter(|of| which(of.id) && drops(run, of.term)) {
+            let (raw, masked) = sized(dropped, 2 * tokens * k).split_at_mut(tokens * k);
+            gemm(tokens, k, &[input_term(run, of, v, k)], Out::set(raw, k));
+            drop_elements(run, of.term, raw, k, masked);
+            vector::add(&mut dx[..tokens * k], masked);
+        }
+        true
+    };
+    let mut is_set = match &mut dx {
+        Some(dx) => product(&|id| input_scale(id).is_none(), dx),
+        None => false,
+    };
+    let count = run.overlay.scaled_inputs(run.model, gradient.group) / k;
+    let mut apart = sized(scaled_gradients, tokens * k * count).chunks_exact_mut((tokens * k).max(1));
+    for &id in gradient.group {
+        let Some(range) = input_scale(id) else { continue };
+        let Some(apart) = apart.next() else { return };
+        product(&|other| other == id, apart);
+        if let Some(dx) = &mut dx {
+            let _span = span(Operation::Scale);
+            let scale = Scale { factors: &run.params[range], offsets: None };
+            let onto = if is_set { Onto::Itself } else { Onto::Nothing };
+            let to = RowsMut { data: &mut **dx, row: k };
+            column_scale::forward(Rows { data: apart, row: k }, scale, tokens, to, onto, None);
+            is_set = true;
+        }
+    }
+}
+
+/// Third part: adds the gradients of a group's parameters to `grads`.
 pub(crate) fn parameter_gradients(
     run: Run,
     gradient: Gradient,
@@ -252,95 +492,65 @@ pub(crate) fn parameter_gradients(
     let group = gradient.group;
     let Some(tokens) = group.first().map(|&id| x.len() / run.model.linear(id).cols()) else { return };
     let (width, row) = (run.overlay.ranks(group), gradient.row(tokens));
-    let LinearScratch { dropped, low_rank, stacked, b_gradient, .. } = scratch;
+    let LinearScratch { dropped, scaled, scaled_gradients, low_rank, stacked, b_gradient, .. } = scratch;
     let v = MatRef::rows(low_rank, width);
-    // dA += vᵀ·drop(x)
-    for (first, part) in parts(run, group) {
+    let terms = terms(run, group);
+    // dA += vᵀ·drop(x')
+    for part in parts(run, &terms) {
+        let is_trained = |of: &Placed| of.term.a.trained().is_some();
+        if !part.iter().any(is_trained) {
+            continue;
+        }
         let _span = span(Operation::LowRank);
-        let (k, rank) = (run.model.linear(part[0]).cols(), run.overlay.ranks(part));
-        let x = self::dropped(run, part, x, dropped);
-        let gradients = sized(stacked, rank * k);
-        let product = Term::new(tokens, v.from(0, first).t(), Rhs::View(MatRef::rows(x, k)));
-        let mut rest = &*gemm(rank, k, &[product], Out::set(gradients, k));
-        for term in terms(run, part) {
-            let (from, others) = rest.split_at(term.a.len());
-            vector::add(&mut grads[term.a.clone()], from);
-            rest = others;
+        let k = run.model.linear(part[0].id).cols();
+        let x = part_input(run, &part[0], x, scaled, dropped);
+        for part in part.chunk_by(|a, b| is_trained(a) == is_trained(b)).filter(|part| is_trained(&part[0])) {
+            let rank = part.iter().map(|of| of.term.r).sum();
+            let gradients = sized(stacked, rank * k);
+            let product = Term::new(tokens, v.from(0, part[0].column).t(), Rhs::View(MatRef::rows(x, k)));
+            let mut rest = &*gemm(rank, k, &[product], Out::set(gradients, k));
+            for range in part.iter().filter_map(|of| of.term.a.trained()) {
+                let (from, others) = rest.split_at(range.len());
+                vector::add(&mut grads[range.clone()], from);
+                rest = others;
+            }
         }
     }
     let u = MatRef::rows(u, width);
-    let mut first = 0;
+    let mut terms = terms.iter().peekable();
+    let mut scaled_gradients = scaled_gradients.chunks_exact(x.len().max(1));
     for (id, g) in gradient.columns(run) {
         let linear = run.model.linear(id);
         let (k, n) = (linear.cols(), linear.rows());
         let change = run.overlay.change(id);
-        if let Some(term) = &change.low_rank {
+        while let Some(Placed { term, column, .. }) = terms.next_if(|of| of.id == id) {
+            let Some(range) = term.b.trained() else { continue };
             let _span = span(Operation::LowRank);
             // dB += s·gᵀ·u; its transpose has few rows, so that g is read as it lies.
             let r = term.r;
             let transposed = sized(b_gradient, r * n);
-            let product = Term::new(tokens, u.from(0, first).t(), Rhs::View(MatRef::rows(g, row)));
+            let product = Term::new(tokens, u.from(0, *column).t(), Rhs::View(MatRef::rows(g, row)));
             gemm(r, n, &[product], Out::set(transposed, n));
-            vector::add_transposed(&mut grads[term.b.clone()], transposed, r, term.scale);
-            first += r;
+            vector::add_transposed(&mut grads[range.clone()], transposed, r, term.scale);
         }
         if let Some(range) = &change.weight {
+            let x = self::scaled(run, id, x, scaled);
             let _span = span(Operation::WeightGradient);
             let product = Term::new(tokens, MatRef::rows(g, row).t(), Rhs::View(MatRef::rows(x, k)));
             gemm(n, k, &[product], Out::add(&mut grads[range.clone()], k));
         }
-        if let Some(range) = linear.bias.and_then(|bias| run.overlay.vectors[bias.0].clone()) {
+        // That of a bias outside the output's scale was added when the gradient was still that of the output.
+        let is_outside = matches!(change.output_scale, Some(OutputScale::OverNorm(_)));
+        let bias = linear.bias.filter(|_| !is_outside);
+        if let Some(range) = bias.and_then(|bias| run.overlay.vectors[bias.0].clone()) {
             vector::add_column_sums(g, row, tokens, &mut grads[range]);
         }
-    }
-}
-
-/// Third part: writes the gradient of the group's input, `dx: [T, in]`, as one product with a term for each weight and each A.
-pub(crate) fn input_gradient(run: Run, gradient: Gradient, tokens: usize, scratch: &mut LinearScratch, dx: &mut [f32]) {
-    let Some(k) = gradient.group.first().map(|&id| run.model.linear(id).cols()) else { return };
-    let row = gradient.row(tokens);
-    let LinearScratch { dropped, low_rank, quantized, .. } = scratch;
-    for ((id, g), rows) in gradient.columns(run).zip(&mut *quantized) {
-        let linear = run.model.linear(id);
-        if let Some(mut watch) = run.compute.watch() {
-            watch.gradient(id, linear, &g[..(tokens - 1) * row + linear.rows()], row);
+        if let Some(range) = &change.input_scale
+            && let Some(before) = scaled_gradients.next()
+        {
+            let _span = span(Operation::Scale);
+            column_scale::add_column_products(before, x, tokens, &mut grads[range.clone()]);
         }
-        if let Some(weight) = run.compute.int8(id) {
-            let _span = span(Operation::Quantize);
-            rows.quantize_gradient(g, row, tokens, weight, linear.gradient_rounding);
-        }
-    }
-    let _span = span(Operation::Linear);
-    let weights: ArrayVec<Weight, MOST_INPUTS> = gradient.group.iter().map(|&id| run.weight(id)).collect();
-    let mut products = ArrayVec::<Term, { 2 * MOST_INPUTS }>::new();
-    let v = MatRef::rows(low_rank, run.overlay.ranks(gradient.group));
-    let drops = |term: &LowRank| run.step.is_some() && term.dropout > 0.0;
-    let mut column = 0;
-    for (((id, g), weight), rows) in gradient.columns(run).zip(&weights).zip(&*quantized) {
-        products.push(match run.compute.int8(id) {
-            Some(weight) => Term::int8_plain(rows, weight),
-            None => Term::new(run.model.linear(id).rows(), MatRef::rows(g, row), Rhs::Plain(weight.panel())),
-        });
-        if let Some(term) = &run.overlay.change(id).low_rank {
-            if !drops(term) {
-                let a = Rhs::View(MatRef::rows(&run.params[term.a.clone()], k));
-                products.push(Term::new(term.r, v.from(0, column), a));
-            }
-            column += term.r;
-        }
-    }
-    gemm(tokens, k, &products, Out::set(&mut *dx, k));
-    // With dropout a low-rank term's share of the gradient passes through the mask on its way: dx += mask ⊙ (v·A).
-    let mut column = 0;
-    for term in terms(run, gradient.group) {
-        if drops(term) {
-            let (raw, masked) = sized(dropped, 2 * tokens * k).split_at_mut(tokens * k);
-            let a = Rhs::View(MatRef::rows(&run.params[term.a.clone()], k));
-            gemm(tokens, k, &[Term::new(term.r, v.from(0, column), a)], Out::set(raw, k));
-            drop_elements(run, term, raw, k, masked);
-            vector::add(&mut dx[..tokens * k], masked);
-        }
-        column += term.r;
     }
 }
 
@@ -357,8 +567,8 @@ pub(crate) fn backward(
     let Some(&first) = gradient.group.first() else { return };
     let tokens = input.x.len() / run.model.linear(first).cols();
     project_gradients(run, gradient, tokens, scratch);
-    parameter_gradients(run, gradient, grads, input, scratch);
-    if let Some(dx) = dx {
+    if dx.is_some() || needs_input_gradient(run, gradient.group) {
         input_gradient(run, gradient, tokens, scratch, dx);
     }
+    parameter_gradients(run, gradient, grads, input, scratch);
 }

@@ -144,10 +144,10 @@ impl SubLayer {
 
 /// A row a cache line longer where rows would lie a multiple of half a page apart: all rows of a tile would fall into the same few sets of
 /// the first-level cache.
-fn padded(row: usize) -> usize {
+pub(crate) fn padded(row: usize) -> usize {
     const HALF_PAGE: usize = 512;
     const LINE: usize = 16;
-    if row.is_multiple_of(HALF_PAGE) { row + LINE } else { row }
+    if row > 0 && row.is_multiple_of(HALF_PAGE) { row + LINE } else { row }
 }
 
 /// Puts a model together, numbering linears and vectors in the order of the forward.

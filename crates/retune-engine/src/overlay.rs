@@ -1,11 +1,15 @@
-//! What stands on a frozen model, in one normal form: weights and vectors trained in the base's place, and low-rank terms.
+//! What stands on a frozen model, in one normal form: weights and vectors trained in the base's place, low-rank terms, and scales of what
+//! linears read and write.
 //!
 //! A method of fine-tuning lowers itself into an overlay; the engine computes the overlay and knows no method. Every trainable value lies
 //! in the flat vector of [`ParamLayout`]; an overlay says where.
 
 use std::ops::Range;
+use std::sync::Arc;
 
-use crate::model::{LinearId, Model, SubLayer, VectorId};
+use arrayvec::ArrayVec;
+
+use crate::model::{LinearId, Model, SubLayer, VectorId, padded};
 use crate::params::ParamLayout;
 
 /// Everything that stands on a model.
@@ -22,19 +26,25 @@ pub struct Overlay {
     pub vectors: Vec<Option<Range<usize>>>,
 }
 
-/// What stands on one linear.
+/// Most low-rank terms on one linear.
+pub const MOST_TERMS: usize = 2;
+
+/// What stands on one linear: `y = o ⊙ ((i ⊙ x)·Wᵀ + Σ terms of i ⊙ x + b)`, or as the [`OutputScale`] says.
 #[derive(Clone, Debug, Default)]
 pub struct Change {
     /// A weight `[out, in]` in the base's place.
     pub weight: Option<Range<usize>>,
-    pub low_rank: Option<LowRank>,
+    pub low_rank: ArrayVec<LowRank, MOST_TERMS>,
+    /// A factor for each input feature, `[in]`.
+    pub input_scale: Option<Range<usize>>,
+    pub output_scale: Option<OutputScale>,
 }
 
-/// The term `scale · drop(x)·Aᵀ·Bᵀ` (Hu et al. 2021): A `[r, in]` and B `[out, r]` in the flat vector.
+/// The term `scale · drop(x)·Aᵀ·Bᵀ` (Hu et al. 2021): A `[r, in]` and B `[out, r]`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LowRank {
-    pub a: Range<usize>,
-    pub b: Range<usize>,
+    pub a: Factor,
+    pub b: Factor,
     pub r: usize,
     pub scale: f32,
     /// Probability that an element of the input is dropped before A.
@@ -43,15 +53,70 @@ pub struct LowRank {
     pub key: u64,
 }
 
+/// One matrix of a low-rank term.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Factor {
+    /// A place in the flat vector.
+    Trained(Range<usize>),
+    /// Values that stay as they are.
+    Frozen(Arc<[f32]>),
+}
+
+/// A factor for each output feature, `[out]` in the flat vector.
+#[derive(Clone, Debug, PartialEq)]
+pub enum OutputScale {
+    /// `o ⊙ (x·Wᵀ + terms + b)` (Liu et al. 2022).
+    Plain(Range<usize>),
+    /// `m / ‖W + Σ s·B·A‖ ⊙ (x·Wᵀ + terms) + b`, the norm being that of each row (Liu et al. 2024). No gradient flows through the norm
+    /// (their section 4.3). A row of zeros has no direction: it stays zero whatever its m.
+    OverNorm(Range<usize>),
+}
+
+impl Factor {
+    /// Its values, where `params` is the flat vector.
+    pub fn values<'a>(&'a self, params: &'a [f32]) -> &'a [f32] {
+        match self {
+            Self::Trained(range) => &params[range.clone()],
+            Self::Frozen(values) => values,
+        }
+    }
+
+    /// Its place in the flat vector, where it is trained.
+    pub fn trained(&self) -> Option<&Range<usize>> {
+        match self {
+            Self::Trained(range) => Some(range),
+            Self::Frozen(_) => None,
+        }
+    }
+}
+
+impl OutputScale {
+    /// The factors' place in the flat vector.
+    pub fn range(&self) -> &Range<usize> {
+        match self {
+            Self::Plain(range) | Self::OverNorm(range) => range,
+        }
+    }
+}
+
 impl Change {
-    /// Rank of the low-rank term; 0 without one.
+    /// Rank of the low-rank terms together; 0 without one.
     pub fn rank(&self) -> usize {
-        self.low_rank.as_ref().map_or(0, |term| term.r)
+        self.low_rank.iter().map(|term| term.r).sum()
     }
 
     /// Whether anything of it is trained.
     pub fn is_trained(&self) -> bool {
-        self.weight.is_some() || self.low_rank.is_some()
+        let is_trained = |term: &LowRank| term.a.trained().is_some() || term.b.trained().is_some();
+        self.weight.is_some()
+            || self.input_scale.is_some()
+            || self.output_scale.is_some()
+            || self.low_rank.iter().any(is_trained)
+    }
+
+    /// Whether it leaves the linear as it is.
+    pub fn is_empty(&self) -> bool {
+        !self.is_trained() && self.low_rank.is_empty()
     }
 }
 
@@ -80,6 +145,11 @@ impl Overlay {
     pub fn trains_linear(&self, model: &Model, linear: LinearId) -> bool {
         let bias = model.linear(linear).bias;
         self.change(linear).is_trained() || bias.is_some_and(|bias| self.trains_vector(bias))
+    }
+
+    /// Whether a linear, its bias included, is another than the base's.
+    pub fn changes_linear(&self, model: &Model, linear: LinearId) -> bool {
+        !self.change(linear).is_empty() || self.trains_linear(model, linear)
     }
 
     /// Whether anything before a sub-layer's mix is trained.
@@ -111,11 +181,23 @@ impl Overlay {
 
     /// Whether low-rank terms drop elements of their input in training.
     pub fn has_dropout(&self) -> bool {
-        self.linears.iter().filter_map(|change| change.low_rank.as_ref()).any(|term| term.dropout > 0.0)
+        self.linears.iter().flat_map(|change| &change.low_rank).any(|term| term.dropout > 0.0)
     }
 
     /// Ranks of low-rank terms together.
     pub(crate) fn ranks(&self, linears: &[LinearId]) -> usize {
         linears.iter().map(|&linear| self.change(linear).rank()).sum()
+    }
+
+    /// Elements from one row of the outputs before output scales, side by side, to the next; 0 where nothing is scaled.
+    pub(crate) fn unscaled(&self, model: &Model, linears: &[LinearId]) -> usize {
+        let is_scaled = |id: &&LinearId| self.change(**id).output_scale.is_some();
+        padded(linears.iter().filter(is_scaled).map(|&id| model.linear(id).rows()).sum())
+    }
+
+    /// Input features of those of the linears that have an input scale, together.
+    pub(crate) fn scaled_inputs(&self, model: &Model, linears: &[LinearId]) -> usize {
+        let is_scaled = |id: &&LinearId| self.change(**id).input_scale.is_some();
+        linears.iter().filter(is_scaled).map(|&id| model.linear(id).cols()).sum()
     }
 }

@@ -12,6 +12,7 @@ pub enum Operation {
     Linear,
     Quantize,
     LowRank,
+    Scale,
     WeightGradient,
     Rope,
     Attention,
@@ -23,10 +24,11 @@ pub enum Operation {
 }
 
 /// All kinds, with the names they are reported under.
-pub const OPERATIONS: [(Operation, &str); 13] = [
+pub const OPERATIONS: [(Operation, &str); 14] = [
     (Operation::Linear, "linear"),
     (Operation::Quantize, "quantize"),
     (Operation::LowRank, "low_rank"),
+    (Operation::Scale, "scale"),
     (Operation::WeightGradient, "weight_gradient"),
     (Operation::Attention, "attention"),
     (Operation::AttentionBackward, "attention_backward"),

@@ -10,6 +10,7 @@ use crate::linear::Weight;
 use crate::model::{LinearId, Model, VectorId};
 use crate::overlay::Overlay;
 use crate::pass::Pass;
+use crate::row_norms::RowNorms;
 use crate::saved::Saving;
 use crate::sub_layer::{Kept, fill_segments};
 use crate::workspace::Workspace;
@@ -28,6 +29,8 @@ pub struct Run<'a> {
     pub overlay: &'a Overlay,
     /// The flat vector that the overlay's places are in.
     pub params: &'a [f32],
+    /// The norms that output scales stand over, of these parameters.
+    pub norms: &'a RowNorms,
     pub compute: &'a Compute,
     pub pass: &'a Pass,
     /// The step that dropout is of; none applies without.

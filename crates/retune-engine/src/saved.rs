@@ -39,6 +39,8 @@ pub(crate) struct Widths {
     pub raw_output: usize,
     /// The low-rank projections of the inputs and of the output.
     pub u: [usize; 2],
+    /// Outputs of the inputs and of the output before their scale: what has become 0 does not say what it was.
+    pub unscaled: [usize; 2],
 }
 
 impl Widths {
@@ -56,6 +58,7 @@ impl Widths {
             lse,
             raw_output: if sub_layer.post_norm.is_some() { d } else { 0 },
             u: [overlay.ranks(&sub_layer.inputs), overlay.ranks(&[sub_layer.output])],
+            unscaled: [overlay.unscaled(model, &sub_layer.inputs), overlay.unscaled(model, &[sub_layer.output])],
         }
     }
 
@@ -68,12 +71,13 @@ impl Widths {
             lse: self.lse.max(other.lse),
             raw_output: self.raw_output.max(other.raw_output),
             u: [self.u[0].max(other.u[0]), self.u[1].max(other.u[1])],
+            unscaled: [self.unscaled[0].max(other.unscaled[0]), self.unscaled[1].max(other.unscaled[1])],
         }
     }
 
     /// Values that may be rounded, but for the input.
     pub fn rounded(&self) -> usize {
-        self.inner + self.mixed + self.raw_output + self.u[0] + self.u[1]
+        self.inner + self.mixed + self.raw_output + self.u[0] + self.u[1] + self.unscaled[0] + self.unscaled[1]
     }
 
     /// Widths of the buffers that all sub-layers of this place in their blocks share, in a workspace that keeps nothing.
@@ -92,6 +96,7 @@ pub(crate) struct Saved<T = f32> {
     pub lse: Vec<f32>,
     pub raw_output: Vec<T>,
     pub u: [Vec<T>; 2],
+    pub unscaled: [Vec<T>; 2],
 }
 
 /// A sub-layer's input and what it saved, rounded to bfloat16 where they come into being.
@@ -110,6 +115,9 @@ impl<T: Copy + Default> Saved<T> {
         grow(&mut self.raw_output, tokens * widths.raw_output);
         for (u, width) in self.u.iter_mut().zip(widths.u) {
             grow(u, tokens * width);
+        }
+        for (unscaled, width) in self.unscaled.iter_mut().zip(widths.unscaled) {
+            grow(unscaled, tokens * width);
         }
     }
 }

@@ -1,11 +1,12 @@
 //! The one form of a sub-layer, `y = x + post_norm(mix(norm(x)·Wᵢᵀ)·Wₒᵀ)`, forward and backward.
 
 use retune_kernels::attention::{self, Segment};
+use retune_kernels::column_scale::Unscaled;
 use retune_kernels::heads::{HeadLayout, Heads, HeadsMut};
 use retune_kernels::{activation, bf16, glu, rows, vector};
 
 use crate::generate::Cache;
-use crate::linear::{self, Gradient, Input, To};
+use crate::linear::{self, Gradient, Input, Keep, To};
 use crate::model::{Attention, Middle, SubLayer};
 use crate::pass::Pass;
 use crate::profile::{Operation, span};
@@ -42,11 +43,13 @@ impl SubLayer {
         let norm = &mut t.norm[..tokens * d];
         self.norm.forward(run, x, norm);
         let inner = &mut saved.inner[..tokens * self.inner];
-        linear::forward(run, &self.inputs, norm, To::Columns(&mut *inner), &mut saved.u[0], &mut t.linear);
+        let keep_inputs = group_keep(&mut saved.u[0], &mut saved.unscaled[0], rounded.as_deref_mut(), 0);
+        linear::forward(run, &self.inputs, norm, To::Columns(&mut *inner), keep_inputs, &mut t.linear);
         let output = [self.output];
         let is_projected = y.is_some() || self.post_norm.is_some();
-        // Even without output the backward needs the low-rank projection of what the output linear reads.
-        let is_mixed = is_projected || run.overlay.change(self.output).low_rank.is_some();
+        // Even without output the backward needs what the output linear keeps.
+        let change = run.overlay.change(self.output);
+        let is_mixed = is_projected || !change.low_rank.is_empty() || change.output_scale.is_some();
         let mixed = match &self.middle {
             Middle::Attention(attention) => {
                 attention.forward(run, saved, rounded.as_deref_mut(), t, rotations, cache);
@@ -66,13 +69,13 @@ impl SubLayer {
                 &*mixed
             }
         };
-        let u = &mut saved.u[1];
+        let keep_output = group_keep(&mut saved.u[1], &mut saved.unscaled[1], rounded.as_deref_mut(), 1);
         match (&self.post_norm, y) {
-            (None, None) => linear::project(run, &output, mixed, u, &mut t.linear),
-            (None, Some(y)) => linear::forward(run, &output, mixed, To::Sum(y, x), u, &mut t.linear),
+            (None, None) => linear::forward(run, &output, mixed, To::Nowhere, keep_output, &mut t.linear),
+            (None, Some(y)) => linear::forward(run, &output, mixed, To::Sum(y, x), keep_output, &mut t.linear),
             (Some(norm), y) => {
                 let raw = &mut saved.raw_output[..tokens * d];
-                linear::forward(run, &output, mixed, To::Columns(&mut *raw), u, &mut t.linear);
+                linear::forward(run, &output, mixed, To::Columns(&mut *raw), keep_output, &mut t.linear);
                 if let Some(rounded) = &mut rounded {
                     // The backward computes the norm's gradient from what is kept.
                     bf16::round_both(raw, &mut rounded.saved.raw_output[..tokens * d]);
@@ -115,23 +118,28 @@ impl SubLayer {
             }
         }
         // The gradient of the output linear's output is that of the residual stream, but for a norm between them.
-        let g = match &self.post_norm {
-            None => &t.dx[..tokens * d],
-            Some(norm) => {
+        let is_scaled = run.overlay.change(self.output).output_scale.is_some();
+        let mut g = &t.dx[..tokens * d];
+        if self.post_norm.is_some() || is_scaled {
+            let draw = &mut t.draw_output[..tokens * d];
+            if let Some(norm) = &self.post_norm {
                 let raw = &mut saved.raw_output[..tokens * d];
                 restore(raw, rounded.map(|rounded| &rounded.saved.raw_output));
-                let draw = &mut t.draw_output[..tokens * d];
                 draw.fill(0.0);
-                norm.backward(run, raw, &t.dx[..tokens * d], draw, grads);
-                &*draw
+                norm.backward(run, raw, g, draw, grads);
             }
-        };
+            if is_scaled {
+                let (dy, z) = (self.post_norm.is_none().then_some(g), unscaled_of(&saved.unscaled, rounded, 1));
+                linear::unscale_gradients(run, &output, dy, draw, tokens, z, grads, &mut t.linear);
+            }
+            g = draw;
+        }
         let gradient = Gradient { group: &output, g };
         let below = needs_input || run.overlay.trains_inputs(run.model, self);
         let dmixed = &mut t.mixed[..tokens * self.mixed()];
         linear::project_gradients(run, gradient, tokens, &mut t.linear);
-        if below {
-            linear::input_gradient(run, gradient, tokens, &mut t.linear, dmixed);
+        if below || linear::needs_input_gradient(run, &output) {
+            linear::input_gradient(run, gradient, tokens, &mut t.linear, below.then_some(&mut *dmixed));
         }
         match &self.middle {
             Middle::Activation { function, gated, width } => {
@@ -156,10 +164,12 @@ impl SubLayer {
         restore(x, rounded.map(|rounded| &rounded.x));
         let norm = &mut t.norm[..tokens * d];
         self.norm.forward(run, x, norm);
+        let z = unscaled_of(&saved.unscaled, rounded, 0);
         let dinner = match &self.middle {
-            Middle::Attention(_) => &t.dinner[..tokens * self.inner],
-            Middle::Activation { .. } => &saved.inner[..tokens * self.inner],
+            Middle::Attention(_) => &mut t.dinner[..tokens * self.inner],
+            Middle::Activation { .. } => &mut saved.inner[..tokens * self.inner],
         };
+        linear::unscale_gradients(run, &self.inputs, None, dinner, tokens, z, grads, &mut t.linear);
         let trains_norm = self.norm.vectors().any(|vector| run.overlay.trains_vector(vector));
         let to_norm = (needs_input || trains_norm).then_some(&mut t.dnorm[..tokens * d]);
         let gradient = Gradient { group: &self.inputs, g: dinner };
@@ -167,6 +177,24 @@ impl SubLayer {
         if needs_input || trains_norm {
             self.norm.backward(run, x, &t.dnorm[..tokens * d], &mut t.dx[..tokens * d], grads);
         }
+    }
+}
+
+/// Where a sub-layer's inputs (0) or output (1) leave what their backward reads.
+fn group_keep<'a>(
+    u: &'a mut [f32],
+    unscaled: &'a mut [f32],
+    rounded: Option<&'a mut Rounded>,
+    group: usize,
+) -> Keep<'a> {
+    Keep { u, unscaled, rounded: rounded.map(|rounded| &mut rounded.saved.unscaled[group][..]) }
+}
+
+/// What was kept of the outputs before their scale.
+fn unscaled_of<'a>(saved: &'a [Vec<f32>; 2], rounded: Option<&'a Rounded>, group: usize) -> Unscaled<'a> {
+    match rounded {
+        None => Unscaled::Exact(&saved[group]),
+        Some(rounded) => Unscaled::Rounded(&rounded.saved.unscaled[group]),
     }
 }
 

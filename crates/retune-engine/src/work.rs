@@ -2,7 +2,7 @@
 
 use crate::compute::Compute;
 use crate::model::{LinearId, Middle, Model};
-use crate::overlay::Overlay;
+use crate::overlay::{LowRank, OutputScale, Overlay};
 use crate::profile::{OPERATIONS, Operation};
 use crate::saved::{Saving, Widths};
 
@@ -61,6 +61,11 @@ impl Tally<'_> {
         // Of the low-rank term and of the channels that are not in 8 bits.
         let rank = r + self.compute.int8(id).map_or(0, |weight| weight.outlier_count()) as f64;
         self.of(Operation::Linear).f32_operations += 2.0 * tokens * rank * n;
+        let change = self.overlay.change(id);
+        let scaled = f64::from(u8::from(change.input_scale.is_some())) * k
+            + f64::from(u8::from(change.output_scale.is_some())) * n;
+        // One read, one written.
+        self.of(Operation::Scale).bytes += 8.0 * tokens * scaled;
     }
 
     fn project(&mut self, id: LinearId, tokens: f64) {
@@ -71,16 +76,33 @@ impl Tally<'_> {
     /// `input`: whether the gradient of the linear's input is needed.
     fn backward(&mut self, id: LinearId, tokens: f64, input: bool) {
         let (k, n, r) = self.sizes(id);
+        let change = self.overlay.change(id);
+        let input = input || change.input_scale.is_some();
         if input {
             self.product(Operation::Linear, id, tokens);
             self.quantize(id, tokens, n);
         }
-        let low_rank = 2.0 * tokens * r;
+        let ranks = |is_trained: &dyn Fn(&LowRank) -> bool| -> f64 {
+            change.low_rank.iter().filter(|term| is_trained(term)).map(|term| term.r as f64).sum()
+        };
+        let (a, b) = (ranks(&|term| term.a.trained().is_some()), ranks(&|term| term.b.trained().is_some()));
         // v = g·B, dB = gᵀ·u, dA = vᵀ·x; v·A is part of the input's gradient.
-        self.of(Operation::LowRank).f32_operations += low_rank * (2.0 * n + k);
-        self.of(Operation::Linear).f32_operations += if input { low_rank * k } else { 0.0 };
-        if self.overlay.change(id).weight.is_some() {
+        self.of(Operation::LowRank).f32_operations += 2.0 * tokens * (r * n + b * n + a * k);
+        self.of(Operation::Linear).f32_operations += if input { 2.0 * tokens * r * k } else { 0.0 };
+        if change.weight.is_some() {
             self.of(Operation::WeightGradient).f32_operations += 2.0 * tokens * k * n;
+        }
+        // Gradient and unscaled output read, gradient written; of an input its gradient is read twice, before and after what it was is known.
+        let output = if change.output_scale.is_some() { 12.0 * n } else { 0.0 };
+        let scaled_input = if change.input_scale.is_some() { 16.0 * k } else { 0.0 };
+        self.of(Operation::Scale).bytes += tokens * (output + scaled_input);
+    }
+
+    /// The norms under output scales, once a step: the terms' A with the weight.
+    fn row_norms(&mut self, id: LinearId) {
+        let (k, n, r) = self.sizes(id);
+        if matches!(self.overlay.change(id).output_scale, Some(OutputScale::OverNorm(_))) {
+            self.of(Operation::Scale).f32_operations += 2.0 * r * k * n;
         }
     }
 }
@@ -133,7 +155,8 @@ pub fn work_of_step(
         for again in 0..forwards {
             sub_layer.inputs.iter().for_each(|&id| tally.forward(id, tokens));
             // The block's output is not needed twice.
-            if again == 0 || !is_last || sub_layer.post_norm.is_some() {
+            let is_scaled = overlay.change(sub_layer.output).output_scale.is_some();
+            if again == 0 || !is_last || sub_layer.post_norm.is_some() || is_scaled {
                 tally.forward(sub_layer.output, tokens);
             } else {
                 tally.project(sub_layer.output, tokens);
@@ -159,13 +182,18 @@ pub fn work_of_step(
             let by_itself = if is_attention { 0.0 } else { inner };
             tally.of(Operation::Activation).bytes -= 4.0 * tokens * by_itself;
             tally.of(Operation::Activation).streamed_bytes += 4.0 * tokens * by_itself;
-            let values = (widths.x + widths.rounded()) as f64 - by_itself;
+            // What is scaled is rounded as it is, and read so.
+            let scaled = widths.unscaled.iter().sum::<usize>() as f64;
+            tally.of(Operation::Scale).bytes -= 4.0 * tokens * scaled;
+            tally.of(Operation::Scale).streamed_bytes += 4.0 * tokens * scaled;
+            let values = (widths.x + widths.rounded()) as f64 - by_itself - scaled;
             // Queries, keys and values are rounded where they are as well.
             let in_place = if is_attention { inner } else { 0.0 };
             tally.of(Operation::SavedActivations).bytes += 8.0 * tokens * values + 4.0 * tokens * in_place;
             tally.of(Operation::SavedActivations).streamed_bytes += 4.0 * tokens * values;
         }
     }
+    (0..model.linears.len()).for_each(|id| tally.row_norms(LinearId(id)));
     let gradients = if overlay.change(model.head).weight.is_some() { 3 } else { 2 };
     for _ in 0..gradients {
         tally.product(Operation::Head, model.head, labels);

@@ -7,7 +7,7 @@ use retune_kernels::attention::{self, Segment};
 use retune_kernels::bf16;
 
 use crate::linear::LinearScratch;
-use crate::model::{Model, SubLayer};
+use crate::model::{LinearId, Model, SubLayer};
 use crate::overlay::Overlay;
 use crate::pass::PassSize;
 use crate::rope::Rotations;
@@ -32,7 +32,7 @@ pub(crate) struct Temporary {
     pub dx: Vec<f32>,
     /// Gradient of a norm's output, `[T, D]`.
     pub dnorm: Vec<f32>,
-    /// Gradient of an output linear's output, where a norm follows it, `[T, D]`.
+    /// Gradient of an output linear's output, where a norm follows it or it is scaled, `[T, D]`.
     pub draw_output: Vec<f32>,
     /// Gradient of an attention's queries, keys and values, where they lie in the inputs' output.
     pub dinner: Vec<f32>,
@@ -62,6 +62,8 @@ pub(crate) struct HeadBuffers {
     pub label_gradients: Vec<f32>,
     /// The low-rank projection, where the head has one, `[R, r]`.
     pub u: Vec<f32>,
+    /// The logits before their scale, where the head has one.
+    pub unscaled: Vec<f32>,
 }
 
 /// Everything a pass works in.
@@ -197,7 +199,7 @@ impl Workspace {
                 rounded.saved.reserve(widths, tokens);
             }
         }
-        let widths = TemporaryWidths::of(model);
+        let widths = TemporaryWidths::of(model, overlay);
         let t = &mut self.temporary;
         grow(&mut t.norm, tokens * d);
         grow(&mut t.mixed, tokens * widths.mixed);
@@ -225,22 +227,31 @@ impl Workspace {
             Saving::BlockInputs => 2 * (one + (blocks(model) + places(model)) * d),
             Saving::None => 2 * (one + 2 * d),
         };
-        let widths = TemporaryWidths::of(model);
+        let widths = TemporaryWidths::of(model, overlay);
         let temporary = 3 * d + widths.mixed + widths.turned + widths.draw_output + widths.dinner;
         let attentions = || model.sub_layers.iter().filter_map(|s| s.attention());
         let queries = attentions().map(|a| a.scores.queries * a.scores.head_dim).max().unwrap_or(0);
         let keys = attentions().map(|a| a.scores.keys * a.scores.head_dim).max().unwrap_or(0);
         let attention = row_tokens * attention::BACKWARD_SCRATCH * queries;
         let whole = if is_shared { row_tokens * 4 * keys } else { 0 };
-        let int8 = int8 && !overlay.trains_linear(model, model.head);
+        let int8 = int8 && !overlay.changes_linear(model, model.head);
         let rows = Self::most_head_rows(model, int8).min(labels);
         let scored_rows = Self::most_head_rows(model, false).min(scored_labels);
-        let head = rows.max(scored_rows) * (4 * d + model.spec.vocab_size);
+        let head = rows.max(scored_rows) * (4 * d + model.spec.vocab_size + overlay.unscaled(model, &[model.head]));
         // In 8 bits the head's gradient is quantized beside the logits.
         let quantized = if int8 { rows * model.spec.vocab_size / 4 } else { 0 };
         let dropped = if overlay.has_dropout() { 2 * tokens * widths.mixed.max(d) } else { 0 };
+        // What linears with an input scale read, and the gradients of that.
+        let scaled_inputs = |group: &[LinearId]| {
+            let features = group.first().map_or(0, |&id| model.linear(id).cols());
+            let gradients = overlay.scaled_inputs(model, group);
+            if gradients == 0 { 0 } else { features + gradients }
+        };
+        let groups = model.sub_layers.iter().flat_map(|s| [&s.inputs[..], std::slice::from_ref(&s.output)]);
+        let scaled = tokens * groups.map(scaled_inputs).max().unwrap_or(0);
         let packing = 3 << 20;
-        2 * tokens * saved + 4 * (tokens * temporary + attention + whole + head + quantized + dropped + packing)
+        2 * tokens * saved
+            + 4 * (tokens * temporary + attention + whole + head + quantized + dropped + scaled + packing)
     }
 }
 
@@ -253,7 +264,8 @@ struct TemporaryWidths {
 }
 
 impl TemporaryWidths {
-    fn of(model: &Model) -> Self {
+    fn of(model: &Model, overlay: &Overlay) -> Self {
+        let is_scaled = |s: &SubLayer| overlay.change(s.output).output_scale.is_some();
         let most = |f: &dyn Fn(&SubLayer) -> usize| model.sub_layers.iter().map(f).max().unwrap_or(0);
         Self {
             mixed: most(&|s| s.mixed()),
@@ -261,7 +273,7 @@ impl TemporaryWidths {
                 let normed = s.attention().filter(|a| a.qk_norm.is_some());
                 normed.map_or(0, |a| (a.scores.queries + a.scores.keys) * a.scores.head_dim)
             }),
-            draw_output: most(&|s| if s.post_norm.is_some() { model.spec.hidden_size } else { 0 }),
+            draw_output: most(&|s| if s.post_norm.is_some() || is_scaled(s) { model.spec.hidden_size } else { 0 }),
             dinner: most(&|s| if s.attention().is_some() { s.inner } else { 0 }),
         }
     }

@@ -4,6 +4,7 @@ mod common;
 
 use common::{Case, llama};
 use retune_engine::Saving;
+use retune_engine::overlay::OutputScale;
 use retune_engine::pass::PassSize;
 use retune_engine::workspace::Workspace;
 
@@ -47,9 +48,23 @@ fn a_plan_for_llama_with_lora_is_the_sum_by_hand() {
     let scored = PassSize { scored_labels: 95, ..size };
     assert_eq!(planned(&case, Saving::Full, false, scored), full + 4 * 5 * head);
     let mut dropping = Case::adapted(&llama(true), 4);
-    dropping.overlay.linears[0].low_rank.as_mut().unwrap().dropout = 0.1;
+    dropping.overlay.linears[0].low_rank[0].dropout = 0.1;
     // The input without the elements dropped, and a gradient before that.
     assert_eq!(planned(&dropping, Saving::Full, false, size), full + 4 * 2 * tokens * 48);
+    // Outputs before their scale: of an MLP's up, of an attention's output, whose gradient is turned into that before the scale in a buffer
+    // of its own, and of the head.
+    let mut scaled = Case::adapted(&llama(true), 4);
+    for (id, rows) in [(5, 48), (3, 32), (14, 96)] {
+        scaled.overlay.linears[id].output_scale = Some(OutputScale::Plain(0..rows));
+    }
+    assert_eq!(
+        planned(&scaled, Saving::Full, false, size),
+        full + 4 * tokens * (48 + 32) + 4 * tokens * 32 + 4 * labels * 96
+    );
+    // What an MLP's output reads scaled, and the gradient of that.
+    let mut scaled = Case::adapted(&llama(true), 4);
+    scaled.overlay.linears[6].input_scale = Some(0..48);
+    assert_eq!(planned(&scaled, Saving::Full, false, size), full + 4 * 2 * tokens * 48);
     // Nothing on the model keeps no projections.
     let bare = Case::bare(&llama(true));
     assert_eq!(planned(&bare, Saving::Full, false, size), full - 4 * tokens * 2 * 7 * 4);

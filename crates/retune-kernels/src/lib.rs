@@ -8,6 +8,7 @@ pub mod activation;
 pub mod allocator;
 pub mod attention;
 pub mod bf16;
+pub mod column_scale;
 pub mod cross_entropy;
 pub mod dropout;
 pub mod embedding;
@@ -24,6 +25,7 @@ pub mod peak;
 pub mod random;
 pub mod rms_norm;
 pub mod rope;
+pub mod row_squares;
 pub mod rows;
 pub mod scratch;
 #[cfg(test)]

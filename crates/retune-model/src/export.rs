@@ -13,7 +13,7 @@ use std::path::Path;
 
 use half::{bf16, f16};
 use rayon::prelude::*;
-use retune_engine::overlay::{LowRank, Overlay};
+use retune_engine::overlay::{Change, Overlay};
 use retune_engine::spec::{ModelSpec, Module};
 use retune_formats::atomic::{Draft, Staged};
 use retune_formats::safetensors::{Dtype, Header, INDEX, SINGLE};
@@ -25,7 +25,7 @@ use serde_json::{Map, Value, json};
 use crate::checkpoint::{CONFIG, Checkpoint, CheckpointKind};
 use crate::error::Error;
 use crate::families;
-use crate::merge::merged_delta;
+use crate::merge::{merge_bias, merge_rows};
 
 const GENERATION_CONFIG: &str = "generation_config.json";
 
@@ -168,7 +168,7 @@ pub fn write(
     let tied = checkpoint.spec.head.tied && !unties(&checkpoint.spec, overlay);
     let tokenizer = checkpoint.tokenizer()?;
     let export = Export {
-        shards: into_shards(tensors(checkpoint, &changes(&checkpoint.spec, overlay, params), tied)?, options),
+        shards: into_shards(tensors(checkpoint, &edits(&checkpoint.spec, overlay, params), tied)?, options),
         generation_config: generation_config(checkpoint, &tokenizer)?,
         tokenizer,
         config: config_json(checkpoint, options.dtype, tied)?,
@@ -199,46 +199,60 @@ pub fn scale_note(checkpoint: &Checkpoint, dtype: ExportType) -> Option<String> 
 /// Whether table and head of a tied model differ under an overlay.
 fn unties(spec: &ModelSpec, overlay: &Overlay) -> bool {
     let Some((_, head)) = spec.linears().zip(&overlay.linears).last() else { return false };
-    head.low_rank.is_some() || head.weight != overlay.table
+    stands_beside(head) || head.weight != overlay.table
+}
+
+/// Whether anything of a change stands beside the weight, not in its place.
+fn stands_beside(change: &Change) -> bool {
+    !change.low_rank.is_empty() || change.input_scale.is_some() || change.output_scale.is_some()
 }
 
 /// What becomes of a tensor of the base.
 #[derive(Clone, Copy)]
-enum Change<'a> {
+enum Edit<'a> {
     Nothing,
     /// Other values, as many.
     Replaced(&'a [f32]),
-    /// W + scaling·B·A, where A is [r, cols] and B is [rows, r].
-    Lora {
-        r: usize,
-        scaling: f32,
-        a: &'a [f32],
-        b: &'a [f32],
+    /// A linear's weight with what stands on it.
+    Weight {
+        change: &'a Change,
+        params: &'a [f32],
+    },
+    /// A linear's bias with what stands on the linear, the base's or one trained in its place.
+    Bias {
+        trained: Option<&'a [f32]>,
+        change: &'a Change,
+        params: &'a [f32],
     },
 }
 
-/// The changes by the names of the tensors.
-type Changes<'a> = BTreeMap<String, Change<'a>>;
+/// The edits by the names of the tensors.
+type Edits<'a> = BTreeMap<String, Edit<'a>>;
 
 fn weight_of(module: &str) -> String {
     format!("{module}.weight")
 }
 
 /// What an overlay changes.
-fn changes<'a>(spec: &ModelSpec, overlay: &Overlay, params: &'a [f32]) -> Changes<'a> {
-    let mut changes = Changes::new();
+fn edits<'a>(spec: &ModelSpec, overlay: &'a Overlay, params: &'a [f32]) -> Edits<'a> {
+    let mut edits = Edits::new();
     for param in overlay.layout.params() {
         if let Some(base) = &param.base {
-            changes.insert(base.clone(), Change::Replaced(&params[param.range.clone()]));
+            edits.insert(base.clone(), Edit::Replaced(&params[param.range.clone()]));
         }
     }
-    for (linear, change) in spec.linears().zip(&overlay.linears) {
-        if let Some(LowRank { a, b, r, scale, .. }) = &change.low_rank {
-            let (a, b) = (&params[a.clone()], &params[b.clone()]);
-            changes.insert(weight_of(&linear.name), Change::Lora { r: *r, scaling: *scale, a, b });
+    for (linear, change) in spec.linears().zip(&overlay.linears).filter(|(_, change)| stands_beside(change)) {
+        edits.insert(weight_of(&linear.name), Edit::Weight { change, params });
+        if linear.bias {
+            let name = format!("{}.bias", linear.name);
+            let trained = match edits.get(&name) {
+                Some(Edit::Replaced(values)) => Some(*values),
+                _ => None,
+            };
+            edits.insert(name, Edit::Bias { trained, change, params });
         }
     }
-    changes
+    edits
 }
 
 /// A tensor to be written.
@@ -247,7 +261,7 @@ struct Tensor<'a> {
     /// As it is written: `[rows, cols]`, `[cols, rows]` where it is transposed, or `[cols]`.
     shape: Vec<usize>,
     base: Matrix,
-    change: Change<'a>,
+    edit: Edit<'a>,
     /// Whether it is written as `[in, out]`.
     is_transposed: bool,
 }
@@ -260,19 +274,24 @@ impl Tensor<'_> {
     /// Decodes `rows` into `values`, [rows.len(), cols], and of a tensor that is changed the base's into `base`.
     fn decode(&self, rows: Range<usize>, base: &mut [f32], values: &mut [f32]) -> Magnitude {
         let cols = self.base.cols();
-        match self.change {
-            Change::Nothing => {
+        match self.edit {
+            Edit::Nothing => {
                 self.base.panel_f32(rows, 0..cols, values);
                 return Magnitude::default();
             }
-            Change::Replaced(new) => {
+            Edit::Replaced(new) => {
                 self.base.panel_f32(rows.clone(), 0..cols, base);
                 values.copy_from_slice(&new[rows.start * cols..rows.end * cols]);
             }
-            Change::Lora { r, scaling, a, b } => {
+            Edit::Weight { change, params } => {
                 self.base.panel_f32(rows.clone(), 0..cols, base);
                 values.copy_from_slice(base);
-                merged_delta(r, cols, self.base.rows(), scaling, a, b, rows, values);
+                merge_rows(change, params, cols, self.base.rows(), rows, values);
+            }
+            Edit::Bias { trained, change, params } => {
+                self.base.panel_f32(rows, 0..cols, base);
+                values.copy_from_slice(trained.unwrap_or(base));
+                merge_bias(change, params, values);
             }
         }
         base.iter().zip(values.iter()).fold(Magnitude::default(), |largest, (base, value)| {
@@ -313,7 +332,7 @@ fn refuse_occupied(dir: &Path) -> Result<(), Error> {
 }
 
 /// The tensors to write, in the order of their names.
-fn tensors<'a>(checkpoint: &Checkpoint, changes: &Changes<'a>, tied: bool) -> Result<Vec<Tensor<'a>>, Error> {
+fn tensors<'a>(checkpoint: &Checkpoint, edits: &Edits<'a>, tied: bool) -> Result<Vec<Tensor<'a>>, Error> {
     let spec = &checkpoint.spec;
     let mut modules = spec.modules();
     if spec.head.tied && !tied {
@@ -325,9 +344,9 @@ fn tensors<'a>(checkpoint: &Checkpoint, changes: &Changes<'a>, tied: bool) -> Re
         let is_transposed = matches!(module, Module::Linear(linear) if linear.transposed);
         for (name, shape) in module.tensors() {
             let base = checkpoint.tensor(if name == head && spec.head.tied { &table } else { &name })?;
-            let change = changes.get(&name).copied().unwrap_or(Change::Nothing);
+            let edit = edits.get(&name).copied().unwrap_or(Edit::Nothing);
             let is_transposed = is_transposed && shape.len() == 2;
-            tensors.push(Tensor { name: checkpoint.exported_name(&name), shape, base, change, is_transposed });
+            tensors.push(Tensor { name: checkpoint.exported_name(&name), shape, base, edit, is_transposed });
         }
     }
     tensors.sort_by(|a, b| a.name.cmp(&b.name));
@@ -561,6 +580,7 @@ impl<'a> ShardWriter<'a> {
 mod tests {
     use std::collections::HashMap;
 
+    use retune_engine::overlay::{Factor, LowRank};
     use safetensors::tensor::TensorView;
 
     use super::*;
@@ -574,13 +594,21 @@ mod tests {
         (0..count).map(|_| next()).collect()
     }
 
-    fn tensor<'a>(name: &str, shape: &[usize], values: &[f32], change: Change<'a>) -> Tensor<'a> {
+    /// A low-rank term that is not trained.
+    fn low_rank(r: usize, scale: f32, a: &[f32], b: &[f32]) -> Change {
+        let (a, b) = (Factor::Frozen(a.into()), Factor::Frozen(b.into()));
+        let mut change = Change::default();
+        change.low_rank.push(LowRank { a, b, r, scale, dropout: 0.0, key: 0 });
+        change
+    }
+
+    fn tensor<'a>(name: &str, shape: &[usize], values: &[f32], edit: Edit<'a>) -> Tensor<'a> {
         let (rows, cols) = if shape.len() == 2 { (shape[0], shape[1]) } else { (1, shape[0]) };
         Tensor {
             name: name.to_owned(),
             shape: shape.to_vec(),
             base: Matrix::from_f32(rows, cols, values.to_vec()),
-            change,
+            edit,
             is_transposed: false,
         }
     }
@@ -602,7 +630,7 @@ mod tests {
     #[test]
     fn the_bytes_are_those_of_the_safetensors_crate() {
         let (a, b) = (numbers(6, 1), numbers(3, 2));
-        let tensors = [tensor("a.weight", &[2, 3], &a, Change::Nothing), tensor("b.bias", &[3], &b, Change::Nothing)];
+        let tensors = [tensor("a.weight", &[2, 3], &a, Edit::Nothing), tensor("b.bias", &[3], &b, Edit::Nothing)];
         for (dtype, theirs) in
             [(ExportType::F32, Dtype::F32), (ExportType::BF16, Dtype::BF16), (ExportType::F16, Dtype::F16)]
         {
@@ -633,9 +661,10 @@ mod tests {
         assert!(rows * cols > PANEL_VALUES && !(rows * cols).is_multiple_of(PANEL_VALUES));
         let (base, a, b) = (numbers(rows * cols, 1), numbers(r * cols, 2), numbers(rows * r, 3));
         let mut merged = base.clone();
-        merged_delta(r, cols, rows, 0.25, &a, &b, 0..rows, &mut merged);
-        let change = Change::Lora { r, scaling: 0.25, a: &a, b: &b };
-        let replaced = Change::Replaced(&merged);
+        let change = low_rank(r, 0.25, &a, &b);
+        merge_rows(&change, &[], cols, rows, 0..rows, &mut merged);
+        let change = Edit::Weight { change: &change, params: &[] };
+        let replaced = Edit::Replaced(&merged);
         let (bytes, report) = written(&[tensor("x.weight", &[rows, cols], &base, change)], ExportType::F32).unwrap();
         let data = &bytes[bytes.len() - 4 * merged.len()..];
         assert!(data.chunks_exact(4).zip(&merged).all(|(bytes, value)| bytes == value.to_le_bytes()));
@@ -651,11 +680,12 @@ mod tests {
     #[test]
     fn a_module_counts_once_and_only_when_it_has_changed() {
         let (zero, one) = ([0.0; 4], [1.0; 4]);
+        let nothing = low_rank(2, 1.0, &one, &zero);
         let tensors = [
-            tensor("a.bias", &[4], &zero, Change::Replaced(&one)),
-            tensor("a.weight", &[2, 2], &one, Change::Replaced(&zero)),
-            tensor("b.weight", &[2, 2], &one, Change::Replaced(&one)),
-            tensor("c.weight", &[2, 2], &one, Change::Lora { r: 2, scaling: 1.0, a: &one, b: &zero }),
+            tensor("a.bias", &[4], &zero, Edit::Replaced(&one)),
+            tensor("a.weight", &[2, 2], &one, Edit::Replaced(&zero)),
+            tensor("b.weight", &[2, 2], &one, Edit::Replaced(&one)),
+            tensor("c.weight", &[2, 2], &one, Edit::Weight { change: &nothing, params: &[] }),
         ];
         let (_, report) = written(&tensors, ExportType::BF16).unwrap();
         assert_eq!((report.changed_modules, report.largest_change), (1, 1.0));
@@ -675,11 +705,11 @@ mod tests {
     #[test]
     fn values_that_cannot_be_written_are_refused_by_place() {
         let values = [0.0, 0.0, 0.0, 0.0, 0.0, 7e4];
-        let large = tensor("x.weight", &[2, 3], &values, Change::Nothing);
+        let large = tensor("x.weight", &[2, 3], &values, Edit::Nothing);
         let message = written(&[large], ExportType::F16).unwrap_err().to_string();
         assert!(message.contains("x.weight would hold 70000 at row 1, column 2, which f16 cannot"), "{message}");
-        let lora = Change::Lora { r: 1, scaling: f32::MAX, a: &values[3..], b: &values[4..] };
-        let overflow = tensor("x.weight", &[2, 3], &values, lora);
+        let change = low_rank(1, f32::MAX, &values[3..], &values[4..]);
+        let overflow = tensor("x.weight", &[2, 3], &values, Edit::Weight { change: &change, params: &[] });
         let message = written(&[overflow], ExportType::F32).unwrap_err().to_string();
         assert!(message.contains("x.weight holds inf at row 1, column 2"), "{message}");
     }
@@ -687,7 +717,7 @@ mod tests {
     #[test]
     fn shards_end_before_they_grow_too_large_and_cut_no_tensor() {
         let counts = |max_shard_bytes| -> Vec<usize> {
-            let tensors = [2, 2, 9, 1, 2].map(|n| tensor("x", &[n], &numbers(n, 1), Change::Nothing));
+            let tensors = [2, 2, 9, 1, 2].map(|n| tensor("x", &[n], &numbers(n, 1), Edit::Nothing));
             let options = MergeOptions { dtype: ExportType::F16, max_shard_bytes };
             into_shards(tensors.into(), &options).iter().map(Vec::len).collect()
         };

@@ -9,7 +9,7 @@ pub mod export;
 pub mod families;
 pub mod fields;
 mod load;
-mod merge;
+pub mod merge;
 pub mod rope;
 mod translate;
 

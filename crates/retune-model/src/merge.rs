@@ -1,9 +1,61 @@
-//! Adding an adapter to the weight it was trained beside, a panel of rows at a time.
+//! Merging what stands on a linear into its weight and bias, a panel of rows at a time.
 
 use std::ops::Range;
 
+use retune_engine::overlay::{Change, OutputScale};
+use retune_kernels::vector;
+
 /// Columns summed at once; they fit a processor's registers.
 const COLUMNS: usize = 64;
+
+/// Turns rows of a linear's weight into those of a linear that computes the same with nothing on it: `W' = o ⊙ (W + Σ s·B·A) ⊙ i`, where an
+/// output scale over a norm has `o = m / ‖W + Σ s·B·A‖`, 0 for a row of zeros.
+///
+/// `dst` holds the base's rows `rows`, [rows.len(), in_features]; `params` is the flat vector that the change's places are in.
+///
+/// # Panics
+/// When a length does not fit, or `rows` goes beyond `out_features`.
+pub fn merge_rows(
+    change: &Change,
+    params: &[f32],
+    in_features: usize,
+    out_features: usize,
+    rows: Range<usize>,
+    dst: &mut [f32],
+) {
+    if let Some(weight) = &change.weight {
+        dst.copy_from_slice(&params[weight.clone()][rows.start * in_features..rows.end * in_features]);
+    }
+    for term in &change.low_rank {
+        let (a, b) = (term.a.values(params), term.b.values(params));
+        merged_delta(term.r, in_features, out_features, term.scale, a, b, rows.clone(), dst);
+    }
+    if let Some(scale) = &change.output_scale {
+        let factors = &params[scale.range().clone()][rows];
+        for (row, &factor) in dst.chunks_exact_mut(in_features.max(1)).zip(factors) {
+            let factor = match scale {
+                OutputScale::Plain(_) => factor,
+                OutputScale::OverNorm(_) => match vector::sum_squares(row).sqrt() as f32 {
+                    0.0 => 0.0,
+                    norm => factor / norm,
+                },
+            };
+            row.iter_mut().for_each(|value| *value *= factor);
+        }
+    }
+    if let Some(scale) = &change.input_scale {
+        for row in dst.chunks_exact_mut(in_features.max(1)) {
+            row.iter_mut().zip(&params[scale.clone()]).for_each(|(value, factor)| *value *= factor);
+        }
+    }
+}
+
+/// Turns a linear's bias into that of a linear that computes the same with nothing on it: an output scale over a norm leaves it as it is.
+pub fn merge_bias(change: &Change, params: &[f32], bias: &mut [f32]) {
+    if let Some(OutputScale::Plain(scale)) = &change.output_scale {
+        bias.iter_mut().zip(&params[scale.clone()]).for_each(|(value, factor)| *value *= factor);
+    }
+}
 
 /// Adds s·B·A to rows of a weight: `dst[o, i] += scaling · Σ_k b[o, k] · a[k, i]`.
 ///
@@ -13,7 +65,7 @@ const COLUMNS: usize = 64;
 /// # Panics
 /// When a length does not fit, or `rows` goes beyond `out_features`.
 #[allow(clippy::too_many_arguments)] // the dimensions and the three matrices of one product
-pub fn merged_delta(
+fn merged_delta(
     r: usize,
     in_features: usize,
     out_features: usize,

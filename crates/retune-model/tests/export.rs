@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use retune_adapter::{AdapterFile, Full, LoraConfig, ModuleSelection, names};
 use retune_engine::compute::Compute;
-use retune_engine::overlay::{LowRank, Overlay};
+use retune_engine::overlay::{Factor, LowRank, OutputScale, Overlay};
 use retune_engine::pass::Pass;
 use retune_model::Error;
 use retune_model::checkpoint::Checkpoint;
@@ -300,11 +300,65 @@ fn with_table(case: &mut Case) {
 
 fn with_head(case: &mut Case) {
     let (rows, cols, r) = (case.model.spec.vocab_size, case.model.spec.hidden_size, 4);
-    let a = case.overlay.layout.add("A".to_owned(), vec![r, cols], None);
-    let b = case.overlay.layout.add("B".to_owned(), vec![rows, r], None);
+    let a = Factor::Trained(case.overlay.layout.add("A".to_owned(), vec![r, cols], None));
+    let b = Factor::Trained(case.overlay.layout.add("B".to_owned(), vec![rows, r], None));
     case.params = numbers(r * (rows + cols)).into_iter().map(|value| 10.0 * value).collect();
     let head = case.overlay.linears.last_mut().unwrap();
-    head.low_rank = Some(LowRank { a, b, r, scale: 0.5, dropout: 0.0, key: 0 });
+    head.low_rank.push(LowRank { a, b, r, scale: 0.5, dropout: 0.0, key: 0 });
+}
+
+/// Scales and a low-rank term on every linear but the head, and a bias that is trained beside one of them.
+fn with_scales(case: &mut Case, over_norm: bool) {
+    let r = 3;
+    let mut numbers = |case: &mut Case, name: String, shape: Vec<usize>, middle: f32| {
+        let seed = case.params.len();
+        let values = numbers(seed + shape.iter().product::<usize>()).split_off(seed);
+        case.params.extend(values.iter().map(|value| middle + 5.0 * value));
+        case.overlay.layout.add(name, shape, None)
+    };
+    let linears: Vec<_> = case.model.linears().iter().map(|l| (l.name.clone(), l.rows(), l.cols(), l.bias)).collect();
+    for (id, (name, rows, cols, _)) in linears[..linears.len() - 1].iter().enumerate() {
+        let a = Factor::Trained(numbers(case, format!("{name}.A"), vec![r, *cols], 0.0));
+        let b = Factor::Trained(numbers(case, format!("{name}.B"), vec![*rows, r], 0.0));
+        let change = &mut case.overlay.linears[id];
+        change.low_rank.push(LowRank { a, b, r, scale: 0.5, dropout: 0.0, key: 0 });
+        let i = numbers(case, format!("{name}.i"), vec![*cols], 1.0);
+        let o = numbers(case, format!("{name}.o"), vec![*rows], 1.0);
+        if over_norm {
+            let norms = row_norms(&case.model.linears()[id].weight, &case.overlay.linears[id], &case.params);
+            case.params[o.clone()].iter_mut().zip(norms).for_each(|(value, norm)| *value *= norm);
+        }
+        let change = &mut case.overlay.linears[id];
+        change.input_scale = Some(i);
+        change.output_scale = Some(if over_norm { OutputScale::OverNorm(o) } else { OutputScale::Plain(o) });
+    }
+    if let Some((name, bias)) = linears.iter().find_map(|(name, .., bias)| Some((name, (*bias)?))) {
+        let name = format!("{name}.bias");
+        let values = case.checkpoint.tensor(&name).unwrap().to_f32();
+        let range = case.overlay.layout.add(name.clone(), vec![values.len()], Some(name));
+        case.params.extend(values.iter().map(|value| 0.1 + 2.0 * value));
+        case.overlay.vectors[bias.0] = Some(range);
+    }
+    case.refresh();
+}
+
+#[test]
+fn scales_are_merged_into_weights_and_biases() {
+    for name in ["gemma3", "gpt2", "bloom", "qwen2", "gguf_llama"] {
+        for over_norm in [false, true] {
+            let (_dir, checkpoint) = base(name);
+            let mut case = Case::bare(name, checkpoint);
+            let (pass, _) = golden(name);
+            let plain = logits(&case, &pass);
+            with_scales(&mut case, over_norm);
+            let expected = logits(&case, &pass);
+            assert!(relative(&expected, &plain) > 0.1, "{name}: nothing has changed");
+            let out = tempfile::tempdir().unwrap();
+            written(&case, out.path(), &MergeOptions::default()).unwrap();
+            let error = relative(&logits_of(out.path(), &pass), &expected);
+            assert!(error < 1e-5, "{name}: logits {error}");
+        }
+    }
 }
 
 #[test]

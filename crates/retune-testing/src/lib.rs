@@ -11,6 +11,7 @@ use retune_engine::compute::Compute;
 use retune_engine::model::{LinearId, Model, Weights};
 use retune_engine::overlay::Overlay;
 use retune_engine::pass::Pass;
+use retune_engine::row_norms::RowNorms;
 use retune_engine::workspace::Workspace;
 use retune_engine::{Run, Saving};
 use retune_model::Error;
@@ -87,6 +88,8 @@ pub struct Case {
     pub model: Model,
     pub overlay: Overlay,
     pub params: Vec<f32>,
+    /// Of the parameters as they were when the case was made.
+    norms: RowNorms,
 }
 
 impl Case {
@@ -134,7 +137,13 @@ impl Case {
 
     fn new(name: &str, checkpoint: Checkpoint, overlay: Overlay, params: Vec<f32>) -> Self {
         let model = checkpoint.model().unwrap_or_else(|e| panic!("{name}: {e}"));
-        Self { name: name.to_owned(), checkpoint, model, overlay, params }
+        let norms = RowNorms::of(&model, &overlay, &params);
+        Self { name: name.to_owned(), checkpoint, model, overlay, params, norms }
+    }
+
+    /// Takes the norms that output scales stand over from the parameters as they are.
+    pub fn refresh(&mut self) {
+        self.norms = RowNorms::of(&self.model, &self.overlay, &self.params);
     }
 
     /// What the reference computed.
@@ -155,7 +164,8 @@ impl Case {
 
     /// A pass through it.
     pub fn run<'a>(&'a self, compute: &'a Compute, pass: &'a Pass) -> Run<'a> {
-        Run { model: &self.model, overlay: &self.overlay, params: &self.params, compute, pass, step: None }
+        let Self { model, overlay, params, norms, .. } = self;
+        Run { model, overlay, params, norms, compute, pass, step: None }
     }
 
     /// The logits of all tokens of a pass.

@@ -7,6 +7,7 @@ use retune_engine::compute::Compute;
 use retune_engine::model::Model;
 use retune_engine::overlay::Overlay;
 use retune_engine::pass::{Pass, PassSize};
+use retune_engine::row_norms::RowNorms;
 use retune_engine::workspace::Workspace;
 use retune_engine::{Run, Saving, Step};
 use retune_kernels::vector;
@@ -123,9 +124,9 @@ pub struct Trained<'a> {
 }
 
 impl<'a> Trained<'a> {
-    /// A pass of it.
-    pub fn run(self, params: &'a [f32], pass: &'a Pass) -> Run<'a> {
-        Run { model: self.model, overlay: self.overlay, params, compute: self.compute, pass, step: None }
+    /// A pass of it; the norms are those of the parameters.
+    pub fn run(self, params: &'a [f32], norms: &'a RowNorms, pass: &'a Pass) -> Run<'a> {
+        Run { model: self.model, overlay: self.overlay, params, norms, compute: self.compute, pass, step: None }
     }
 }
 
@@ -140,6 +141,8 @@ pub struct Trainer<'a> {
     train: &'a [Example],
     eval: &'a [Example],
     pub params: Vec<f32>,
+    /// Computed from the parameters when a step or a scoring begins.
+    norms: RowNorms,
     /// Zeros between steps.
     grads: Vec<f32>,
     optimizer: AdamW,
@@ -199,6 +202,7 @@ impl<'a> Trainer<'a> {
             grads: vec![0.0; params.len()],
             optimizer: AdamW::new(options, params.len()),
             params,
+            norms: RowNorms::default(),
             workspace: Workspace::for_passes(trained.model, passes.saving, workspace_tokens),
             workspace_tokens,
             schedule,
@@ -297,12 +301,13 @@ impl<'a> Trainer<'a> {
         let start = Instant::now();
         let index = self.progress.step;
         self.choose_rows(index as usize);
+        self.norms.refresh(self.trained.model, self.trained.overlay, &self.params);
         let (mut loss, mut tokens, mut label_tokens) = (0.0, 0, 0);
         let mut next = 0;
         while next < self.rows.len() {
             next = fill_pass(&mut self.pass, self.train, &self.rows, next, self.passes.tokens);
             let step = Some(Step { seed: self.config.seed, step: index });
-            let run = Run { step, ..self.trained.run(&self.params, &self.pass) };
+            let run = Run { step, ..self.trained.run(&self.params, &self.norms, &self.pass) };
             let sum = run.loss_and_gradient(&mut self.grads, &mut self.workspace);
             if !sum.is_finite() {
                 return Err(self.non_finite_loss(index + 1));
@@ -355,7 +360,7 @@ impl<'a> Trainer<'a> {
     fn non_finite_loss(&self, step: u64) -> Error {
         let bad = self.workspace.losses.iter().position(|l| !l.is_finite());
         let row = bad.and_then(|i| self.pass.sequence_of_label(i)).map_or(0, |s| s.row);
-        let place = self.trained.run(&self.params, &self.pass).first_non_finite_block(&self.workspace);
+        let place = self.trained.run(&self.params, &self.norms, &self.pass).first_non_finite_block(&self.workspace);
         let layers = self.trained.model.spec.blocks.len();
         let (layer, row) = match place {
             Some((0, row)) => ("the token embedding".to_owned(), row),
@@ -378,6 +383,7 @@ impl<'a> Trainer<'a> {
     /// The mean held-out loss and the number of label tokens; `None` where the observer interrupts.
     fn score(&mut self, observer: &dyn Observer) -> Result<Option<(f64, usize)>, Error> {
         let scored = Trained { compute: &self.scoring, ..self.trained };
+        self.norms.refresh(scored.model, scored.overlay, &self.params);
         let rows: Vec<usize> = (0..self.eval.len()).collect();
         let (mut sum, mut labels, mut next) = (0.0, 0, 0);
         while next < rows.len() {
@@ -385,7 +391,7 @@ impl<'a> Trainer<'a> {
                 return Ok(None);
             }
             next = fill_pass(&mut self.pass, self.eval, &rows, next, self.workspace_tokens);
-            sum += loss_of_pass(scored, &self.params, &self.pass, &mut self.workspace)?;
+            sum += loss_of_pass(scored.run(&self.params, &self.norms, &self.pass), &mut self.workspace)?;
             labels += self.pass.labels.len();
         }
         Ok(Some((sum / labels.max(1) as f64, labels)))
@@ -523,11 +529,12 @@ pub fn held_out_loss(
     workspace: &mut Workspace,
     mut done: impl FnMut(usize),
 ) -> Result<(f64, usize), Error> {
+    let norms = RowNorms::of(scored.model, scored.overlay, params);
     let rows: Vec<usize> = (0..examples.len()).collect();
     let (mut sum, mut labels, mut next) = (0.0, 0, 0);
     while next < rows.len() {
         next = fill_pass(pass, examples, &rows, next, tokens_per_pass);
-        sum += loss_of_pass(scored, params, pass, workspace)?;
+        sum += loss_of_pass(scored.run(params, &norms, pass), workspace)?;
         labels += pass.labels.len();
         done(next);
     }
@@ -535,8 +542,8 @@ pub fn held_out_loss(
 }
 
 /// The summed loss of a pass over held-out rows.
-fn loss_of_pass(scored: Trained, params: &[f32], pass: &Pass, workspace: &mut Workspace) -> Result<f64, Error> {
-    let loss = scored.run(params, pass).loss(workspace);
+fn loss_of_pass(run: Run, workspace: &mut Workspace) -> Result<f64, Error> {
+    let (pass, loss) = (run.pass, run.loss(workspace));
     if loss.is_finite() {
         return Ok(loss);
     }

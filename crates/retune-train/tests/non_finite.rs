@@ -144,7 +144,7 @@ fn check_gradient(case: &Case, tensor: &str) {
 /// The low-rank term on a linear.
 fn term<'a>(case: &'a mut Case, module: &str) -> &'a mut LowRank {
     let number = case.model.linears().iter().position(|linear| linear.name == module).unwrap();
-    case.overlay.linears[number].low_rank.as_mut().unwrap()
+    case.overlay.linears[number].low_rank.first_mut().unwrap()
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use retune_engine::overlay::{LowRank, Overlay};
+use retune_engine::overlay::{Factor, LowRank, Overlay};
 use retune_engine::spec::ModelSpec;
 use retune_kernels::dropout;
 use serde_json::Value;
@@ -58,7 +58,9 @@ impl Method for LoraConfig {
         params: &mut [f32],
     ) -> Result<(), Error> {
         for (linear, change) in spec.linears().zip(&overlay.linears) {
-            let Some(LowRank { a, b, r, .. }) = &change.low_rank else { continue };
+            let [LowRank { a: Factor::Trained(a), b: Factor::Trained(b), r, .. }] = &change.low_rank[..] else {
+                continue;
+            };
             // B follows A.
             let (a, b) = params[a.start..b.end].split_at_mut(a.len());
             init_lora(&linear.name, *r, &self.init_lora_weights, start.seed, a, b);
@@ -118,9 +120,9 @@ fn on_targets(config: &LoraConfig, spec: &ModelSpec, targets: &[LoraTarget]) -> 
     Ok(walk(spec, key, |overlay, id, linear| {
         let name = linear.name.as_str();
         let Some(target) = targets.iter().find(|target| target.module == name) else { return };
-        let a = overlay.layout.add(names::lora_a(name), vec![target.r, linear.cols], None);
-        let b = overlay.layout.add(names::lora_b(name), vec![linear.rows, target.r], None);
+        let a = Factor::Trained(overlay.layout.add(names::lora_a(name), vec![target.r, linear.cols], None));
+        let b = Factor::Trained(overlay.layout.add(names::lora_b(name), vec![linear.rows, target.r], None));
         let (r, scale, dropout) = (target.r, target.scaling, config.lora_dropout as f32);
-        overlay.linears[id.0].low_rank = Some(LowRank { a, b, r, scale, dropout, key: dropout::module_key(name) });
+        overlay.linears[id.0].low_rank.push(LowRank { a, b, r, scale, dropout, key: dropout::module_key(name) });
     }))
 }

@@ -4,17 +4,17 @@
 
 use std::convert::Infallible;
 
-use retune_engine::Run;
-use retune_engine::Saving;
 use retune_engine::compute::Compute;
 use retune_engine::model::{Model, Weights};
-use retune_engine::overlay::{LowRank, Overlay};
+use retune_engine::overlay::{Factor, LowRank, Overlay};
 use retune_engine::pass::Pass;
+use retune_engine::row_norms::RowNorms;
 use retune_engine::spec::{
     Attention, Block, Function, Head, Linear, Mix, ModelSpec, Module, Norm, Order, Positions, QueryScale, Rope,
     SubLayer, Table, frequencies,
 };
 use retune_engine::workspace::Workspace;
+use retune_engine::{Run, Saving, Step};
 use retune_kernels::random;
 use retune_quant::Matrix;
 
@@ -147,6 +147,10 @@ pub struct Case {
     pub model: Model,
     pub overlay: Overlay,
     pub params: Vec<f32>,
+    /// Of the parameters as they were when [`Case::refresh`] was called last.
+    pub norms: RowNorms,
+    /// The step that dropout is of.
+    pub step: Option<Step>,
 }
 
 impl Case {
@@ -154,7 +158,7 @@ impl Case {
     pub fn bare(spec: &ModelSpec) -> Self {
         let Ok(model) = Model::load(spec.clone(), &Random(spec));
         let overlay = Overlay::empty(&model);
-        Self { model, overlay, params: Vec::new() }
+        Self { model, overlay, params: Vec::new(), norms: RowNorms::default(), step: None }
     }
 
     /// Trains every tensor in its place. A tied head has one of its own, with the same values, where `apart`.
@@ -196,26 +200,29 @@ impl Case {
         for id in 0..linears {
             let linear = &case.model.linears()[id];
             let (name, rows, cols) = (linear.name.clone(), linear.rows(), linear.cols());
-            let values = |part: &str, n: usize| -> Vec<f32> {
-                let key = random::hash(&format!("{name}.{part}"));
-                (0..n).map(|i| 0.2 * random::symmetric(random::at(key, i as u64))).collect()
-            };
-            let (a, b) = (values("A", r * cols), values("B", rows * r));
-            let a = case.add(&format!("{name}.A"), vec![r, cols], &a);
-            let b = case.add(&format!("{name}.B"), vec![rows, r], &b);
-            case.overlay.linears[id].low_rank = Some(LowRank { a, b, r, scale: 2.0, dropout: 0.0, key: 0 });
+            let (a, b) = (values(&format!("{name}.A"), r * cols), values(&format!("{name}.B"), rows * r));
+            let a = Factor::Trained(case.add(&format!("{name}.A"), vec![r, cols], &a));
+            let b = Factor::Trained(case.add(&format!("{name}.B"), vec![rows, r], &b));
+            case.overlay.linears[id].low_rank.push(LowRank { a, b, r, scale: 2.0, dropout: 0.0, key: 0 });
         }
         case
     }
 
-    fn add(&mut self, name: &str, shape: Vec<usize>, values: &[f32]) -> std::ops::Range<usize> {
+    /// Takes the norms that output scales stand over from the parameters as they are.
+    pub fn refresh(&mut self) {
+        self.norms = RowNorms::of(&self.model, &self.overlay, &self.params);
+    }
+
+    /// Adds a tensor to the parameters.
+    pub fn add(&mut self, name: &str, shape: Vec<usize>, values: &[f32]) -> std::ops::Range<usize> {
         self.params.extend_from_slice(values);
         self.overlay.layout.add(name.to_owned(), shape, None)
     }
 
     /// A pass through it in f32.
     pub fn run<'a>(&'a self, compute: &'a Compute, pass: &'a Pass) -> Run<'a> {
-        Run { model: &self.model, overlay: &self.overlay, params: &self.params, compute, pass, step: None }
+        let Self { model, overlay, params, norms, step, .. } = self;
+        Run { model, overlay, params, norms, compute, pass, step: *step }
     }
 
     pub fn logits(&self, pass: &Pass) -> Vec<f32> {
@@ -232,6 +239,49 @@ impl Case {
         self.run(&Compute::default(), pass).loss_and_gradient(&mut grads, &mut Workspace::new(&self.model, saving));
         grads
     }
+
+    /// Asserts that the gradient of every tensor is that of the loss: against central differences along a random direction in each, the norms
+    /// under output scales held as they are. A tensor named `.m` is a factor over a norm.
+    pub fn check_gradient(&mut self, pass: &Pass) {
+        self.refresh();
+        let grads = self.gradient(pass, Saving::Full);
+        for param in self.overlay.layout.params().to_vec() {
+            let gradient = &grads[param.range.clone()];
+            let norm = gradient.iter().map(|&g| f64::from(g).powi(2)).sum::<f64>().sqrt();
+            assert!(norm > 0.0, "{} has no gradient", param.name);
+            // The gradient's own direction, a little turned: its loss moves well above the rounding of f32.
+            let key = random::hash(&param.name);
+            let wobble = |i: usize| f64::from(random::symmetric(random::at(key, i as u64)));
+            let size = norm / (gradient.len() as f64).sqrt();
+            let direction: Vec<f64> =
+                gradient.iter().enumerate().map(|(i, &g)| f64::from(g) + size * wobble(i)).collect();
+            let length = direction.iter().map(|d| d * d).sum::<f64>().sqrt();
+            let slope: f64 = direction.iter().zip(gradient).map(|(d, &g)| d * f64::from(g)).sum::<f64>() / length;
+            let step = 0.02 / slope.abs().max(2.0);
+            let before = self.params[param.range.clone()].to_vec();
+            let mut loss_at = |by: f64| {
+                let values = self.params[param.range.clone()].iter_mut();
+                values
+                    .zip(&before)
+                    .zip(&direction)
+                    .for_each(|((p, b), d)| *p = (f64::from(*b) + by * d / length) as f32);
+                if param.name.ends_with(".m") {
+                    self.refresh();
+                }
+                self.loss(pass)
+            };
+            let difference = (loss_at(step) - loss_at(-step)) / (2.0 * step);
+            loss_at(0.0);
+            let error = (difference - slope).abs() / slope.abs();
+            assert!(error < 0.01, "{}: the loss moves by {difference}, the gradient says {slope}", param.name);
+        }
+    }
+}
+
+/// Numbers in [−0.2, 0.2] that depend on a name.
+pub fn values(name: &str, n: usize) -> Vec<f32> {
+    let key = random::hash(name);
+    (0..n).map(|i| 0.2 * random::symmetric(random::at(key, i as u64))).collect()
 }
 
 /// A row of random ids.

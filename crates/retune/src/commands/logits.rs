@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 
 use retune_adapter::tensors_of;
 use retune_engine::pass::Pass;
+use retune_engine::row_norms::RowNorms;
 use retune_engine::workspace::Workspace;
 use retune_engine::{Run, Saving};
 
@@ -31,7 +32,16 @@ pub fn run(args: &LogitsArgs) -> Result<()> {
     pass.push(0, &args.tokens, &trained);
     let backward = args.labels.is_some();
     let (compute, _) = compute::choose(&model, &overlay, &params, args.compute, &pass, backward);
-    let run = Run { model: &model, overlay: &overlay, params: &params, compute: &compute, pass: &pass, step: None };
+    let norms = RowNorms::of(&model, &overlay, &params);
+    let run = Run {
+        model: &model,
+        overlay: &overlay,
+        params: &params,
+        norms: &norms,
+        compute: &compute,
+        pass: &pass,
+        step: None,
+    };
     let mut workspace = Workspace::new(&model, Saving::Full);
     let all: Vec<u32> = (0..pass.tokens() as u32).collect();
     let logits = run.logits(&all, &mut workspace);

@@ -218,7 +218,7 @@ impl Run<'_> {
                 let theirs = file.lower(spec)?;
                 let scales = overlay.linears.iter().zip(&theirs.linears).zip(spec.linears());
                 for ((ours, theirs), linear) in scales {
-                    let (Some(ours), Some(theirs)) = (&ours.low_rank, &theirs.low_rank) else { continue };
+                    let ([ours], [theirs]) = (&ours.low_rank[..], &theirs.low_rank[..]) else { continue };
                     if ours.scale != theirs.scale {
                         bail!(
                             "{} was made with another `adapter` than this run asks for: it scales {} by {}, the run by {}; give the run the \
