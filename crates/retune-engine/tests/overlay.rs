@@ -2,9 +2,8 @@
 
 mod common;
 
-use common::{Case, HIDDEN, VOCAB, everything, llama, pass, relative};
+use common::{Case, HIDDEN, VOCAB, check_gradients, everything, llama, pass, relative};
 use retune_engine::Saving;
-use retune_kernels::random;
 
 #[test]
 fn a_tied_table_is_one_place_with_two_users() {
@@ -40,7 +39,7 @@ fn what_replaces_a_tensor_by_itself_changes_nothing() {
     }
 }
 
-/// Against central differences along a random direction in each tensor: for what stands together in no family too.
+/// For what stands together in no family too.
 #[test]
 fn the_gradient_of_every_tensor_is_that_of_the_loss() {
     let pass = pass(&[9, 14, 2]);
@@ -50,33 +49,6 @@ fn the_gradient_of_every_tensor_is_that_of_the_loss() {
         Case::whole(&everything(true), false),
         Case::adapted(&everything(true), 3),
     ] {
-        let grads = case.gradient(&pass, Saving::Full);
-        for param in case.overlay.layout.params().to_vec() {
-            let gradient = &grads[param.range.clone()];
-            let norm = gradient.iter().map(|&g| f64::from(g).powi(2)).sum::<f64>().sqrt();
-            assert!(norm > 0.0, "{} has no gradient", param.name);
-            // The gradient's own direction, a little turned: its loss moves well above the rounding of f32.
-            let key = random::hash(&param.name);
-            let wobble = |i: usize| f64::from(random::symmetric(random::at(key, i as u64)));
-            let size = norm / (gradient.len() as f64).sqrt();
-            let direction: Vec<f64> =
-                gradient.iter().enumerate().map(|(i, &g)| f64::from(g) + size * wobble(i)).collect();
-            let length = direction.iter().map(|d| d * d).sum::<f64>().sqrt();
-            let slope: f64 = direction.iter().zip(gradient).map(|(d, &g)| d * f64::from(g)).sum::<f64>() / length;
-            let step = 0.02 / slope.abs().max(2.0);
-            let before = case.params[param.range.clone()].to_vec();
-            let mut loss_at = |by: f64| {
-                let values = case.params[param.range.clone()].iter_mut();
-                values
-                    .zip(&before)
-                    .zip(&direction)
-                    .for_each(|((p, b), d)| *p = (f64::from(*b) + by * d / length) as f32);
-                case.loss(&pass)
-            };
-            let difference = (loss_at(step) - loss_at(-step)) / (2.0 * step);
-            loss_at(0.0);
-            let error = (difference - slope).abs() / slope.abs();
-            assert!(error < 0.01, "{}: the loss moves by {difference}, the gradient says {slope}", param.name);
-        }
+        check_gradients(&mut case, &pass);
     }
 }

@@ -8,7 +8,7 @@ use retune_engine::Run;
 use retune_engine::Saving;
 use retune_engine::compute::Compute;
 use retune_engine::model::{Model, Weights};
-use retune_engine::overlay::{LowRank, Overlay};
+use retune_engine::overlay::{LowRank, Overlay, Prefix, VirtualTokens};
 use retune_engine::pass::Pass;
 use retune_engine::spec::{
     Attention, Block, Function, Head, Linear, Mix, ModelSpec, Module, Norm, Order, Positions, QueryScale, Rope,
@@ -208,6 +208,35 @@ impl Case {
         case
     }
 
+    /// The same with virtual tokens before each row.
+    pub fn with_virtual_tokens(mut self, count: usize) -> Self {
+        let values = numbers("virtual tokens", count * HIDDEN);
+        let rows = self.add("virtual tokens", vec![count, HIDDEN], &values);
+        self.overlay.virtual_tokens = Some(VirtualTokens { rows, count });
+        self
+    }
+
+    /// The same with keys and values before those of each row.
+    pub fn with_prefix(mut self, count: usize) -> Self {
+        let width = self.model.spec.key_value_width();
+        let values = numbers("prefix", count * width);
+        let values = self.add("prefix", vec![count, width], &values);
+        self.overlay.prefix = Some(Prefix { values, count });
+        self
+    }
+
+    /// An empty pass for it.
+    pub fn empty_pass(&self, share_prefixes: bool) -> Pass {
+        Pass::new(self.overlay.prelude(&self.model.spec), share_prefixes)
+    }
+
+    /// Rows of these lengths in one pass for it, every token that is predicted a target.
+    pub fn pass(&self, lengths: &[usize]) -> Pass {
+        let mut pass = self.empty_pass(false);
+        push_rows(&mut pass, lengths);
+        pass
+    }
+
     fn add(&mut self, name: &str, shape: Vec<usize>, values: &[f32]) -> std::ops::Range<usize> {
         self.params.extend_from_slice(values);
         self.overlay.layout.add(name.to_owned(), shape, None)
@@ -239,13 +268,51 @@ pub fn row(seed: u64, length: usize) -> Vec<u32> {
     (0..length).map(|i| (random::at(seed, i as u64) % VOCAB as u64) as u32).collect()
 }
 
-/// Rows of these lengths in one pass, every token but the first a target.
-pub fn pass(lengths: &[usize]) -> Pass {
-    let mut pass = Pass::default();
+/// Uniform numbers in [−1, 1) that depend on a name.
+fn numbers(name: &str, len: usize) -> Vec<f32> {
+    let key = random::hash(name);
+    (0..len).map(|i| random::symmetric(random::at(key, i as u64))).collect()
+}
+
+fn push_rows(pass: &mut Pass, lengths: &[usize]) {
     for (number, &length) in lengths.iter().enumerate() {
         pass.push(number as u64, &row(number as u64, length), &vec![true; length]);
     }
+}
+
+/// Rows of these lengths in one pass, every token but the first a target.
+pub fn pass(lengths: &[usize]) -> Pass {
+    let mut pass = Pass::default();
+    push_rows(&mut pass, lengths);
     pass
+}
+
+/// Holds the gradient of every tensor against central differences along a random direction in it.
+pub fn check_gradients(case: &mut Case, pass: &Pass) {
+    let grads = case.gradient(pass, Saving::Full);
+    for param in case.overlay.layout.params().to_vec() {
+        let gradient = &grads[param.range.clone()];
+        let norm = gradient.iter().map(|&g| f64::from(g).powi(2)).sum::<f64>().sqrt();
+        assert!(norm > 0.0, "{} has no gradient", param.name);
+        // The gradient's own direction, a little turned: its loss moves well above the rounding of f32.
+        let key = random::hash(&param.name);
+        let wobble = |i: usize| f64::from(random::symmetric(random::at(key, i as u64)));
+        let size = norm / (gradient.len() as f64).sqrt();
+        let direction: Vec<f64> = gradient.iter().enumerate().map(|(i, &g)| f64::from(g) + size * wobble(i)).collect();
+        let length = direction.iter().map(|d| d * d).sum::<f64>().sqrt();
+        let slope: f64 = direction.iter().zip(gradient).map(|(d, &g)| d * f64::from(g)).sum::<f64>() / length;
+        let step = 0.02 / slope.abs().max(2.0);
+        let before = case.params[param.range.clone()].to_vec();
+        let mut loss_at = |by: f64| {
+            let values = case.params[param.range.clone()].iter_mut();
+            values.zip(&before).zip(&direction).for_each(|((p, b), d)| *p = (f64::from(*b) + by * d / length) as f32);
+            case.loss(pass)
+        };
+        let difference = (loss_at(step) - loss_at(-step)) / (2.0 * step);
+        loss_at(0.0);
+        let error = (difference - slope).abs() / slope.abs();
+        assert!(error < 0.01, "{}: the loss moves by {difference}, the gradient says {slope}", param.name);
+    }
 }
 
 /// ‖a − b‖ / ‖b‖
