@@ -23,15 +23,19 @@ impl<'a> Run<'a> {
         })
     }
 
-    /// Writes the pass's rows of the table, scaled and with positions, to `x: [T, D]`.
+    /// Writes the pass's rows of the table, scaled, and those of virtual tokens, both with positions, to `x: [T, D]`.
     fn look_up(&self, x: &mut [f32], scratch: &mut [f32]) {
-        embedding::forward(self.table().panel(), &self.pass.ids, x);
-        let scale = self.model.spec.table.scale;
-        if scale != 1.0 {
-            vector::scale(x, scale);
+        let spec = &self.model.spec;
+        embedding::forward(self.table().panel(), 0, &self.pass.ids, x);
+        if spec.table.scale != 1.0 {
+            vector::scale(x, spec.table.scale);
+        }
+        if let Some(tokens) = &self.overlay.virtual_tokens {
+            let rows = F32Panel::new(&self.params[tokens.rows.clone()], spec.hidden_size);
+            embedding::forward(&rows, spec.vocab_size, &self.pass.ids, x);
         }
         if let Some(positions) = self.positions() {
-            embedding::forward(positions.panel(), &self.pass.positions, scratch);
+            embedding::forward(positions.panel(), 0, &self.pass.positions, scratch);
             vector::add(x, scratch);
         }
     }
@@ -49,7 +53,7 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// Adds the gradients of the tables and their norm to `grads`, for the gradient of the first hidden states in `t.dx`.
+    /// Adds the gradients of the tables, their norm and virtual tokens to `grads`, for the gradient of the first hidden states in `t.dx`.
     pub(crate) fn embed_backward(&self, grads: &mut [f32], t: &mut Temporary) {
         if !self.overlay.trains_embedding(self.model) {
             return;
@@ -69,14 +73,17 @@ impl<'a> Run<'a> {
             dx = scratch;
         }
         if let Some(range) = &self.overlay.positions {
-            embedding::backward(&self.pass.positions, dx, d, &mut grads[range.clone()]);
+            embedding::backward(0, &self.pass.positions, dx, d, &mut grads[range.clone()]);
+        }
+        if let Some(tokens) = &self.overlay.virtual_tokens {
+            embedding::backward(self.model.spec.vocab_size, &self.pass.ids, dx, d, &mut grads[tokens.rows.clone()]);
         }
         if let Some(range) = &self.overlay.table {
             let scale = self.model.spec.table.scale;
             if scale != 1.0 {
                 vector::scale(dx, scale);
             }
-            embedding::backward(&self.pass.ids, dx, d, &mut grads[range.clone()]);
+            embedding::backward(0, &self.pass.ids, dx, d, &mut grads[range.clone()]);
         }
     }
 }

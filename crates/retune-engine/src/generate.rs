@@ -8,7 +8,7 @@ use retune_kernels::random;
 use crate::compute::Compute;
 use crate::model::{Attention, Model};
 use crate::overlay::Overlay;
-use crate::pass::Pass;
+use crate::pass::{Pass, Prelude};
 use crate::row_norms::RowNorms;
 use crate::run::Run;
 use crate::saved::Saving;
@@ -52,9 +52,13 @@ impl Cache {
         }
     }
 
-    fn clear(&mut self) {
+    /// Forgets everything but the keys and values that precede every text.
+    fn restart(&mut self, prefix: [Option<Heads>; 2], count: usize) {
         self.keys.clear();
         self.values.clear();
+        if let [Some(keys), Some(values)] = prefix {
+            self.append(keys, values, count);
+        }
     }
 
     /// Tokens held.
@@ -101,7 +105,8 @@ pub struct Generation<'a> {
     pass: Pass,
     logits: Vec<f32>,
     order: Vec<u32>,
-    /// Everything read so far.
+    prelude: Prelude,
+    /// Everything read so far, virtual tokens first.
     ids: Vec<u32>,
     drawn: u64,
 }
@@ -109,7 +114,7 @@ pub struct Generation<'a> {
 impl<'a> Generation<'a> {
     /// Starts with nothing read; computes in f32.
     pub fn new(model: &'a Model, overlay: &'a Overlay, params: &'a [f32], sampling: Sampling) -> Self {
-        Self {
+        let mut generation = Self {
             model,
             overlay,
             params,
@@ -121,20 +126,35 @@ impl<'a> Generation<'a> {
             pass: Pass::default(),
             logits: vec![0.0; model.spec.vocab_size],
             order: Vec::new(),
+            prelude: overlay.prelude(&model.spec),
             ids: Vec::new(),
             drawn: 0,
+        };
+        generation.restart_caches();
+        generation
+    }
+
+    /// Leaves in the caches what stands before the first token.
+    fn restart_caches(&mut self) {
+        let attentions = self.model.sub_layers.iter().filter_map(|s| s.attention());
+        for (cache, attention) in self.cache.iter_mut().zip(attentions) {
+            cache.restart(attention.prefix(self.overlay, self.params), self.prelude.prefix);
         }
     }
 
     /// Reads tokens: the prompt, or the token generated last.
     pub fn read(&mut self, ids: &[u32]) {
         let mut first = self.ids.len();
+        if first == 0 {
+            self.ids.extend(self.prelude.virtual_ids.clone());
+        }
         self.ids.extend_from_slice(ids);
         let long: Vec<_> = self.model.spec.ropes.iter().filter_map(|rope| rope.long.as_ref()).collect();
         // A text that becomes long is rotated otherwise from its beginning.
-        let crosses = |long: &&LongRope| first <= long.beyond && self.ids.len() > long.beyond;
+        let prefix = self.prelude.prefix;
+        let crosses = |long: &&LongRope| prefix + first <= long.beyond && prefix + self.ids.len() > long.beyond;
         if long.iter().any(|long| matches!(long.frequencies, LongFrequencies::Fixed(_)) && crosses(long)) {
-            self.cache.iter_mut().for_each(Cache::clear);
+            self.restart_caches();
             first = 0;
         }
         // Where the length decides, all that is read at once is rotated by the length of all.
@@ -142,7 +162,7 @@ impl<'a> Generation<'a> {
         for chunk in self.ids[first..].chunks(chunk) {
             self.pass.clear();
             self.pass.push(0, chunk, &[]);
-            self.pass.positions.iter_mut().for_each(|p| *p += first as u32);
+            self.pass.positions.iter_mut().for_each(|p| *p += (prefix + first) as u32);
             first += chunk.len();
             let Self { model, overlay, params, ref norms, ref compute, ref pass, .. } = *self;
             let run = Run { model, overlay, params, norms, compute, pass, step: None };
@@ -155,6 +175,28 @@ impl<'a> Generation<'a> {
             let run = Run { model, overlay, params, norms, compute, pass, step: None };
             run.last_logits(&last, &mut self.workspace, &mut self.logits);
         }
+    }
+
+    /// Keys and values of everything read, as a [`crate::overlay::Prefix`] holds them: that prefix is to what follows what the text read
+    /// is. `None` where a window has let go of some.
+    pub fn keys_and_values(&self) -> Option<Vec<f32>> {
+        let count = self.prelude.prefix + self.ids.len();
+        let row = self.model.spec.key_value_width();
+        let mut all = vec![0.0; count * row];
+        let mut column = 0;
+        for cache in &self.cache {
+            if cache.tokens() != count {
+                return None;
+            }
+            let width = cache.layout.row;
+            for of_text in [&cache.keys, &cache.values] {
+                for (to, from) in all.chunks_exact_mut(row).zip(of_text.chunks_exact(width)) {
+                    to[column..column + width].copy_from_slice(from);
+                }
+                column += width;
+            }
+        }
+        Some(all)
     }
 
     /// Chooses the token that follows what was read.

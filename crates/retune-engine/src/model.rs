@@ -108,6 +108,8 @@ pub(crate) struct Attention {
     pub q: HeadLayout,
     pub k: HeadLayout,
     pub v: HeadLayout,
+    /// Where the keys and the values of a prefix lie in rows that hold those of all attentions.
+    pub prefix: [HeadLayout; 2],
     pub qk_norm: Option<[Norm; 2]>,
     /// The spec's rotation that queries and keys are turned by.
     pub rope: Option<usize>,
@@ -156,6 +158,9 @@ struct Builder<'a, W> {
     linears: Vec<Linear>,
     vectors: Vec<Vec<f32>>,
     names: Vec<String>,
+    /// Elements of a row that holds the keys and values of all attentions, and where those of the next attention begin in it.
+    key_value_width: usize,
+    next_key: usize,
 }
 
 impl<W: Weights> Builder<'_, W> {
@@ -213,6 +218,9 @@ impl<W: Weights> Builder<'_, W> {
             }
             Order::Heads => [0, 1, 2].map(|part| layout(a.queries, part * d, 3 * d)),
         };
+        let in_prefix = |first| HeadLayout { row: self.key_value_width, ..layout(a.keys, first, d) };
+        let prefix = [0, a.keys * d].map(|first| in_prefix(self.next_key + first));
+        self.next_key += a.key_value_width();
         let qk_norm = match &a.qk_norm {
             Some([q, k]) => Some([self.norm(q)?, self.norm(k)?]),
             None => None,
@@ -231,7 +239,7 @@ impl<W: Weights> Builder<'_, W> {
             soft_cap: a.soft_cap,
             slopes,
         };
-        Ok(Attention { scores, q, k, v, qk_norm, rope, query_scale: a.query_scale })
+        Ok(Attention { scores, q, k, v, prefix, qk_norm, rope, query_scale: a.query_scale })
     }
 }
 
@@ -241,7 +249,14 @@ impl Model {
     /// # Errors
     /// A tensor that is missing or cannot be read.
     pub fn load<W: Weights>(spec: ModelSpec, weights: &W) -> Result<Self, W::Error> {
-        let mut b = Builder { weights, linears: Vec::new(), vectors: Vec::new(), names: Vec::new() };
+        let mut b = Builder {
+            weights,
+            linears: Vec::new(),
+            vectors: Vec::new(),
+            names: Vec::new(),
+            key_value_width: spec.key_value_width(),
+            next_key: 0,
+        };
         let table = weights.tensor(&format!("{}.weight", spec.table.name))?;
         let positions = match &spec.table.positions {
             Some(name) => Some(weights.tensor(&format!("{name}.weight"))?),

@@ -1,5 +1,5 @@
-//! What stands on a frozen model, in one normal form: weights and vectors trained in the base's place, low-rank terms, and scales of what
-//! linears read and write.
+//! What stands on a frozen model, in one normal form: weights and vectors trained in the base's place, low-rank terms, scales of what linears
+//! read and write, and what precedes every row.
 //!
 //! A method of fine-tuning lowers itself into an overlay; the engine computes the overlay and knows no method. Every trainable value lies
 //! in the flat vector of [`ParamLayout`]; an overlay says where.
@@ -11,6 +11,8 @@ use arrayvec::ArrayVec;
 
 use crate::model::{LinearId, Model, SubLayer, VectorId, padded};
 use crate::params::ParamLayout;
+use crate::pass::Prelude;
+use crate::spec::ModelSpec;
 
 /// Everything that stands on a model.
 #[derive(Clone, Debug, Default)]
@@ -24,6 +26,29 @@ pub struct Overlay {
     pub linears: Vec<Change>,
     /// Norm weights and biases trained in the base's place, by [`VectorId`]; as many as the model has.
     pub vectors: Vec<Option<Range<usize>>>,
+    /// Inputs of the first block before those of each row's tokens.
+    pub virtual_tokens: Option<VirtualTokens>,
+    /// Keys and values of each attention before those of each row's tokens.
+    pub prefix: Option<Prefix>,
+}
+
+/// Tokens that are no text (Lester et al. 2021): their rows stand in the place of looked-up and scaled rows of the table. Learned positions
+/// are added to them, and a norm after the table normalises them, as they do with any.
+#[derive(Clone, Debug, PartialEq)]
+pub struct VirtualTokens {
+    /// Where the rows lie in the flat vector, `[count, hidden_size]`.
+    pub rows: Range<usize>,
+    pub count: usize,
+}
+
+/// Keys and values that every query of a row may look at (Li and Liang 2021). They are taken as they are, neither normalised nor rotated.
+/// They stand at the positions `0..count`, by which a window and a bias by distance count them.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Prefix {
+    /// Where they lie in the flat vector: `[count, W]`, W being [`ModelSpec::key_value_width`]. A row has the attentions one after the other,
+    /// of each its keys, head by head, and then its values.
+    pub values: Range<usize>,
+    pub count: usize,
 }
 
 /// Most low-rank terms on one linear.
@@ -131,6 +156,20 @@ impl Overlay {
         Self { linears: vec![Change::default(); linears], vectors: vec![None; vectors], ..Self::default() }
     }
 
+    /// What it puts before each row of a model of this spec.
+    pub fn prelude(&self, spec: &ModelSpec) -> Prelude {
+        let first = spec.vocab_size as u32;
+        let virtual_ids = self.virtual_tokens.as_ref().map(|tokens| first..first + tokens.count as u32);
+        let prefix = self.prefix.as_ref().map_or(0, |prefix| prefix.count);
+        Prelude { virtual_ids: virtual_ids.unwrap_or_default(), prefix }
+    }
+
+    /// The most tokens a row of a model of this spec may have, after what this puts before it; no limit but sense where positions are not
+    /// learned.
+    pub fn most_tokens(&self, spec: &ModelSpec) -> Option<usize> {
+        Some(spec.most_positions()?.saturating_sub(self.prelude(spec).len()))
+    }
+
     /// What stands on a linear.
     pub fn change(&self, linear: LinearId) -> &Change {
         &self.linears[linear.0]
@@ -152,23 +191,30 @@ impl Overlay {
         !self.change(linear).is_empty() || self.trains_linear(model, linear)
     }
 
-    /// Whether anything before a sub-layer's mix is trained.
+    /// Whether any parameter of what a sub-layer's mix reads is trained.
     pub(crate) fn trains_inputs(&self, model: &Model, sub_layer: &SubLayer) -> bool {
         sub_layer.vectors_before_mix().any(|vector| self.trains_vector(vector))
             || sub_layer.inputs.iter().any(|&linear| self.trains_linear(model, linear))
     }
 
+    /// Whether a sub-layer's mix reads anything trained that is not computed from the sub-layer's input.
+    pub(crate) fn trains_mix(&self, sub_layer: &SubLayer) -> bool {
+        self.prefix.is_some() && sub_layer.attention().is_some()
+    }
+
     /// Whether anything of a sub-layer is trained.
     pub(crate) fn trains_sub_layer(&self, model: &Model, sub_layer: &SubLayer) -> bool {
         self.trains_inputs(model, sub_layer)
+            || self.trains_mix(sub_layer)
             || self.trains_linear(model, sub_layer.output)
             || sub_layer.post_norm.iter().flat_map(|norm| norm.vectors()).any(|vector| self.trains_vector(vector))
     }
 
-    /// Whether anything of the embedding is trained.
+    /// Whether anything that makes the first hidden states is trained.
     pub(crate) fn trains_embedding(&self, model: &Model) -> bool {
         let norm = model.table_norm.iter().flat_map(|norm| norm.vectors());
-        self.table.is_some() || self.positions.is_some() || norm.into_iter().any(|vector| self.trains_vector(vector))
+        let rows = [&self.table, &self.positions].into_iter().any(Option::is_some) || self.virtual_tokens.is_some();
+        rows || norm.into_iter().any(|vector| self.trains_vector(vector))
     }
 
     /// The lowest sub-layer that the backward must reach: below it nothing is trained. `None` where nothing before the last norm is.

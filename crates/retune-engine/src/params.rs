@@ -95,6 +95,18 @@ impl ParamLayout {
     }
 }
 
+/// Computes the flat vector that an overlay's places are in from another one, the latent one, which is what is trained.
+pub trait Reparameterisation: Send + Sync {
+    /// Names and places of the latent vector's tensors.
+    fn layout(&self) -> &ParamLayout;
+
+    /// Writes the flat vector, all of it.
+    fn forward(&self, latent: &[f32], flat: &mut [f32]);
+
+    /// Adds to `latent_gradient` what the flat vector's gradient makes of it.
+    fn backward(&self, latent: &[f32], flat_gradient: &[f32], latent_gradient: &mut [f32]);
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -8,9 +8,9 @@ const LEAST_SHARED: usize = 8;
 /// One row of the data set inside a pass.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Sequence {
-    /// Its tokens in the pass: all of the row, or what follows the tokens it shares with an earlier one.
+    /// Its tokens in the pass, virtual ones included: all of the row, or what follows the tokens it shares with an earlier one.
     pub tokens: Range<usize>,
-    /// All tokens of the row, in [`Pass::key_tokens`]: what its queries may see.
+    /// All keys of the row, in [`Pass::key_rows`]: what its queries may see.
     pub keys: Range<usize>,
     /// Its labels, in [`Pass::labels`].
     pub labels: Range<usize>,
@@ -27,20 +27,43 @@ pub struct Label {
     pub target: u32,
 }
 
-/// Rows laid end to end. Positions restart with each row; the head runs on the tokens of `labels` alone.
+/// What stands before the tokens of every row, and takes the positions before theirs.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Prelude {
+    /// Ids of virtual tokens, beyond those of the table: they are computed like any others.
+    pub virtual_ids: Range<u32>,
+    /// Number of keys and values that every attention finds before those of the row's tokens.
+    pub prefix: usize,
+}
+
+impl Prelude {
+    /// How many positions it takes.
+    pub fn len(&self) -> usize {
+        self.virtual_ids.len() + self.prefix
+    }
+
+    /// Whether rows begin with their own tokens.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// Rows laid end to end, each after the prelude. Positions restart with each row; the head runs on the tokens of `labels` alone.
 ///
 /// With `share_prefixes` a row that begins like an earlier one (the same system prompt, the same instruction) has those tokens in common
 /// with it. What a causal model computes for a token depends on what precedes it and on nothing else, so this changes results by the order
 /// of sums alone.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Pass {
+    pub prelude: Prelude,
     pub share_prefixes: bool,
     pub ids: Vec<u32>,
     pub positions: Vec<u32>,
     pub sequences: Vec<Sequence>,
     pub labels: Vec<Label>,
-    /// For each key of each row, all rows one after the other, the token of the pass that it comes from.
-    pub key_tokens: Vec<u32>,
+    /// For each key of each row, all rows one after the other, where it comes from: [`Self::prefix_rows`] are the prefix's, and
+    /// [`Self::token_rows`], after them, those of the pass's tokens.
+    pub key_rows: Vec<u32>,
 }
 
 /// How much a pass holds.
@@ -48,8 +71,8 @@ pub struct Pass {
 pub struct PassSize {
     /// Tokens that are computed.
     pub tokens: usize,
-    /// Tokens of all rows, those they share counted for each.
-    pub row_tokens: usize,
+    /// Keys of all rows, those they share counted for each.
+    pub keys: usize,
     pub labels: usize,
     /// Labels of a pass that is scored and not trained on: in f32, whatever the others are computed in.
     pub scored_labels: usize,
@@ -60,14 +83,14 @@ pub struct PassSize {
 impl PassSize {
     /// Rows that share nothing, with a label on every token.
     pub fn dense(tokens: usize) -> Self {
-        Self { tokens, row_tokens: tokens, labels: tokens, ..Self::default() }
+        Self { tokens, keys: tokens, labels: tokens, ..Self::default() }
     }
 
     /// The size of a pass that could hold either of two.
     pub fn max(self, other: Self) -> Self {
         Self {
             tokens: self.tokens.max(other.tokens),
-            row_tokens: self.row_tokens.max(other.row_tokens),
+            keys: self.keys.max(other.keys),
             labels: self.labels.max(other.labels),
             scored_labels: self.scored_labels.max(other.scored_labels),
             is_shared: self.is_shared || other.is_shared,
@@ -76,9 +99,10 @@ impl PassSize {
 }
 
 impl Pass {
-    /// An empty pass whose rows will share what they begin with in common.
-    pub fn sharing_prefixes(share_prefixes: bool) -> Self {
-        Self { share_prefixes, ..Self::default() }
+    /// An empty pass for rows after `prelude`, which is [`crate::overlay::Overlay::prelude`] of what the pass will run through. With
+    /// `share_prefixes` rows will share what they begin with in common.
+    pub fn new(prelude: Prelude, share_prefixes: bool) -> Self {
+        Self { prelude, share_prefixes, ..Self::default() }
     }
 
     /// Number of tokens that are computed.
@@ -86,31 +110,54 @@ impl Pass {
         self.ids.len()
     }
 
-    /// Number of tokens of all rows.
+    /// Number of keys of all rows.
+    pub fn keys(&self) -> usize {
+        self.key_rows.len()
+    }
+
+    /// Number of tokens of all rows, virtual ones left out.
     pub fn row_tokens(&self) -> usize {
-        self.key_tokens.len()
+        self.keys() - self.sequences.len() * self.prelude.len()
     }
 
     /// How much it holds.
     pub fn size(&self) -> PassSize {
-        let (tokens, row_tokens, labels) = (self.tokens(), self.row_tokens(), self.labels.len());
-        PassSize { tokens, row_tokens, labels, scored_labels: 0, is_shared: self.is_shared() }
+        let (tokens, keys, labels) = (self.tokens(), self.keys(), self.labels.len());
+        PassSize { tokens, keys, labels, scored_labels: 0, is_shared: self.is_shared() }
     }
 
     /// Whether a token is part of several rows.
     pub fn is_shared(&self) -> bool {
-        self.row_tokens() > self.tokens()
+        self.keys() - self.sequences.len() * self.prelude.prefix > self.tokens()
     }
 
-    /// The longest beginning that a row would share with one in the pass, as a range of [`Self::key_tokens`]; empty for none.
+    /// The numbers in [`Self::key_rows`] of the prefix's keys.
+    pub(crate) fn prefix_rows(&self) -> Range<u32> {
+        0..self.prelude.prefix as u32
+    }
+
+    /// The numbers in [`Self::key_rows`] of the keys of the pass's tokens.
+    pub(crate) fn token_rows(&self) -> Range<u32> {
+        let first = self.prefix_rows().end;
+        first..first + self.tokens() as u32
+    }
+
+    /// The ids of a row after the prelude.
+    fn row_ids<'a>(&self, ids: &'a [u32]) -> impl Iterator<Item = u32> + use<'a> {
+        self.prelude.virtual_ids.clone().chain(ids.iter().copied())
+    }
+
+    /// The longest beginning that a row would share with one in the pass, as a range of [`Self::key_rows`]; empty for none.
     fn shared(&self, ids: &[u32]) -> Range<usize> {
         let mut longest = 0..0;
         if self.share_prefixes {
+            let prefix = self.prelude.prefix;
             // A row keeps at least one token of its own.
-            let ids = &ids[..ids.len().saturating_sub(1)];
-            for keys in self.sequences.iter().map(|sequence| sequence.keys.clone()) {
-                let tokens = self.key_tokens[keys.clone()].iter();
-                let same = tokens.zip(ids).take_while(|&(&token, id)| self.ids[token as usize] == *id).count();
+            let most = (self.prelude.virtual_ids.len() + ids.len()).saturating_sub(1);
+            for keys in self.sequences.iter().map(|sequence| sequence.keys.start + prefix..sequence.keys.end) {
+                let rows = self.key_rows[keys.clone()].iter();
+                let pairs = rows.zip(self.row_ids(ids).take(most));
+                let same = pairs.take_while(|&(&row, id)| self.ids[row as usize - prefix] == id).count();
                 if same >= LEAST_SHARED && same > longest.len() {
                     longest = keys.start..keys.start + same;
                 }
@@ -121,25 +168,40 @@ impl Pass {
 
     /// By how many tokens a row would make the pass longer.
     pub fn own_tokens(&self, ids: &[u32]) -> usize {
-        ids.len() - self.shared(ids).len()
+        self.prelude.virtual_ids.len() + ids.len() - self.shared(ids).len()
     }
 
-    /// Appends a row; `trained[i]` says whether token i is a target (the first never is: nothing predicts it).
+    /// How many keys a row would have.
+    pub fn row_keys(&self, ids: &[u32]) -> usize {
+        self.prelude.len() + ids.len()
+    }
+
+    /// Appends a row; `trained[i]` says whether token i is a target (the first is none unless a virtual token predicts it).
     pub fn push(&mut self, row: u64, ids: &[u32], trained: &[bool]) {
         let shared = self.shared(ids);
-        let (start, first) = (self.ids.len(), self.key_tokens.len());
-        let own = shared.len()..ids.len();
+        let (virtual_tokens, prefix) = (self.prelude.virtual_ids.len(), self.prelude.prefix);
+        let (start, first) = (self.ids.len(), self.key_rows.len());
+        let own = shared.len()..virtual_tokens + ids.len();
         let end = start + own.len();
-        self.ids.extend_from_slice(&ids[own.clone()]);
-        self.positions.extend(own.start as u32..own.end as u32);
-        self.key_tokens.extend_from_within(shared);
-        self.key_tokens.extend(start as u32..end as u32);
-        let row_tokens = &self.key_tokens[first..];
-        let targets = ids.iter().zip(trained).enumerate().skip(1).filter(|(_, (_, trained))| **trained);
+        let row_ids = self.row_ids(ids);
+        self.ids.extend(row_ids.skip(own.start));
+        self.positions.extend((prefix + own.start) as u32..(prefix + own.end) as u32);
+        self.key_rows.extend(self.prefix_rows());
+        self.key_rows.extend_from_within(shared);
+        self.key_rows.extend((prefix + start) as u32..(prefix + end) as u32);
+        let rows = &self.key_rows[first + prefix..];
+        let targets = ids.iter().zip(trained).zip(virtual_tokens..).filter(|((_, trained), at)| **trained && *at > 0);
+        let label = |((&target, _), at): (_, usize)| Label { token: rows[at - 1] - prefix as u32, target };
         let first_label = self.labels.len();
-        self.labels.extend(targets.map(|(i, (&target, _))| Label { token: row_tokens[i - 1], target }));
-        let (keys, labels) = (first..self.key_tokens.len(), first_label..self.labels.len());
+        self.labels.extend(targets.map(label));
+        let (keys, labels) = (first..self.key_rows.len(), first_label..self.labels.len());
         self.sequences.push(Sequence { tokens: start..end, keys, labels, row });
+    }
+
+    /// The places in the pass of all tokens of a sequence's row, virtual ones left out.
+    pub fn tokens_of(&self, sequence: &Sequence) -> impl Iterator<Item = u32> {
+        let prefix = self.prelude.prefix as u32;
+        self.key_rows[sequence.keys.clone()].iter().skip(self.prelude.len()).map(move |row| row - prefix)
     }
 
     /// Empties the pass and keeps its memory.
@@ -148,7 +210,7 @@ impl Pass {
         self.positions.clear();
         self.sequences.clear();
         self.labels.clear();
-        self.key_tokens.clear();
+        self.key_rows.clear();
     }
 
     /// The sequence that a label is of.
@@ -174,14 +236,14 @@ mod tests {
         assert_eq!(pass.positions, [0, 1, 2, 0, 1]);
         assert_eq!(pass.labels, [Label { token: 1, target: 12 }, Label { token: 3, target: 21 }]);
         assert_eq!(pass.sequence_of(4).map(|s| s.row), Some(3));
-        assert_eq!(pass.key_tokens, [0, 1, 2, 3, 4]);
+        assert_eq!(pass.key_rows, [0, 1, 2, 3, 4]);
     }
 
     #[test]
     fn a_row_that_begins_like_another_has_its_own_end_alone() {
         let row = |shared: u32, end: &[u32]| -> Vec<u32> { (0..shared).chain(end.iter().copied()).collect() };
         let last = |ids: &[u32]| -> Vec<bool> { (0..ids.len()).map(|i| i + 1 == ids.len()).collect() };
-        let mut pass = Pass::sharing_prefixes(true);
+        let mut pass = Pass::new(Prelude::default(), true);
         // The third row has most in common with the second, which has nine tokens from the first; the fourth has too few, the last is
         // the first once more.
         for (i, ids) in [row(12, &[90]), row(9, &[50, 51, 52]), row(9, &[50, 51, 70]), row(7, &[60]), row(12, &[90])]
@@ -198,7 +260,7 @@ mod tests {
         assert_eq!(pass.ids[13..], [50, 51, 52, 70, 0, 1, 2, 3, 4, 5, 6, 60, 90]);
         assert_eq!(pass.positions[13..], [9, 10, 11, 11, 0, 1, 2, 3, 4, 5, 6, 7, 12]);
         let third = pass.sequences[2].keys.clone();
-        assert_eq!(pass.key_tokens[third], [0, 1, 2, 3, 4, 5, 6, 7, 8, 13, 14, 16]);
+        assert_eq!(pass.key_rows[third], [0, 1, 2, 3, 4, 5, 6, 7, 8, 13, 14, 16]);
         let labels: Vec<_> = pass.labels.iter().map(|l| (l.token, l.target)).collect();
         assert_eq!(labels, [(11, 90), (14, 52), (14, 70), (23, 60), (11, 90)]);
         // Its token is the first row's.
@@ -207,6 +269,55 @@ mod tests {
         assert_eq!((pass.row_tokens(), pass.is_shared()), (13 + 12 + 12 + 8 + 13, true));
         let mut alone = Pass::default();
         [row(12, &[90]), row(12, &[91])].iter().for_each(|ids| alone.push(0, ids, &last(ids)));
+        assert!(!alone.is_shared());
+    }
+
+    #[test]
+    fn virtual_tokens_begin_each_row_and_predict_its_first() {
+        let prelude = Prelude { virtual_ids: 100..103, prefix: 0 };
+        let mut pass = Pass::new(prelude, false);
+        pass.push(0, &[10, 11], &[true, true]);
+        pass.push(1, &[20], &[false]);
+        assert_eq!(pass.ids, [100, 101, 102, 10, 11, 100, 101, 102, 20]);
+        assert_eq!(pass.positions, [0, 1, 2, 3, 4, 0, 1, 2, 3]);
+        assert_eq!(pass.labels, [Label { token: 2, target: 10 }, Label { token: 3, target: 11 }]);
+        assert_eq!((pass.tokens(), pass.keys(), pass.row_tokens(), pass.is_shared()), (9, 9, 3, false));
+        assert!(pass.tokens_of(&pass.sequences[0]).eq([3, 4]));
+        assert_eq!(pass.sequences[1].tokens, 5..9);
+    }
+
+    #[test]
+    fn virtual_tokens_are_shared_by_all_rows() {
+        let mut pass = Pass::new(Prelude { virtual_ids: 100..108, prefix: 0 }, true);
+        pass.push(0, &[10, 11], &[true, true]);
+        assert_eq!((pass.own_tokens(&[20, 21]), pass.own_tokens(&[10, 12])), (2, 1));
+        pass.push(1, &[20, 21], &[true, true]);
+        pass.push(2, &[10, 12], &[true, true]);
+        assert_eq!(pass.ids, [100, 101, 102, 103, 104, 105, 106, 107, 10, 11, 20, 21, 12]);
+        assert_eq!(pass.positions[8..], [8, 9, 8, 9, 9]);
+        let labels: Vec<_> = pass.labels.iter().map(|l| (l.token, l.target)).collect();
+        assert_eq!(labels, [(7, 10), (8, 11), (7, 20), (10, 21), (7, 10), (8, 12)]);
+        assert_eq!((pass.keys(), pass.row_tokens(), pass.is_shared()), (30, 6, true));
+        assert!(pass.tokens_of(&pass.sequences[2]).eq([8, 12]));
+    }
+
+    #[test]
+    fn a_prefix_is_keys_and_positions_and_no_tokens() {
+        let mut pass = Pass::new(Prelude { virtual_ids: 0..0, prefix: 2 }, true);
+        let row: Vec<u32> = (0..9).collect();
+        pass.push(0, &row, &[true; 9]);
+        pass.push(1, &[row.as_slice(), &[70]].concat(), &[true; 10]);
+        assert_eq!((pass.tokens(), pass.keys(), pass.row_tokens(), pass.is_shared()), (10, 23, 19, true));
+        assert_eq!(pass.positions, [2, 3, 4, 5, 6, 7, 8, 9, 10, 11]);
+        assert_eq!(pass.key_rows[..11], [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10]);
+        assert_eq!(pass.key_rows[11..], [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]);
+        // Nothing predicts the first token: a prefix has no output.
+        assert_eq!((pass.labels.len(), pass.labels[0]), (8 + 9, Label { token: 0, target: 1 }));
+        assert_eq!(pass.labels[16], Label { token: 8, target: 70 });
+        assert!(pass.tokens_of(&pass.sequences[1]).eq([0, 1, 2, 3, 4, 5, 6, 7, 8, 9]));
+        assert_eq!((pass.prefix_rows(), pass.token_rows()), (0..2, 2..12));
+        let mut alone = Pass::new(Prelude { virtual_ids: 0..0, prefix: 2 }, true);
+        alone.push(0, &row, &[true; 9]);
         assert!(!alone.is_shared());
     }
 }

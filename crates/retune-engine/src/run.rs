@@ -73,6 +73,9 @@ impl<'a> Run<'a> {
     }
 
     /// The summed loss over the labels of the pass, in nats; each label's own is left in [`Workspace::losses`].
+    ///
+    /// # Panics
+    /// When the pass's prelude is not the overlay's.
     pub fn loss(&self, workspace: &mut Workspace) -> f64 {
         self.forward(workspace, false, None);
         self.head_pass(None, workspace)
@@ -81,7 +84,7 @@ impl<'a> Run<'a> {
     /// The summed loss over the labels of the pass; its gradient is added to `grads`.
     ///
     /// # Panics
-    /// When dropout applies and rows share tokens: each row has masks of its own.
+    /// When dropout applies and rows share tokens: each row has masks of its own. When the pass's prelude is not the overlay's.
     pub fn loss_and_gradient(&self, grads: &mut [f32], workspace: &mut Workspace) -> f64 {
         let drops = self.step.is_some() && self.overlay.has_dropout();
         assert!(!(drops && self.pass.is_shared()), "rows with dropout cannot share tokens");
@@ -92,6 +95,9 @@ impl<'a> Run<'a> {
     }
 
     /// Logits `[tokens.len(), V]` of the given tokens of the pass.
+    ///
+    /// # Panics
+    /// When the pass's prelude is not the overlay's.
     pub fn logits(&self, tokens: &[u32], workspace: &mut Workspace) -> Vec<f32> {
         self.forward(workspace, false, None);
         let mut logits = vec![0.0; tokens.len() * self.model.spec.vocab_size];
@@ -102,6 +108,9 @@ impl<'a> Run<'a> {
     /// Runs the sub-layers; afterwards the last one's output is in the workspace. With `backward` what the backward reads is kept.
     pub(crate) fn forward(&self, workspace: &mut Workspace, backward: bool, mut cache: Option<&mut [Cache]>) {
         let (model, pass) = (self.model, self.pass);
+        // A cache holds what precedes the pass.
+        let is_right = cache.is_some() || pass.prelude == self.overlay.prelude(&model.spec);
+        assert!(is_right, "the pass was not made for this overlay: {:?}", pass.prelude);
         let tokens = pass.tokens();
         let positions = pass.positions.iter().max().map_or(0, |&p| p as usize + 1);
         workspace.reserve(model, self.overlay, tokens, positions, backward);

@@ -233,6 +233,13 @@ impl Norm {
     }
 }
 
+impl Attention {
+    /// Values that a token has in the keys and values together.
+    pub fn key_value_width(&self) -> usize {
+        2 * self.keys * self.head_dim
+    }
+}
+
 impl SubLayer {
     /// Columns of the inputs' output, side by side.
     pub fn inner(&self) -> usize {
@@ -386,6 +393,11 @@ impl ModelSpec {
     /// The most tokens a row may have; no limit but sense where positions are not learned.
     pub fn most_positions(&self) -> Option<usize> {
         self.table.positions.as_ref().map(|_| self.context)
+    }
+
+    /// Values that a token has in the keys and values of all attentions together.
+    pub fn key_value_width(&self) -> usize {
+        self.sub_layers().filter_map(SubLayer::attention).map(Attention::key_value_width).sum()
     }
 
     /// Whether rows of a pass may have tokens in common: not where a rotation depends on the row's length.

@@ -8,6 +8,7 @@ use retune_kernels::{activation, bf16, glu, rows, vector};
 use crate::generate::Cache;
 use crate::linear::{self, Gradient, Input, Keep, To};
 use crate::model::{Attention, Middle, SubLayer};
+use crate::overlay::Overlay;
 use crate::pass::Pass;
 use crate::profile::{Operation, span};
 use crate::rope::{Direction, Rotations};
@@ -135,7 +136,8 @@ impl SubLayer {
             g = draw;
         }
         let gradient = Gradient { group: &output, g };
-        let below = needs_input || run.overlay.trains_inputs(run.model, self);
+        let to_inputs = needs_input || run.overlay.trains_inputs(run.model, self);
+        let below = to_inputs || run.overlay.trains_mix(self);
         let dmixed = &mut t.mixed[..tokens * self.mixed()];
         linear::project_gradients(run, gradient, tokens, &mut t.linear);
         if below || linear::needs_input_gradient(run, &output) {
@@ -158,7 +160,7 @@ impl SubLayer {
                 }
             }
         }
-        if !below {
+        if !to_inputs {
             return;
         }
         restore(x, rounded.map(|rounded| &rounded.x));
@@ -231,21 +233,37 @@ pub(crate) fn fill_segments(pass: &Pass, segments: &mut Vec<Segment>) {
     segments.extend(pass.sequences.iter().map(|s| Segment { queries: s.tokens.clone(), keys: s.keys.clone() }));
 }
 
-/// The keys (or values) of whole rows, from those of the pass's tokens: the same where rows share no tokens.
-fn whole_rows<'a>(pass: &Pass, tokens: Heads<'a>, memory: &'a mut Vec<f32>) -> Heads<'a> {
-    if !pass.is_shared() {
+/// Whether keys and values of whole rows are laid out apart from those of the pass's tokens.
+fn lays_rows_whole(pass: &Pass) -> bool {
+    pass.is_shared() || pass.prelude.prefix > 0
+}
+
+/// The keys (or values) of whole rows, from those of the prefix and of the pass's tokens: the tokens' own where nothing precedes the rows
+/// and they share nothing.
+fn whole_rows<'a>(pass: &Pass, prefix: Option<Heads>, tokens: Heads<'a>, memory: &'a mut Vec<f32>) -> Heads<'a> {
+    if !lays_rows_whole(pass) {
         return tokens;
     }
     let layout = HeadLayout::dense(tokens.layout.heads, tokens.layout.head_dim);
-    let len = pass.row_tokens() * layout.row;
+    let len = pass.keys() * layout.row;
     grow(memory, len);
-    rows::gather(tokens, &pass.key_tokens, &mut memory[..len]);
-    Heads { data: &memory[..len], layout }
+    let whole = &mut memory[..len];
+    if let Some(prefix) = prefix {
+        rows::gather(prefix, &pass.key_rows, pass.prefix_rows(), whole);
+    }
+    rows::gather(tokens, &pass.key_rows, pass.token_rows(), whole);
+    Heads { data: whole, layout }
 }
 
 impl Attention {
     fn heads<'a>(&self, data: &'a [f32], layout: HeadLayout) -> Heads<'a> {
         Heads { data, layout }
+    }
+
+    /// The keys and the values that precede each row, if any do.
+    pub fn prefix<'a>(&self, overlay: &Overlay, params: &'a [f32]) -> [Option<Heads<'a>>; 2] {
+        let data = overlay.prefix.as_ref().map(|prefix| &params[prefix.values.clone()]);
+        self.prefix.map(|layout| data.map(|data| Heads { data, layout }))
     }
 
     /// Where queries and keys lie once they are normalised and rotated apart from the inputs' output.
@@ -290,6 +308,12 @@ impl Attention {
         self.turned_layouts().map(|layout| self.heads(turned, layout))
     }
 
+    /// Keys and values of whole rows, from those of the pass's tokens.
+    fn whole<'a>(&self, run: Run<'a>, [k, v]: [Heads<'a>; 2], memory: &'a mut [Vec<f32>; 2]) -> [Heads<'a>; 2] {
+        let ([keys, values], [first_k, first_v]) = (memory, self.prefix(run.overlay, run.params));
+        [whole_rows(run.pass, first_k, k, keys), whole_rows(run.pass, first_v, v, values)]
+    }
+
     /// Writes the attention's output to `saved.mixed`, from `saved.inner`.
     fn forward(
         &self,
@@ -325,8 +349,7 @@ impl Attention {
         let lse = &mut saved.lse[..tokens * self.scores.queries];
         match cache {
             None => {
-                let [keys, values] = &mut t.whole;
-                let (k, v) = (whole_rows(run.pass, k, keys), whole_rows(run.pass, v, values));
+                let [k, v] = self.whole(run, [k, v], &mut t.whole);
                 attention::forward(&self.scores, &t.segments, q, k, v, out, lse);
             }
             Some(cache) => {
@@ -340,7 +363,8 @@ impl Attention {
         }
     }
 
-    /// Writes the gradients of queries, keys and values to `t.dinner`, for the gradient of the output in `t.mixed`.
+    /// Writes the gradients of queries, keys and values to `t.dinner`, for the gradient of the output in `t.mixed`, and adds those of a
+    /// prefix to `grads`.
     fn backward(
         &self,
         run: Run,
@@ -366,20 +390,24 @@ impl Attention {
             let _span = span(Operation::AttentionBackward);
             let [q, k] = self.queries_and_keys(inner, &t.turned);
             let v = self.heads(inner, self.v);
-            let [keys, values] = &mut t.whole;
-            let (k, v) = (whole_rows(run.pass, k, keys), whole_rows(run.pass, v, values));
+            let [k, v] = self.whole(run, [k, v], &mut t.whole);
             let saved = attention::Saved { q, k, v, out, lse };
-            if run.pass.is_shared() {
+            if lays_rows_whole(run.pass) {
                 let layout = HeadLayout::dense(self.k.heads, self.k.head_dim);
-                let len = run.pass.row_tokens() * layout.row;
+                let len = run.pass.keys() * layout.row;
                 t.dwhole.iter_mut().for_each(|gradient| grow(gradient, len));
                 let [dk, dv] = t.dwhole.each_mut().map(|gradient| &mut gradient[..len]);
                 dinner.fill(0.0);
                 let [dq, ..] = HeadsMut::in_one(&mut *dinner, [self.q, self.k, self.v]);
                 let gradients = [dq, HeadsMut::new(&mut *dk, layout), HeadsMut::new(&mut *dv, layout)];
                 attention::backward(&self.scores, &t.segments, &saved, dout, gradients);
-                for (whole, to) in [(dk, self.k), (dv, self.v)] {
-                    rows::scatter_add(whole, &run.pass.key_tokens, HeadsMut::new(&mut *dinner, to));
+                for ((whole, to), in_prefix) in [(dk, self.k), (dv, self.v)].into_iter().zip(self.prefix) {
+                    let key_rows = &run.pass.key_rows;
+                    rows::scatter_add(whole, key_rows, run.pass.token_rows(), HeadsMut::new(&mut *dinner, to));
+                    if let Some(prefix) = &run.overlay.prefix {
+                        let grads = HeadsMut::new(&mut grads[prefix.values.clone()], in_prefix);
+                        rows::scatter_add(whole, key_rows, run.pass.prefix_rows(), grads);
+                    }
                 }
             } else {
                 let gradients = HeadsMut::in_one(&mut *dinner, [self.q, self.k, self.v]);

@@ -107,7 +107,8 @@ impl Tally<'_> {
     }
 }
 
-/// The work of a step over sequences of these lengths, a label on all tokens but the first of each, in the order of [`OPERATIONS`].
+/// The work of a step over sequences of these lengths, a label on all tokens but the first of each, in the order of [`OPERATIONS`]. Nothing
+/// is shared between sequences: each has its own virtual tokens.
 pub fn work_of_step(
     model: &Model,
     overlay: &Overlay,
@@ -115,7 +116,9 @@ pub fn work_of_step(
     sequences: &[usize],
     saving: Saving,
 ) -> Vec<(&'static str, Work)> {
-    let tokens = sequences.iter().sum::<usize>() as f64;
+    let prelude = overlay.prelude(&model.spec);
+    let computed = |n: &usize| prelude.virtual_ids.len() + n;
+    let tokens = sequences.iter().map(computed).sum::<usize>() as f64;
     let labels = sequences.iter().map(|n| n.saturating_sub(1)).sum::<usize>() as f64;
     let (d, v) = (model.spec.hidden_size as f64, model.spec.vocab_size as f64);
     let lowest = overlay.lowest_sub_layer(model);
@@ -125,7 +128,8 @@ pub fn work_of_step(
     for (s, sub_layer) in model.sub_layers.iter().enumerate() {
         let backward = lowest.is_some_and(|lowest| s >= lowest);
         let needs_input = lowest.is_some_and(|lowest| s > lowest) || trains_embedding;
-        let below = needs_input || overlay.trains_inputs(model, sub_layer);
+        let to_inputs = needs_input || overlay.trains_inputs(model, sub_layer);
+        let below = to_inputs || overlay.trains_mix(sub_layer);
         let is_last = model.sub_layers.get(s + 1).is_none_or(|next| next.block != sub_layer.block);
         let norms = 1.0 + f64::from(u8::from(sub_layer.post_norm.is_some()));
         // What the middle reads and writes.
@@ -135,7 +139,8 @@ pub fn work_of_step(
             Middle::Attention(attention) => {
                 let scores = &attention.scores;
                 let window = scores.window.unwrap_or(usize::MAX);
-                let seen: f64 = sequences.iter().map(|&n| (1..=n).map(|i| i.min(window)).sum::<usize>() as f64).sum();
+                let seen = |n: usize| (1..=n).map(|i| (prelude.prefix + i).min(window)).sum::<usize>() as f64;
+                let seen: f64 = sequences.iter().map(computed).map(seen).sum();
                 let turned = ((scores.queries + scores.keys) * scores.head_dim) as f64;
                 if attention.rope.is_some() {
                     tally.of(Operation::Rope).bytes += 8.0 * tokens * turned;
@@ -168,14 +173,16 @@ pub fn work_of_step(
             continue;
         }
         tally.backward(sub_layer.output, tokens, below);
-        if !below {
+        if below {
+            middle(&mut tally, true);
+        }
+        if !to_inputs {
             continue;
         }
         let to_norm = needs_input || sub_layer.norm.vectors().any(|vector| overlay.trains_vector(vector));
         sub_layer.inputs.iter().for_each(|&id| tally.backward(id, tokens, to_norm));
         // Recomputed, then the gradient: three read, one written.
         tally.of(Operation::Norm).bytes += norms * (8.0 + 16.0) * tokens * d;
-        middle(&mut tally, true);
         if saving == Saving::Bf16 {
             let is_attention = sub_layer.attention().is_some();
             // An activation itself writes its inputs rounded, and reads them so.

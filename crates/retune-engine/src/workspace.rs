@@ -38,7 +38,7 @@ pub(crate) struct Temporary {
     pub dinner: Vec<f32>,
     /// Queries and keys normalised and rotated, where what is kept is before that.
     pub turned: Vec<f32>,
-    /// Keys and values of whole rows, where rows share tokens, and their gradients, `[Σ row, K]` each.
+    /// Keys and values of whole rows, where rows share tokens or a prefix precedes them, and their gradients, `[Σ row, K]` each.
     pub whole: [Vec<f32>; 2],
     pub dwhole: [Vec<f32>; 2],
     pub linear: LinearScratch,
@@ -215,7 +215,7 @@ impl Workspace {
     /// Bytes that a training pass of this size will make the workspace take: the plan shown before training. `int8` says whether the
     /// base will be computed in 8 bits. Scratch memory of the kernels is included.
     pub fn planned_bytes(model: &Model, overlay: &Overlay, saving: Saving, int8: bool, size: PassSize) -> usize {
-        let PassSize { tokens, row_tokens, labels, scored_labels, is_shared } = size;
+        let PassSize { tokens, keys, labels, scored_labels, is_shared } = size;
         let d = model.spec.hidden_size;
         let all: Vec<Widths> = model.sub_layers.iter().map(|s| Widths::of(model, overlay, s)).collect();
         let shared = (0..places(model)).map(|place| Widths::shared(model, overlay, place));
@@ -231,9 +231,9 @@ impl Workspace {
         let temporary = 3 * d + widths.mixed + widths.turned + widths.draw_output + widths.dinner;
         let attentions = || model.sub_layers.iter().filter_map(|s| s.attention());
         let queries = attentions().map(|a| a.scores.queries * a.scores.head_dim).max().unwrap_or(0);
-        let keys = attentions().map(|a| a.scores.keys * a.scores.head_dim).max().unwrap_or(0);
-        let attention = row_tokens * attention::BACKWARD_SCRATCH * queries;
-        let whole = if is_shared { row_tokens * 4 * keys } else { 0 };
+        let key_width = attentions().map(|a| a.scores.keys * a.scores.head_dim).max().unwrap_or(0);
+        let attention = keys * attention::BACKWARD_SCRATCH * queries;
+        let whole = if is_shared || overlay.prefix.is_some() { keys * 4 * key_width } else { 0 };
         let int8 = int8 && !overlay.changes_linear(model, model.head);
         let rows = Self::most_head_rows(model, int8).min(labels);
         let scored_rows = Self::most_head_rows(model, false).min(scored_labels);

@@ -14,7 +14,7 @@ fn a_plan_for_llama_with_lora_is_the_sum_by_hand() {
     let planned =
         |case: &Case, saving, int8, size| Workspace::planned_bytes(&case.model, &case.overlay, saving, int8, size);
     let (tokens, labels) = (100, 90);
-    let size = PassSize { tokens, row_tokens: tokens, labels, ..PassSize::default() };
+    let size = PassSize { tokens, keys: tokens, labels, ..PassSize::default() };
     // Each of two layers: x twice; q, k, v; attention; log-sum-exp; gate and up; u of q, k and v, of o, of gate and up, of down.
     let layer = 2 * 32 + (32 + 16 + 16) + 32 + 4 + 2 * 48 + (3 + 1 + 2 + 1) * 4;
     assert_eq!(layer, 288);
@@ -40,7 +40,7 @@ fn a_plan_for_llama_with_lora_is_the_sum_by_hand() {
 
     let full = planned(&case, Saving::Full, false, size);
     // Keys and values of whole rows, and their gradients.
-    let shared = PassSize { row_tokens: 150, is_shared: true, ..size };
+    let shared = PassSize { keys: 150, is_shared: true, ..size };
     assert_eq!(planned(&case, Saving::Full, false, shared), full + 4 * (50 * attention + 150 * 4 * 16));
     // Logits in 8 bits beside those in f32.
     assert_eq!(planned(&case, Saving::Full, true, size), full + labels * 96);
@@ -68,4 +68,15 @@ fn a_plan_for_llama_with_lora_is_the_sum_by_hand() {
     // Nothing on the model keeps no projections.
     let bare = Case::bare(&llama(true));
     assert_eq!(planned(&bare, Saving::Full, false, size), full - 4 * tokens * 2 * 7 * 4);
+}
+
+#[test]
+fn a_plan_counts_the_keys_and_values_that_a_prefix_lays_whole() {
+    let (bare, case) = (Case::bare(&llama(true)), Case::bare(&llama(true)).with_prefix(7));
+    let planned = |case: &Case, size| Workspace::planned_bytes(&case.model, &case.overlay, Saving::Full, false, size);
+    let (tokens, labels) = (100, 90);
+    let size = PassSize { tokens, keys: tokens, labels, ..PassSize::default() };
+    // Two rows: scratch of the attention's backward by key, and keys, values and their gradients.
+    let with = PassSize { keys: tokens + 2 * 7, ..size };
+    assert_eq!(planned(&case, with), planned(&bare, size) + 4 * (2 * 7 * 4 * 32 + (tokens + 2 * 7) * 4 * 16));
 }

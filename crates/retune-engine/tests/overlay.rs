@@ -39,7 +39,7 @@ fn what_replaces_a_tensor_by_itself_changes_nothing() {
     }
 }
 
-/// Against central differences along a random direction in each tensor: for what stands together in no family too.
+/// For what stands together in no family too.
 #[test]
 fn the_gradient_of_every_tensor_is_that_of_the_loss() {
     let pass = pass(&[9, 14, 2]);

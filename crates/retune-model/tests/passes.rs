@@ -3,7 +3,7 @@
 
 use retune_engine::Saving;
 use retune_engine::compute::Compute;
-use retune_engine::pass::Pass;
+use retune_engine::pass::{Pass, Prelude};
 use retune_engine::spec::{Attention, NormKind, Order, Positions, SubLayer};
 use retune_testing::{Case, Lcg, relative};
 
@@ -47,7 +47,7 @@ fn check(case: &Case, shares: bool) {
     let name = &case.name;
     let learned = case.model.spec.table.positions.is_some();
     let longest = if learned { case.model.spec.context } else { usize::MAX };
-    let (mut packed, mut shared, mut alone) = (Pass::default(), Pass::sharing_prefixes(true), Vec::new());
+    let (mut packed, mut shared, mut alone) = (Pass::default(), Pass::new(Prelude::default(), true), Vec::new());
     let (rows, together) = rows(case.model.spec.vocab_size, longest);
     for (row, (ids, trained)) in rows.iter().enumerate() {
         packed.push(row as u64, ids, trained);

@@ -10,7 +10,7 @@ use retune_adapter::{AdapterFile, Full, Method, initial_params};
 use retune_engine::compute::Compute;
 use retune_engine::model::{LinearId, Model, Weights};
 use retune_engine::overlay::Overlay;
-use retune_engine::pass::Pass;
+use retune_engine::pass::{Pass, Prelude};
 use retune_engine::row_norms::RowNorms;
 use retune_engine::workspace::Workspace;
 use retune_engine::{Run, Saving};
@@ -31,10 +31,12 @@ pub fn goldens() -> PathBuf {
 pub struct Golden {
     pub integers: BTreeMap<String, Vec<i64>>,
     pub tensors: Tensors,
+    /// What stands before each sequence.
+    pub prelude: Prelude,
 }
 
 impl Golden {
-    /// Reads `golden.safetensors` of a case's folder.
+    /// Reads `golden.safetensors` of a case's folder; nothing stands before its sequences.
     pub fn read(case: &Path) -> Self {
         let bytes = fs::read(case.join("golden.safetensors")).unwrap_or_else(|e| panic!("{}: {e}", case.display()));
         let file = SafeTensors::deserialize(&bytes).unwrap();
@@ -51,19 +53,19 @@ impl Golden {
                 }
             }
         }
-        Self { integers, tensors }
+        Self { integers, tensors, prelude: Prelude::default() }
     }
 
     /// The sequences as one pass, or each as a pass of its own.
     pub fn passes(&self, packed: bool) -> Vec<Pass> {
         let ids: Vec<u32> = self.integers["input_ids"].iter().map(|&id| id as u32).collect();
         let trained: Vec<bool> = self.integers["labels"].iter().map(|&l| l != -100).collect();
-        let (mut passes, mut start) = (vec![Pass::default()], 0);
+        let (mut passes, mut start) = (vec![Pass::new(self.prelude.clone(), false)], 0);
         for (row, &length) in self.integers["sequence_lengths"].iter().enumerate() {
             let range = start..start + length as usize;
             start = range.end;
             if !packed && row > 0 {
-                passes.push(Pass::default());
+                passes.push(Pass::new(self.prelude.clone(), false));
             }
             passes.last_mut().unwrap().push(row as u64, &ids[range.clone()], &trained[range]);
         }
@@ -148,7 +150,8 @@ impl Case {
 
     /// What the reference computed.
     pub fn golden(&self) -> Golden {
-        Golden::read(&goldens().join(&self.name))
+        let prelude = self.overlay.prelude(&self.checkpoint.spec);
+        Golden { prelude, ..Golden::read(&goldens().join(&self.name)) }
     }
 
     /// The golden's rows in one pass.

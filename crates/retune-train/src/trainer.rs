@@ -6,7 +6,8 @@ use std::time::Instant;
 use retune_engine::compute::Compute;
 use retune_engine::model::Model;
 use retune_engine::overlay::Overlay;
-use retune_engine::pass::{Pass, PassSize};
+use retune_engine::params::{ParamLayout, Reparameterisation};
+use retune_engine::pass::{Pass, PassSize, Prelude};
 use retune_engine::row_norms::RowNorms;
 use retune_engine::workspace::Workspace;
 use retune_engine::{Run, Saving, Step};
@@ -24,8 +25,8 @@ use crate::state::{self, Progress};
 const TOKENS_PER_PASS: usize = 1280;
 /// The same in 8 bits, where weights lie ready: a smaller one stays in the cache.
 const INT8_TOKENS_PER_PASS: usize = 512;
-/// Tokens of a pass's rows for each token of a pass at most: those that rows share are computed once, and attended to by each.
-const ROW_TOKENS: usize = 4;
+/// Keys of a pass's rows for each token of a pass at most: those that rows share are computed once, and attended to by each.
+const KEYS_PER_TOKEN: usize = 4;
 /// Planned bytes of activations above which passes are made smaller.
 const MOST_ACTIVATIONS: usize = 2 << 30;
 
@@ -42,7 +43,8 @@ pub struct Passes {
 }
 
 impl Passes {
-    /// Resolves what the configuration leaves open. `int8` says whether the base is computed in 8 bits.
+    /// Resolves what the configuration leaves open. `int8` says whether the base is computed in 8 bits, `longest` how many tokens the longest
+    /// row has.
     pub fn resolve(config: &TrainingConfig, model: &Model, overlay: &Overlay, int8: bool, longest: usize) -> Self {
         let rounded = match config.saved_activations {
             SavedActivations::Auto => int8,
@@ -54,6 +56,7 @@ impl Passes {
             ActivationCheckpointing::None if rounded => Saving::Bf16,
             ActivationCheckpointing::None => Saving::Full,
         };
+        let longest = longest + overlay.prelude(&model.spec).virtual_ids.len();
         let mut tokens = if int8 { INT8_TOKENS_PER_PASS } else { TOKENS_PER_PASS };
         while tokens > longest
             && Workspace::planned_bytes(model, overlay, saving, int8, PassSize::dense(tokens)) > MOST_ACTIVATIONS
@@ -133,6 +136,7 @@ impl<'a> Trained<'a> {
 /// A run in memory.
 pub struct Trainer<'a> {
     trained: Trained<'a>,
+    latent: Option<Latent<'a>>,
     /// All in f32, for the held-out rows: what is trained will be used so.
     scoring: Compute,
     config: &'a TrainingConfig,
@@ -140,10 +144,11 @@ pub struct Trainer<'a> {
     shuffle: bool,
     train: &'a [Example],
     eval: &'a [Example],
+    /// What is optimised and saved: the vector that the overlay's places are in, or the latent one that it is computed from.
     pub params: Vec<f32>,
     /// Computed from the parameters when a step or a scoring begins.
     norms: RowNorms,
-    /// Zeros between steps.
+    /// The gradient of `params`; zeros between steps.
     grads: Vec<f32>,
     optimizer: AdamW,
     workspace: Workspace,
@@ -158,9 +163,18 @@ pub struct Trainer<'a> {
     pub progress: Progress,
 }
 
+/// What the overlay reads where something else is trained.
+struct Latent<'a> {
+    map: &'a dyn Reparameterisation,
+    /// The overlay's flat vector, computed from the parameters as they are.
+    flat: Vec<f32>,
+    /// Its gradient; zeros between steps.
+    gradient: Vec<f32>,
+}
+
 /// Tokens of a step at most.
-fn largest_step(config: &TrainingConfig, train: &[Example]) -> usize {
-    let longest = train.iter().map(|example| example.ids.len()).max().unwrap_or(0);
+fn largest_step(prelude: &Prelude, config: &TrainingConfig, train: &[Example]) -> usize {
+    let longest = train.iter().map(|example| prelude.virtual_ids.len() + example.ids.len()).max().unwrap_or(0);
     longest * config.batch_size * config.gradient_accumulation_steps
 }
 
@@ -189,10 +203,12 @@ impl<'a> Trainer<'a> {
         };
         let total = total_steps(config, train.len());
         let warmup_steps = schedule::warmup_steps(total, config.warmup_steps, config.warmup_ratio);
-        let workspace_tokens = passes.tokens.min(largest_step(config, train));
+        let prelude = trained.overlay.prelude(&trained.model.spec);
+        let workspace_tokens = passes.tokens.min(largest_step(&prelude, config, train));
         let schedule = Schedule { kind: config.lr_scheduler_type, warmup_steps, total_steps: total };
         Self {
             trained,
+            latent: None,
             scoring: Compute::default(),
             config,
             passes,
@@ -206,10 +222,41 @@ impl<'a> Trainer<'a> {
             workspace: Workspace::for_passes(trained.model, passes.saving, workspace_tokens),
             workspace_tokens,
             schedule,
-            pass: Pass::sharing_prefixes(passes.share_prefixes),
+            pass: Pass::new(prelude, passes.share_prefixes),
             rows: Vec::new(),
             epoch_order: None,
             progress: Progress { total_steps: total as u64, ..Progress::default() },
+        }
+    }
+
+    /// The same run, which trains `latent` instead of the parameters it was given: `map` computes those from it, once a step. Checkpoints hold
+    /// the latent vector.
+    pub fn through(mut self, map: &'a dyn Reparameterisation, latent: Vec<f32>) -> Self {
+        let flat = std::mem::replace(&mut self.params, latent);
+        self.grads = vec![0.0; self.params.len()];
+        self.optimizer = AdamW::new(self.optimizer.options, self.params.len());
+        self.latent = Some(Latent { map, gradient: vec![0.0; flat.len()], flat });
+        self.expand();
+        self
+    }
+
+    /// Computes what the overlay reads from the parameters as they are.
+    fn expand(&mut self) {
+        if let Some(latent) = &mut self.latent {
+            latent.map.forward(&self.params, &mut latent.flat);
+        }
+    }
+
+    /// The vector that the overlay's places are in, as the parameters make it.
+    pub fn flat(&self) -> &[f32] {
+        self.latent.as_ref().map_or(&self.params, |latent| &latent.flat)
+    }
+
+    /// Names and places of what is optimised.
+    fn layout(&self) -> &'a ParamLayout {
+        match &self.latent {
+            Some(latent) => latent.map.layout(),
+            None => &self.trained.overlay.layout,
         }
     }
 
@@ -229,6 +276,7 @@ impl<'a> Trainer<'a> {
         }
         self.optimizer.steps = progress.step;
         self.progress = progress;
+        self.expand();
         Ok(())
     }
 
@@ -301,14 +349,19 @@ impl<'a> Trainer<'a> {
         let start = Instant::now();
         let index = self.progress.step;
         self.choose_rows(index as usize);
-        self.norms.refresh(self.trained.model, self.trained.overlay, &self.params);
+        let params = self.latent.as_ref().map_or(&self.params, |latent| &latent.flat);
+        self.norms.refresh(self.trained.model, self.trained.overlay, params);
         let (mut loss, mut tokens, mut label_tokens) = (0.0, 0, 0);
         let mut next = 0;
         while next < self.rows.len() {
             next = fill_pass(&mut self.pass, self.train, &self.rows, next, self.passes.tokens);
             let step = Some(Step { seed: self.config.seed, step: index });
-            let run = Run { step, ..self.trained.run(&self.params, &self.norms, &self.pass) };
-            let sum = run.loss_and_gradient(&mut self.grads, &mut self.workspace);
+            let (params, grads) = match &mut self.latent {
+                None => (&self.params, &mut self.grads),
+                Some(latent) => (&latent.flat, &mut latent.gradient),
+            };
+            let run = Run { step, ..self.trained.run(params, &self.norms, &self.pass) };
+            let sum = run.loss_and_gradient(grads, &mut self.workspace);
             if !sum.is_finite() {
                 return Err(self.non_finite_loss(index + 1));
             }
@@ -316,12 +369,15 @@ impl<'a> Trainer<'a> {
             tokens += self.pass.row_tokens();
             label_tokens += self.pass.labels.len();
         }
+        if let Some(Latent { map, gradient, .. }) = &mut self.latent {
+            map.backward(&self.params, gradient, &mut self.grads);
+            gradient.fill(0.0);
+        }
         let divisor = label_tokens.max(1) as f64;
         let gradient_norm = vector::sum_squares(&self.grads).sqrt() / divisor;
         if !gradient_norm.is_finite() {
             // The backward runs from the last tensor to the first: what comes before the cause is spoilt by it.
-            let tensor =
-                self.grads.iter().rposition(|g| !g.is_finite()).and_then(|i| self.trained.overlay.layout.at(i));
+            let tensor = self.grads.iter().rposition(|g| !g.is_finite()).and_then(|i| self.layout().at(i));
             let tensor = tensor.map_or_else(|| "the whole gradient".to_owned(), |p| p.name.clone());
             return Err(Error::NonFiniteGradient { step: index + 1, tensor });
         }
@@ -329,7 +385,8 @@ impl<'a> Trainer<'a> {
         let clip = if limit > 0.0 { (limit / (gradient_norm + 1e-6)).min(1.0) } else { 1.0 };
         let learning_rate = self.config.peak_learning_rate() * self.schedule.factor(index as usize);
         let scale = (clip / divisor) as f32;
-        self.optimizer.step(&self.trained.overlay.layout, learning_rate, scale, &mut self.grads, &mut self.params);
+        self.optimizer.step(self.layout(), learning_rate, scale, &mut self.grads, &mut self.params);
+        self.expand();
         self.progress.step += 1;
         self.progress.tokens += tokens as u64;
         Ok(StepReport {
@@ -360,7 +417,7 @@ impl<'a> Trainer<'a> {
     fn non_finite_loss(&self, step: u64) -> Error {
         let bad = self.workspace.losses.iter().position(|l| !l.is_finite());
         let row = bad.and_then(|i| self.pass.sequence_of_label(i)).map_or(0, |s| s.row);
-        let place = self.trained.run(&self.params, &self.norms, &self.pass).first_non_finite_block(&self.workspace);
+        let place = self.trained.run(self.flat(), &self.norms, &self.pass).first_non_finite_block(&self.workspace);
         let layers = self.trained.model.spec.blocks.len();
         let (layer, row) = match place {
             Some((0, row)) => ("the token embedding".to_owned(), row),
@@ -383,7 +440,8 @@ impl<'a> Trainer<'a> {
     /// The mean held-out loss and the number of label tokens; `None` where the observer interrupts.
     fn score(&mut self, observer: &dyn Observer) -> Result<Option<(f64, usize)>, Error> {
         let scored = Trained { compute: &self.scoring, ..self.trained };
-        self.norms.refresh(scored.model, scored.overlay, &self.params);
+        let params = self.latent.as_ref().map_or(&self.params, |latent| &latent.flat);
+        self.norms.refresh(scored.model, scored.overlay, params);
         let rows: Vec<usize> = (0..self.eval.len()).collect();
         let (mut sum, mut labels, mut next) = (0.0, 0, 0);
         while next < rows.len() {
@@ -391,7 +449,8 @@ impl<'a> Trainer<'a> {
                 return Ok(None);
             }
             next = fill_pass(&mut self.pass, self.eval, &rows, next, self.workspace_tokens);
-            sum += loss_of_pass(scored.run(&self.params, &self.norms, &self.pass), &mut self.workspace)?;
+            let params = self.latent.as_ref().map_or(&self.params, |latent| &latent.flat);
+            sum += loss_of_pass(scored.run(params, &self.norms, &self.pass), &mut self.workspace)?;
             labels += self.pass.labels.len();
         }
         Ok(Some((sum / labels.max(1) as f64, labels)))
@@ -416,7 +475,7 @@ pub fn fill_pass(pass: &mut Pass, examples: &[Example], rows: &[usize], next: us
     let mut end = next;
     for example in rows[next..].iter().map(|&row| &examples[row]) {
         let fits = pass.tokens() + pass.own_tokens(&example.ids) <= limit
-            && pass.row_tokens() + example.ids.len() <= ROW_TOKENS * limit;
+            && pass.keys() + pass.row_keys(&example.ids) <= KEYS_PER_TOKEN * limit;
         if end > next && !fits {
             break;
         }
@@ -429,18 +488,19 @@ pub fn fill_pass(pass: &mut Pass, examples: &[Example], rows: &[usize], next: us
 /// Epochs in another order each that are looked through for their largest pass.
 const EPOCHS_LOOKED_THROUGH: usize = 3;
 
-/// What holds every pass of a run, scoring included.
+/// What holds every pass of a run, scoring included, whose rows come after `prelude`.
 ///
 /// It is exact where the run has few epochs or all have the same order. For more epochs it is a bound that holds for every order of the
 /// rows, so that the work does not grow with the number of epochs: see [`PassBound`].
 pub fn largest_pass(
+    prelude: &Prelude,
     config: &TrainingConfig,
     passes: Passes,
     shuffle: bool,
     train: &[Example],
     eval: &[Example],
 ) -> PassSize {
-    let mut pass = Pass::sharing_prefixes(passes.share_prefixes);
+    let mut pass = Pass::new(prelude.clone(), passes.share_prefixes);
     let mut largest = |examples: &[Example], rows: &[usize], limit: usize| {
         let (mut largest, mut next) = (PassSize::default(), 0);
         while next < rows.len() {
@@ -450,7 +510,7 @@ pub fn largest_pass(
         largest
     };
     let scored: Vec<usize> = (0..eval.len()).collect();
-    let limit = passes.tokens.min(largest_step(config, train));
+    let limit = passes.tokens.min(largest_step(prelude, config, train));
     let scored = largest(eval, &scored, limit);
     let mut size = PassSize { labels: 0, scored_labels: scored.labels, ..scored };
     let TrainingConfig { batch_size, gradient_accumulation_steps, seed, .. } = *config;
@@ -460,7 +520,8 @@ pub fn largest_pass(
     let epochs = if shuffle { total.div_ceil(per_epoch) } else { total.div_ceil(per_epoch).min(1) };
     if epochs > EPOCHS_LOOKED_THROUGH {
         let rows = batch_size.saturating_mul(gradient_accumulation_steps);
-        return size.max(PassBound { rows, tokens: passes.tokens, share_prefixes: passes.share_prefixes }.over(train));
+        let bound = PassBound { prelude, rows, tokens: passes.tokens, share_prefixes: passes.share_prefixes };
+        return size.max(bound.over(train));
     }
     for epoch in 0..epochs {
         let rows = order(seed, epoch, train.len(), shuffle);
@@ -475,9 +536,10 @@ pub fn largest_pass(
 /// What no pass of a step exceeds, whatever the order of the rows.
 ///
 /// [`fill_pass`] takes rows of one step, so that a pass has no more rows than a step, and no more tokens or labels than the longest rows
-/// of that number. It takes a further row only within its limits, of tokens that are computed and of tokens of rows; a first row alone may
-/// exceed them, and the longest row is the bound then. There are no more labels than tokens of rows.
-struct PassBound {
+/// of that number. It takes a further row only within its limits, of tokens that are computed and of keys; a first row alone may exceed them,
+/// and the longest row is the bound then. There are no more labels than keys.
+struct PassBound<'a> {
+    prelude: &'a Prelude,
     /// Rows of a step.
     rows: usize,
     /// Tokens of a pass that are computed.
@@ -485,9 +547,10 @@ struct PassBound {
     share_prefixes: bool,
 }
 
-impl PassBound {
+impl PassBound<'_> {
     fn over(&self, train: &[Example]) -> PassSize {
-        let mut lengths: Vec<usize> = train.iter().map(|example| example.ids.len()).collect();
+        let Prelude { virtual_ids, prefix } = self.prelude;
+        let mut lengths: Vec<usize> = train.iter().map(|example| virtual_ids.len() + example.ids.len()).collect();
         let mut labels: Vec<usize> = train.iter().map(Example::trained_tokens).collect();
         let largest = |values: &mut Vec<usize>| -> usize {
             values.sort_unstable_by(|a, b| b.cmp(a));
@@ -495,22 +558,24 @@ impl PassBound {
         };
         let (longest, of_labels) = (largest(&mut lengths), largest(&mut labels));
         let one = lengths.first().copied().unwrap_or(0);
-        let is_shared = self.share_prefixes && any_share_a_prefix(train);
+        let is_shared = self.share_prefixes && any_share_a_prefix(self.prelude, train);
         let tokens = longest.min(self.tokens.max(one));
-        let row_tokens = if is_shared { longest.min((ROW_TOKENS * self.tokens).max(one)) } else { tokens };
-        PassSize { tokens, row_tokens, labels: of_labels.min(row_tokens), scored_labels: 0, is_shared }
+        let prefixes = prefix * self.rows.min(train.len());
+        let of_rows = prefixes + if is_shared { longest } else { tokens };
+        let keys = of_rows.min((KEYS_PER_TOKEN * self.tokens).max(prefix + one));
+        PassSize { tokens, keys, labels: of_labels.min(keys), scored_labels: 0, is_shared }
     }
 }
 
 /// Whether any two rows would share what they begin with. In the order of their ids rows that begin alike are neighbours.
-fn any_share_a_prefix(examples: &[Example]) -> bool {
+fn any_share_a_prefix(prelude: &Prelude, examples: &[Example]) -> bool {
     let mut sorted: Vec<&Example> = examples.iter().collect();
     sorted.sort_unstable_by(|a, b| a.ids.cmp(&b.ids));
-    let mut pass = Pass::sharing_prefixes(true);
+    let mut pass = Pass::new(prelude.clone(), true);
     let mut shares = |first: &Example, second: &Example| {
         pass.clear();
         pass.push(0, &first.ids, &first.trained);
-        pass.own_tokens(&second.ids) < second.ids.len()
+        pass.own_tokens(&second.ids) < prelude.virtual_ids.len() + second.ids.len()
     };
     sorted.windows(2).any(|pair| shares(pair[0], pair[1]) || shares(pair[1], pair[0]))
 }
@@ -568,7 +633,7 @@ mod tests {
 
     fn size(epochs: f64, passes: Passes, shuffle: bool, train: &[Example]) -> PassSize {
         let config = TrainingConfig { epochs, batch_size: 5, ..config() };
-        largest_pass(&config, passes, shuffle, train, &[])
+        largest_pass(&Prelude::default(), &config, passes, shuffle, train, &[])
     }
 
     fn config() -> TrainingConfig {
@@ -578,19 +643,27 @@ mod tests {
 
     #[test]
     fn the_bound_for_many_epochs_holds_every_order() {
-        for alike in [false, true] {
+        let preludes = [(0, 0), (0, 5), (3, 0), (9, 2)];
+        let preludes = preludes.map(|(n, prefix)| Prelude { virtual_ids: 5000..5000 + n, prefix });
+        let ways = [(41, true), (60, true), (60, false), (90, true), (1000, true)];
+        for (alike, prelude) in [false, true].into_iter().flat_map(|alike| preludes.clone().map(|p| (alike, p))) {
             let train = examples(alike);
-            for (tokens, share_prefixes) in [(41, true), (60, true), (60, false), (90, true), (1000, true)] {
+            let first = prelude.virtual_ids.len();
+            for (tokens, share_prefixes) in ways {
+                let tokens = tokens + first;
                 let passes = Passes { tokens, saving: Saving::Full, share_prefixes };
-                let bound = size(1e6, passes, true, &train);
-                for seed in 0..200 {
-                    let config = TrainingConfig { epochs: 3.0, batch_size: 5, seed, ..config() };
-                    let exact = largest_pass(&config, passes, true, &train, &[]);
+                let largest = |epochs, seed| {
+                    let config = TrainingConfig { epochs, batch_size: 5, seed, ..config() };
+                    largest_pass(&prelude, &config, passes, true, &train, &[])
+                };
+                let bound = largest(1e6, 0);
+                for seed in 0..100 {
+                    let exact = largest(3.0, seed);
                     assert_eq!(exact.max(bound), bound, "{exact:?} is not within {bound:?}");
                 }
-                assert_eq!(bound.is_shared, alike && share_prefixes);
-                let longest: usize = 5 * train.iter().map(|example| example.ids.len()).max().unwrap();
-                assert!(bound.tokens <= tokens && bound.row_tokens <= longest, "{bound:?}");
+                assert_eq!(bound.is_shared, (alike || first > 8) && share_prefixes);
+                let longest: usize = 5 * train.iter().map(|e| prelude.len() + e.ids.len()).max().unwrap();
+                assert!(bound.tokens <= tokens && bound.keys <= longest, "{bound:?}");
             }
         }
     }

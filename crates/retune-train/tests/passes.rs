@@ -5,8 +5,8 @@ use std::convert::Infallible;
 use retune_engine::Saving;
 use retune_engine::compute::Compute;
 use retune_engine::model::{Model, Weights};
-use retune_engine::overlay::Overlay;
-use retune_engine::pass::PassSize;
+use retune_engine::overlay::{Overlay, VirtualTokens};
+use retune_engine::pass::{PassSize, Prelude};
 use retune_engine::spec::ModelSpec;
 use retune_quant::{Format, Matrix, SharedBytes};
 use retune_testing::{Case, checkpoint};
@@ -28,14 +28,14 @@ fn the_largest_pass_holds_the_fullest_of_training_and_scoring() {
     let config = RunConfig::parse(&run.to_string(), "the run", &[]).unwrap().training;
     let largest = |tokens, share_prefixes, eval: &[Example]| {
         let passes = Passes { tokens, saving: Saving::BlockInputs, share_prefixes };
-        largest_pass(&config, passes, false, &train, eval)
+        largest_pass(&Prelude::default(), &config, passes, false, &train, eval)
     };
-    let size = |tokens, row_tokens, labels, scored_labels| PassSize {
+    let size = |tokens, keys, labels, scored_labels| PassSize {
         tokens,
-        row_tokens,
+        keys,
         labels,
         scored_labels,
-        is_shared: row_tokens > tokens,
+        is_shared: keys > tokens,
     };
     assert_eq!(largest(60, false, &[]), size(60, 60, 19, 0));
     assert_eq!(largest(30, false, &[]), size(20, 20, 10, 0));
@@ -124,7 +124,7 @@ fn rows_share_their_beginnings_unless_told_otherwise_or_dropped() {
         let case = Case::with_method("gguf_llama", checkpoint("gguf_llama"), &*config.adapter.as_ref().unwrap().0);
         let passes = Passes::resolve(&config.training, &case.model, &case.overlay, false, 60);
         assert_eq!(passes.share_prefixes, share && dropout == 0.0);
-        let size = largest_pass(&config.training, passes, false, &examples, &[]);
+        let size = largest_pass(&Prelude::default(), &config.training, passes, false, &examples, &[]);
         let compute = Compute::default();
         let trained = Trained { model: &case.model, overlay: &case.overlay, compute: &compute };
         let mut trainer = Trainer::new(trained, &config.training, passes, false, &examples, &[], case.params.clone());
@@ -137,4 +137,47 @@ fn rows_share_their_beginnings_unless_told_otherwise_or_dropped() {
     let (a, b) = (with.gradient_norm, without.gradient_norm);
     assert!((a - b).abs() < 1e-4 * b, "{a} and {b}");
     run(true, 0.1);
+}
+
+/// Virtual tokens come on top of the rows' own, and all rows of a pass share them; tokens that are counted are those of the rows.
+#[test]
+fn rows_share_virtual_tokens_and_passes_have_room_for_them() {
+    let examples: Vec<Example> = (0..4)
+        .map(|row| Example {
+            row,
+            ids: (0..30).map(|i| ((31 * row + 7 * i) % 288) as u32).collect(),
+            trained: (0..30).map(|i| i > 0).collect(),
+        })
+        .collect();
+    let mut case = Case::base("gguf_llama");
+    let d = case.model.spec.hidden_size;
+    let rows = case.overlay.layout.add("virtual tokens".to_owned(), vec![10, d], None);
+    case.overlay.virtual_tokens = Some(VirtualTokens { rows, count: 10 });
+    case.params = (0..10 * d).map(|i| 0.01 * (i % 7) as f32 - 0.03).collect();
+    let run = |share: bool| {
+        let run = json!({
+            "model": "base", "output_dir": "out", "adapter": {}, "data": { "train": "train.jsonl", "max_length": 30 },
+            "training": { "batch_size": 4, "share_prefixes": share, "tokens_per_pass": 30 },
+        });
+        let training = RunConfig::parse(&run.to_string(), "the run", &[]).unwrap().training;
+        let passes = Passes::resolve(&training, &case.model, &case.overlay, false, 30);
+        // The longest row, and what stands before it.
+        assert_eq!(passes.tokens, 40);
+        let passes = Passes { tokens: 130, ..passes };
+        let size = largest_pass(&case.overlay.prelude(&case.model.spec), &training, passes, false, &examples, &[]);
+        let compute = Compute::default();
+        let trained = Trained { model: &case.model, overlay: &case.overlay, compute: &compute };
+        let mut trainer = Trainer::new(trained, &training, passes, false, &examples, &[], case.params.clone());
+        (trainer.step().unwrap(), size)
+    };
+    let ((with, shared), (without, whole)) = (run(true), run(false));
+    // Ten and four times thirty; three rows in each of their own.
+    assert_eq!((shared.tokens, shared.keys, shared.is_shared), (130, 160, true));
+    assert_eq!((whole.tokens, whole.keys, whole.is_shared), (120, 120, false));
+    for report in [with, without] {
+        assert_eq!((report.tokens, report.label_tokens), (120, 4 * 29));
+    }
+    assert!((with.loss - without.loss).abs() < 1e-5 * without.loss, "{} and {}", with.loss, without.loss);
+    let (a, b) = (with.gradient_norm, without.gradient_norm);
+    assert!((a - b).abs() < 1e-4 * b, "{a} and {b}");
 }

@@ -4,7 +4,7 @@ use retune_engine::calibrate::{Choice, ERROR_LIMIT};
 use retune_engine::compute as engine;
 use retune_engine::model::Model;
 use retune_engine::overlay::Overlay;
-use retune_engine::pass::Pass;
+use retune_engine::pass::{Pass, Prelude};
 use retune_kernels::isa::int8_isa;
 use retune_train::data::{Example, order};
 use retune_train::run_config::Compute;
@@ -25,9 +25,10 @@ pub fn limit(compute: Compute) -> Option<f64> {
     }
 }
 
-/// Rows from all over the data, for a file may be sorted; as many as a calibration looks at, and for the same data the same.
-pub fn calibration_pass(examples: &[Example]) -> Pass {
-    let mut pass = Pass::default();
+/// Rows from all over the data, for a file may be sorted; as many as a calibration looks at, and for the same data the same. Each comes after
+/// `prelude`.
+pub fn calibration_pass(prelude: &Prelude, examples: &[Example]) -> Pass {
+    let mut pass = Pass::new(prelude.clone(), false);
     let rows = order(0, 0, examples.len(), true);
     fill_pass(&mut pass, examples, &rows, 0, CALIBRATION_TOKENS);
     pass
@@ -96,13 +97,13 @@ mod tests {
         let examples: Vec<Example> =
             (0..1000).map(|row| Example { row, ids: vec![row as u32; 16], trained: vec![true; 16] }).collect();
         let rows = |pass: Pass| -> Vec<u64> { pass.sequences.iter().map(|sequence| sequence.row).collect() };
-        let chosen = rows(calibration_pass(&examples));
+        let chosen = rows(calibration_pass(&Prelude::default(), &examples));
         assert_eq!(chosen.len(), CALIBRATION_TOKENS / 16);
         for quarter in 0..4 {
             let there = chosen.iter().filter(|&&row| row / 250 == quarter).count();
             assert!(there >= 2, "{there} of {chosen:?} in quarter {quarter}");
         }
-        assert_eq!(rows(calibration_pass(&examples)), chosen);
-        assert_eq!(rows(calibration_pass(&examples[..1])), [0]);
+        assert_eq!(rows(calibration_pass(&Prelude::default(), &examples)), chosen);
+        assert_eq!(rows(calibration_pass(&Prelude::default(), &examples[..1])), [0]);
     }
 }

@@ -114,9 +114,10 @@ impl Session {
     }
 }
 
-/// Refuses rows that are longer than a model with learned positions has positions for. `key` is what bounds a row's length.
-pub fn refuse_long_rows(spec: &ModelSpec, examples: &[Example], key: &str) -> Result<()> {
-    let Some(most) = spec.most_positions() else { return Ok(()) };
+/// Refuses rows that are longer than a model with learned positions has positions for, after what the overlay puts before them. `key` is
+/// what bounds a row's length.
+pub fn refuse_long_rows(spec: &ModelSpec, overlay: &Overlay, examples: &[Example], key: &str) -> Result<()> {
+    let Some(most) = overlay.most_tokens(spec) else { return Ok(()) };
     match examples.iter().find(|example| example.ids.len() > most) {
         None => Ok(()),
         Some(example) => bail!(

@@ -6,7 +6,7 @@ use std::convert::Infallible;
 
 use retune_engine::compute::Compute;
 use retune_engine::model::{Model, Weights};
-use retune_engine::overlay::{Factor, LowRank, Overlay};
+use retune_engine::overlay::{Factor, LowRank, Overlay, Prefix, VirtualTokens};
 use retune_engine::pass::Pass;
 use retune_engine::row_norms::RowNorms;
 use retune_engine::spec::{
@@ -213,6 +213,35 @@ impl Case {
         self.norms = RowNorms::of(&self.model, &self.overlay, &self.params);
     }
 
+    /// The same with virtual tokens before each row.
+    pub fn with_virtual_tokens(mut self, count: usize) -> Self {
+        let values = numbers("virtual tokens", count * HIDDEN);
+        let rows = self.add("virtual tokens", vec![count, HIDDEN], &values);
+        self.overlay.virtual_tokens = Some(VirtualTokens { rows, count });
+        self
+    }
+
+    /// The same with keys and values before those of each row.
+    pub fn with_prefix(mut self, count: usize) -> Self {
+        let width = self.model.spec.key_value_width();
+        let values = numbers("prefix", count * width);
+        let values = self.add("prefix", vec![count, width], &values);
+        self.overlay.prefix = Some(Prefix { values, count });
+        self
+    }
+
+    /// An empty pass for it.
+    pub fn empty_pass(&self, share_prefixes: bool) -> Pass {
+        Pass::new(self.overlay.prelude(&self.model.spec), share_prefixes)
+    }
+
+    /// Rows of these lengths in one pass for it, every token that is predicted a target.
+    pub fn pass(&self, lengths: &[usize]) -> Pass {
+        let mut pass = self.empty_pass(false);
+        push_rows(&mut pass, lengths);
+        pass
+    }
+
     /// Adds a tensor to the parameters.
     pub fn add(&mut self, name: &str, shape: Vec<usize>, values: &[f32]) -> std::ops::Range<usize> {
         self.params.extend_from_slice(values);
@@ -289,12 +318,22 @@ pub fn row(seed: u64, length: usize) -> Vec<u32> {
     (0..length).map(|i| (random::at(seed, i as u64) % VOCAB as u64) as u32).collect()
 }
 
-/// Rows of these lengths in one pass, every token but the first a target.
-pub fn pass(lengths: &[usize]) -> Pass {
-    let mut pass = Pass::default();
+/// Uniform numbers in [−1, 1) that depend on a name.
+fn numbers(name: &str, len: usize) -> Vec<f32> {
+    let key = random::hash(name);
+    (0..len).map(|i| random::symmetric(random::at(key, i as u64))).collect()
+}
+
+fn push_rows(pass: &mut Pass, lengths: &[usize]) {
     for (number, &length) in lengths.iter().enumerate() {
         pass.push(number as u64, &row(number as u64, length), &vec![true; length]);
     }
+}
+
+/// Rows of these lengths in one pass, every token but the first a target.
+pub fn pass(lengths: &[usize]) -> Pass {
+    let mut pass = Pass::default();
+    push_rows(&mut pass, lengths);
     pass
 }
 

@@ -78,7 +78,7 @@ fn train(args: &BenchTrainArgs) -> Result<()> {
             file.write(&directory.join("adapter"), &BaseModules::of(spec))?;
         }
     }
-    let pass = compute::calibration_pass(&examples);
+    let pass = compute::calibration_pass(&overlay.prelude(spec), &examples);
     // In 8 bits the first forward is that of the calibration.
     let mut until_forward = start.elapsed().as_secs_f64();
     let (compute, choices) = match args.method.saves_adapter() {

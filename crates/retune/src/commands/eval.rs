@@ -45,8 +45,9 @@ pub fn run(args: &EvalArgs) -> Result<()> {
         note!("! {problem}");
     }
     let Session { model, overlay, params, .. } = &session;
-    session::refuse_long_rows(&model.spec, &data.examples, "--max-length")?;
-    let pass = compute::calibration_pass(&data.examples);
+    session::refuse_long_rows(&model.spec, overlay, &data.examples, "--max-length")?;
+    let prelude = overlay.prelude(&model.spec);
+    let pass = compute::calibration_pass(&prelude, &data.examples);
     let (compute, choices) = compute::choose(model, overlay, params, args.compute, &pass, false);
     let bar = ProgressBar::new(data.examples.len() as u64);
     bar.set_style(ProgressStyle::with_template("{wide_bar} {pos}/{len} rows, {eta} left")?);
@@ -56,7 +57,7 @@ pub fn run(args: &EvalArgs) -> Result<()> {
         params,
         &data.examples,
         TOKENS_PER_PASS,
-        &mut Pass::sharing_prefixes(model.spec.may_share_prefixes()),
+        &mut Pass::new(prelude, model.spec.may_share_prefixes()),
         &mut workspace,
         |done| bar.set_position(done as u64),
     )?;

@@ -42,10 +42,12 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
     if text.is_empty() || prompt.is_empty() {
         bail!("the prompt is empty; expected a message to answer, or with --raw a text to continue");
     }
-    let limit = session.model.spec.context;
-    if prompt.len().saturating_add(args.max_new_tokens) > limit {
+    let spec = &session.model.spec;
+    let (limit, own) = (spec.context, session.overlay.prelude(spec).len());
+    if (own + prompt.len()).saturating_add(args.max_new_tokens) > limit {
+        let of_adapter = if own == 0 { String::new() } else { format!(", {own} of the adapter") };
         bail!(
-            "{} tokens of prompt and {} to generate exceed the model's context of {limit}: shorten the prompt or lower --max-new-tokens",
+            "{} tokens of prompt{of_adapter} and {} to generate exceed the model's context of {limit}: shorten the prompt or lower --max-new-tokens",
             prompt.len(),
             args.max_new_tokens
         );

@@ -21,14 +21,14 @@ pub fn run(args: &LogitsArgs) -> Result<()> {
     if let Some(id) = args.tokens.iter().find(|&&id| id as usize >= vocab) {
         bail!("token {id} is outside the model's vocabulary of {vocab}");
     }
-    if let Some(most) = model.spec.most_positions().filter(|&most| args.tokens.len() > most) {
+    if let Some(most) = overlay.most_tokens(&model.spec).filter(|&most| args.tokens.len() > most) {
         bail!("{} tokens, and the model has learned positions for {most}: give at most that many", args.tokens.len());
     }
     let trained = match &args.labels {
         Some(labels) => trained(&args.tokens, labels)?,
         None => vec![false; args.tokens.len()],
     };
-    let mut pass = Pass::default();
+    let mut pass = Pass::new(overlay.prelude(&model.spec), false);
     pass.push(0, &args.tokens, &trained);
     let backward = args.labels.is_some();
     let (compute, _) = compute::choose(&model, &overlay, &params, args.compute, &pass, backward);
@@ -43,9 +43,9 @@ pub fn run(args: &LogitsArgs) -> Result<()> {
         step: None,
     };
     let mut workspace = Workspace::new(&model, Saving::Full);
-    let all: Vec<u32> = (0..pass.tokens() as u32).collect();
+    let all: Vec<u32> = pass.sequences.iter().flat_map(|sequence| pass.tokens_of(sequence)).collect();
     let logits = run.logits(&all, &mut workspace);
-    let mut tensors = BTreeMap::from([("logits".to_owned(), (vec![pass.tokens(), vocab], logits))]);
+    let mut tensors = BTreeMap::from([("logits".to_owned(), (vec![all.len(), vocab], logits))]);
     if args.labels.is_some() {
         let mut grads = vec![0.0; params.len()];
         let loss = run.loss_and_gradient(&mut grads, &mut workspace);

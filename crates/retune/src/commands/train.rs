@@ -136,9 +136,9 @@ impl Run<'_> {
         let Run { config, folder, data, .. } = self;
         let model = self.base.checkpoint.model()?;
         let (overlay, params) = self.overlay()?;
-        session::refuse_long_rows(&model.spec, &data.train.examples, "data.max_length")?;
+        session::refuse_long_rows(&model.spec, &overlay, &data.train.examples, "data.max_length")?;
         let held_out = data.eval.as_ref().map_or(&[][..], |eval| &eval.examples);
-        session::refuse_long_rows(&model.spec, held_out, "data.max_length")?;
+        session::refuse_long_rows(&model.spec, &overlay, held_out, "data.max_length")?;
         self.print_start(&model, &overlay);
         self.check_memory(&model, &overlay, self.computes_int8())?;
         let _lock = folder.prepare(&self.record, config, self.args)?;
@@ -294,7 +294,7 @@ impl Run<'_> {
             };
             (compute, choices)
         } else {
-            let pass = compute::calibration_pass(&self.data.train.examples);
+            let pass = compute::calibration_pass(&overlay.prelude(&model.spec), &self.data.train.examples);
             let (compute, choices) = match self.config.method.saves_adapter() {
                 true => compute::choose(model, overlay, params, self.config.base.compute, &pass, true),
                 false => Default::default(),
@@ -353,7 +353,9 @@ impl Run<'_> {
         let training = &self.config.training;
         let passes = self.passes(model, overlay, int8);
         let eval = self.data.eval.as_ref().map_or(&[][..], |eval| &eval.examples);
-        let size = largest_pass(training, passes, self.config.data.shuffle, &self.data.train.examples, eval);
+        let prelude = overlay.prelude(&model.spec);
+        let shuffle = self.config.data.shuffle;
+        let size = largest_pass(&prelude, training, passes, shuffle, &self.data.train.examples, eval);
         let file = self.base.checkpoint.file_bytes() as usize;
         let (trained, optimizer) = (2 * 4 * overlay.layout.len(), 2 * 4 * overlay.layout.len());
         let activations = Workspace::planned_bytes(model, overlay, passes.saving, int8, size);
@@ -472,7 +474,8 @@ impl Run<'_> {
             let answer = |overlay: &Overlay, params: &[f32]| {
                 let mut generation = Generation::new(model, overlay, params, Sampling::GREEDY);
                 // Beyond the last learned position there is nothing to generate.
-                let most = model.spec.most_positions().map_or(SAMPLE_TOKENS, |most| most.saturating_sub(prompt.len()));
+                let most = overlay.most_tokens(&model.spec);
+                let most = most.map_or(SAMPLE_TOKENS, |most| most.saturating_sub(prompt.len()));
                 let ids = generation.run(prompt, SAMPLE_TOKENS.min(most), stop, |_| true);
                 tokenizer.decode(&ids, true).trim().to_owned()
             };
