@@ -141,27 +141,34 @@ def save_adapter(model, folder, base, **arguments):
     sort_lists(folder / "adapter_config.json")
 
 
+def gradients(model):
+    """Of all that is trained, by the keys of adapter_model.safetensors."""
+    if model.active_peft_config.is_prompt_learning:
+        return {"prompt_embeddings": model.prompt_encoder["default"].embedding.weight.grad}
+    trainable = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    grads = get_peft_model_state_dict(model, state_dict=model.state_dict() | trainable, save_embedding_layers=False)
+    assert len(grads) == len(trainable), (sorted(grads), sorted(trainable))
+    return grads
+
+
 def adapter_case(case, base, config, seed, start=randomise, **arguments):
     """A case of an adapter whose parameters `start` sets; `arguments` are those of `save_pretrained`."""
     folder = fresh(GOLDENS / case)
     torch.manual_seed(seed)
     model = get_peft_model(load(base), config)
-    trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    start(trainable, seed)
+    start([(n, p) for n, p in model.named_parameters() if p.requires_grad], seed)
     save_adapter(model, folder / "adapter", base, **arguments)
     (folder / "base.txt").write_text(base + "\n")
     ids, labels = batch(model.config.get_text_config().vocab_size, seed)
     logits, loss = run(model, ids, labels)
-    grads = model.state_dict() | {n: p.grad for n, p in trainable}
-    grads = get_peft_model_state_dict(model, state_dict=grads, save_embedding_layers=False)
-    assert len(grads) == len(trainable), (sorted(grads), [n for n, _ in trainable])
+    grads = gradients(model)
     write(folder / "golden.safetensors", ids, labels, logits, loss, grads)
     torch.manual_seed(seed)
     again, _ = run(PeftModel.from_pretrained(load(base), folder / "adapter"), ids, labels)
     untouched, _ = run(load(base), ids, labels)
     assert torch.equal(again, logits), f"{case}: peft reads back something else"
     assert (untouched - logits).abs().max() > 0.1
-    print(f"{case}: loss {loss.item():.4f}, {len(trainable)} tensors")
+    print(f"{case}: loss {loss.item():.4f}, {len(grads)} tensors")
 
 
 def make_adapter(case, base, settings, seed):

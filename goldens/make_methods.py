@@ -20,9 +20,9 @@ import sys
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from tempfile import TemporaryDirectory
 from pathlib import Path
 from shutil import copytree
+from tempfile import TemporaryDirectory
 
 import torch
 from peft import (IA3Config, LoraConfig, MissConfig, PeftModel, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig,
@@ -30,7 +30,7 @@ from peft import (IA3Config, LoraConfig, MissConfig, PeftModel, PrefixTuningConf
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 
-from common import (GOLDENS, LENGTHS, adapter_case, batch, float64_inside, fresh, load, run, save_adapter, seed_of,
+from common import (GOLDENS, LENGTHS, adapter_case, batch, float64_inside, fresh, gradients, load, run, save_adapter, seed_of,
                     write)
 
 ALL = "all-linear"
@@ -104,13 +104,13 @@ CASES = {
     "gpt2_lora_embeddings": Case("gpt2", LoraConfig, R | CONV | dict(target_modules=["wte", "wpe", "c_attn"])),
     "bloom_lora_embeddings": Case("bloom", LoraConfig, R | dict(target_modules=["word_embeddings"])),
     "gemma3_lora_embeddings": Case("gemma3", LoraConfig, R | dict(target_modules=["embed_tokens", "v_proj"]), TIED),
-    # LoRA: rows of the table
-    "lora_tokens": Case("llama_tied", LoraConfig, R | dict(target_modules=["q_proj"], trainable_token_indices=[50, 5, 9])),
+    # LoRA: rows of the table, of tokens that stand in the batch and one that does not
+    "lora_tokens": Case("llama_tied", LoraConfig, R | dict(target_modules=["q_proj"], trainable_token_indices=[50, 20, 3])),
     "lora_tokens_untied": Case("llama_untied_mha", LoraConfig, R | dict(
-        target_modules=["v_proj"], trainable_token_indices={"embed_tokens": [50, 5, 9], "lm_head": [7, 2]})),
-    "gpt2_lora_tokens": Case("gpt2", LoraConfig, R | CONV | dict(target_modules=["c_attn"], trainable_token_indices=[50, 5, 9])),
+        target_modules=["v_proj"], trainable_token_indices={"embed_tokens": [80, 7, 62], "lm_head": [7, 9]})),
+    "gpt2_lora_tokens": Case("gpt2", LoraConfig, R | CONV | dict(target_modules=["c_attn"], trainable_token_indices=[94, 5, 50])),
     "bloom_lora_tokens": Case("bloom", LoraConfig, R | dict(
-        target_modules=["query_key_value"], trainable_token_indices=[50, 5, 9])),
+        target_modules=["query_key_value"], trainable_token_indices=[89, 5, 9])),
     "gemma3_lora_tokens": Case("gemma3", LoraConfig, R | dict(target_modules=["q_proj"], trainable_token_indices=[50, 5, 9])),
     # LoRA: initialisations
     **{f"lora_{name}": Case("llama_tied", LoraConfig, R | dict(target_modules=["k_proj", "down_proj"], **settings), warns)
@@ -134,6 +134,8 @@ CASES = {
     **{name: Case(base, PrefixTuningConfig, SOFT | dict(prefix_projection=True)) for name, base in {
         "prefix_projection": "llama_tied", "gpt2_prefix_projection": "gpt2", "bloom_prefix_projection": "bloom",
         "gemma3_prefix_projection": "gemma3"}.items()},
+    **{f"phi3_longrope_{name}": Case("phi3_longrope", method, dict(num_virtual_tokens=12))  # alone 7 tokens have short factors
+       for name, method in [("prompt", PromptTuningConfig), ("prefix", PrefixTuningConfig)]},
     "prefix_projection_hidden": Case("llama_gqa_head_dim", PrefixTuningConfig, SOFT | dict(
         prefix_projection=True, encoder_hidden_size=20)),
 }
@@ -194,13 +196,11 @@ def make_soft(name, case, seed):
     computed, _ = run(model, ids, labels)
     rows = PeftModel.from_pretrained(load(case.base), folder / "adapter")
     logits, loss = run(rows, ids, labels)
-    of_rows = rows.prompt_encoder["default"].embedding.weight
-    more = {}
-    grads = {"prompt_embeddings": of_rows.grad.clone()}
+    grads, more = {k: v.clone() for k, v in gradients(rows).items()}, {}
     if case.method is not PrefixTuningConfig:
-        first = mean_first_loss(rows, ids, labels)
-        more = {"loss_with_first": first.detach().reshape(1), "first.prompt_embeddings": of_rows.grad}
-        more = {k: v.float().contiguous().clone() for k, v in more.items()}
+        first = loss_with_first(rows, ids, labels)
+        more = {"loss_with_first": first} | {f"first.{k}": v for k, v in gradients(rows).items()}
+        more = {k: v.detach().float().contiguous() for k, v in more.items()}
     write(folder / "golden.safetensors", ids, labels, logits, loss, grads, **more)
     if len(latent) > 1:
         save_file(latent, folder / "latent.safetensors")
@@ -209,18 +209,20 @@ def make_soft(name, case, seed):
     untouched, _ = run(load(case.base), ids, labels)
     assert (computed - logits).abs().max() < 1e-5, f"{name}: peft reads back something else"
     assert (untouched - logits).abs().max() > 0.1
-    print(f"{name}: loss {loss.item():.4f}, rows {list(of_rows.shape)}, {len(latent)} tensors")
+    print(f"{name}: loss {loss.item():.4f}, rows {list(grads['prompt_embeddings'].shape)}, {len(latent)} parameters")
 
 
-def mean_first_loss(model, ids, labels):
-    """peft's own loss: each sequence by itself with its labels, the first one too. Leaves the gradients in `.grad`."""
-    sums, count = 0.0, (labels != -100).sum()
-    for s, l in zip(ids.split(LENGTHS), labels.split(LENGTHS)):
-        if (l != -100).any():
-            sums = sums + model(input_ids=s[None], labels=l[None], use_cache=False).loss * (l != -100).sum()
+def loss_with_first(model, ids, labels):
+    """The mean of peft's own loss over all labels, those of first tokens too; fills `.grad`."""
+    total = 0.0
+    for tokens, targets in zip(ids.split(LENGTHS), labels.split(LENGTHS)):
+        count = (targets != -100).sum()
+        if count > 0:
+            total = total + count * model(input_ids=tokens[None], labels=targets[None], use_cache=False).loss
+    loss = total / (labels != -100).sum()
     model.zero_grad()
-    (sums / count).backward()
-    return sums / count
+    loss.backward()
+    return loss.reshape(1)
 
 
 def make(name, case):
