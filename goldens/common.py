@@ -93,11 +93,13 @@ def load(case):
 
 
 def forward(model, ids):
-    """Logits of one sequence, from the frequencies of a new model: "dynamic" ones stay at those of the longest one before."""
+    """Logits of one sequence, from the frequencies of a new model: "dynamic" ones stay at those of the longest one before.
+
+    Not those of the virtual tokens that a soft prompt puts before it."""
     for module in model.modules():
         if getattr(module, "rope_type", None) == "dynamic":
             module.inv_freq, module.max_seq_len_cached = module.original_inv_freq, module.original_max_seq_len
-    return model(input_ids=ids[None], use_cache=False).logits[0]
+    return model(input_ids=ids[None], use_cache=False).logits[0, -len(ids):]
 
 
 def run(model, ids, labels, lengths=LENGTHS):
@@ -126,28 +128,49 @@ def write(path, ids, labels, logits, loss, grads=None, lengths=LENGTHS, **more):
 
 def sort_lists(file):
     """peft writes its lists of modules in the order of a Python set, another one in each process."""
+    order = lambda v: sorted(v) if isinstance(v, list) and all(isinstance(item, str) for item in v) else v
     config = json.loads(file.read_text())
-    file.write_text(json.dumps({k: sorted(v) if isinstance(v, list) else v for k, v in config.items()}, indent=2) + "\n")
+    file.write_text(json.dumps({k: order(v) for k, v in config.items()}, indent=2) + "\n")
 
 
-def make_adapter(case, base, settings, seed):
-    folder = fresh(GOLDENS / case)
-    model = get_peft_model(load(base), LoraConfig(task_type="CAUSAL_LM", **settings))
-    trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    randomise(trainable, seed)
+def save_adapter(model, folder, base, **arguments):
+    """What peft saves of an adapter, on a base of that name."""
     model.peft_config["default"].base_model_name_or_path = base
-    model.save_pretrained(folder / "adapter", save_embedding_layers=False)
-    (folder / "adapter" / "README.md").unlink()
-    sort_lists(folder / "adapter" / "adapter_config.json")
+    model.save_pretrained(folder, **dict(save_embedding_layers=False) | arguments)
+    (folder / "README.md").unlink()
+    sort_lists(folder / "adapter_config.json")
+
+
+def gradients(model):
+    """Of all that is trained, by the keys of adapter_model.safetensors."""
+    if model.active_peft_config.is_prompt_learning:
+        return {"prompt_embeddings": model.prompt_encoder["default"].embedding.weight.grad}
+    trainable = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    grads = get_peft_model_state_dict(model, state_dict=model.state_dict() | trainable, save_embedding_layers=False)
+    assert len(grads) == len(trainable), (sorted(grads), sorted(trainable))
+    return grads
+
+
+def adapter_case(case, base, config, seed, start=randomise, **arguments):
+    """A case of an adapter whose parameters `start` sets; `arguments` are those of `save_pretrained`."""
+    folder = fresh(GOLDENS / case)
+    torch.manual_seed(seed)
+    model = get_peft_model(load(base), config)
+    start([(n, p) for n, p in model.named_parameters() if p.requires_grad], seed)
+    save_adapter(model, folder / "adapter", base, **arguments)
     (folder / "base.txt").write_text(base + "\n")
     ids, labels = batch(model.config.get_text_config().vocab_size, seed)
     logits, loss = run(model, ids, labels)
-    grads = model.state_dict() | {n: p.grad for n, p in trainable}
-    grads = get_peft_model_state_dict(model, state_dict=grads, save_embedding_layers=False)
-    assert len(grads) == len(trainable), (sorted(grads), [n for n, _ in trainable])
+    grads = gradients(model)
     write(folder / "golden.safetensors", ids, labels, logits, loss, grads)
+    torch.manual_seed(seed)
     again, _ = run(PeftModel.from_pretrained(load(base), folder / "adapter"), ids, labels)
     untouched, _ = run(load(base), ids, labels)
     assert torch.equal(again, logits), f"{case}: peft reads back something else"
     assert (untouched - logits).abs().max() > 0.1
-    print(f"{case}: loss {loss.item():.4f}, {len(trainable)} tensors")
+    print(f"{case}: loss {loss.item():.4f}, {len(grads)} tensors")
+
+
+def make_adapter(case, base, settings, seed):
+    """A case of a LoRA adapter with random values."""
+    adapter_case(case, base, LoraConfig(task_type="CAUSAL_LM", **settings), seed)
