@@ -72,6 +72,9 @@ fn required(config: &LoraConfig, modules: &BaseModules<'_>, targets: &[LoraTarge
     for target in targets {
         shapes.insert(names::lora_a(&target.module), vec![target.r, target.in_features]);
         shapes.insert(names::lora_b(&target.module), vec![target.out_features, target.r]);
+        if config.use_dora {
+            shapes.insert(names::lora_magnitude(&target.module), vec![target.out_features]);
+        }
     }
     for bias in trained_biases(config, modules, targets) {
         shapes.insert(bias.key, vec![bias.len]);
@@ -98,7 +101,7 @@ fn optional(config: &LoraConfig, modules: &BaseModules<'_>, key: &str) -> Option
         }
         // The base's own weight beside an adapted head: of use only when it was resized, and then its shape tells.
         Part::BaseWeight => Some(linear?.weight_shape()),
-        Part::LoraA | Part::LoraB => return None,
+        Part::LoraA | Part::LoraB | Part::Magnitude => return None,
     };
     Some((module, shape))
 }
@@ -145,7 +148,7 @@ fn unexpected_advice(keys: &[&str]) -> &'static str {
             Key::Part(_, Part::Weight | Part::Bias) => whole = true,
             Key::Part(..) | Key::Copy => {}
             Key::Unknown => {
-                return "These are not tensors of a plain LoRA adapter on linear modules (DoRA, adapted embeddings and others are not available yet)";
+                return "These are not tensors of a plain LoRA adapter on linear modules (adapted embeddings, biases of B and others are not available yet)";
             }
         }
     }

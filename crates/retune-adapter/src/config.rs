@@ -49,6 +49,9 @@ pub struct LoraConfig {
     pub use_rslora: bool,
     /// How A and B start: true, false or "gaussian".
     pub init_lora_weights: InitLoraWeights,
+    /// Train the lengths of the weight's rows apart from their directions, which A and B turn (DoRA, Liu et al. 2024): slower, and often better at a low rank.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub use_dora: bool,
 }
 
 impl Default for LoraConfig {
@@ -67,6 +70,7 @@ impl Default for LoraConfig {
             bias: Bias::None,
             use_rslora: false,
             init_lora_weights: InitLoraWeights::Kaiming,
+            use_dora: false,
         }
     }
 }

@@ -18,7 +18,7 @@ use serde_json::{Map, Value};
 use crate::check::check_values;
 use crate::error::Error;
 use crate::files::AdapterFile;
-use crate::methods::{full, lora};
+use crate::methods::{full, ia3, lora, miss, prefix_tuning, prompt_tuning};
 use crate::names;
 use crate::targets::BaseModules;
 
@@ -139,7 +139,8 @@ impl MethodInfo {
 }
 
 /// All methods; the first is what a run's configuration means that names none.
-pub const METHODS: &[&MethodInfo] = &[&lora::INFO, &full::INFO];
+pub const METHODS: &[&MethodInfo] =
+    &[&lora::INFO, &miss::INFO, &ia3::INFO, &prompt_tuning::INFO, &prefix_tuning::INFO, &full::INFO];
 
 /// The method of this name in a run's configuration.
 pub fn by_name(name: &str) -> Option<&'static MethodInfo> {

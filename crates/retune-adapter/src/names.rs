@@ -17,6 +17,11 @@ pub fn lora_b(module: &str) -> String {
     format!("{PREFIX}{module}.lora_B.weight")
 }
 
+/// Key of DoRA's lengths of rows, [out].
+pub fn lora_magnitude(module: &str) -> String {
+    format!("{PREFIX}{module}.lora_magnitude_vector")
+}
+
 /// Key of the weight of a module that is trained and saved whole.
 pub fn saved_weight(module: &str) -> String {
     format!("{PREFIX}{module}.weight")
@@ -69,6 +74,8 @@ pub enum Part {
     LoraA,
     /// B, [out, r].
     LoraB,
+    /// DoRA's lengths of rows, [out].
+    Magnitude,
     /// The weight of a module saved whole.
     Weight,
     /// A bias.
@@ -83,6 +90,7 @@ impl Part {
         match self {
             Self::LoraA => lora_a(module),
             Self::LoraB => lora_b(module),
+            Self::Magnitude => lora_magnitude(module),
             Self::Weight => saved_weight(module),
             Self::Bias => trained_bias(module, false),
             Self::BaseWeight => format!("{PREFIX}{module}.base_layer.weight"),
@@ -117,8 +125,11 @@ pub fn parse(key: &str) -> Key {
             return if is_weight { part_of(module, part) } else { Key::Unknown };
         }
     }
+    if let Some(module) = name.strip_suffix(".lora_magnitude_vector") {
+        return part_of(module, Part::Magnitude);
+    }
     if name.contains(".lora_") {
-        return Key::Unknown; // of DoRA, of embeddings, of a bias on B
+        return Key::Unknown; // of embeddings, of a bias on B
     }
     if name.contains(".original_module.") || name.contains(".modules_to_save.") {
         // Beside a module saved whole PEFT writes these only for `bias: all`; the module itself is there under its own name.
@@ -180,7 +191,7 @@ mod tests {
             ("base_model.model.model.norm.weight", part("model.norm", Part::Weight)),
             ("base_model.model.a.q.original_module.bias", Key::Copy),
             ("base_model.model.a.q.modules_to_save.bias", Key::Copy),
-            ("base_model.model.a.q.lora_magnitude_vector", Key::Unknown),
+            ("base_model.model.a.q.lora_magnitude_vector", part("a.q", Part::Magnitude)),
             ("base_model.model.a.q.lora_B.bias", Key::Unknown),
             ("base_model.model.model.embed_tokens.lora_embedding_A", Key::Unknown),
             ("base_model.model.a.q.lora_A.x.y.weight", Key::Unknown),
@@ -195,7 +206,7 @@ mod tests {
 
     #[test]
     fn what_is_written_is_read_back() {
-        for wanted in [Part::LoraA, Part::LoraB, Part::Weight, Part::Bias, Part::BaseWeight] {
+        for wanted in [Part::LoraA, Part::LoraB, Part::Magnitude, Part::Weight, Part::Bias, Part::BaseWeight] {
             assert_eq!(parse(&wanted.key("model.layers.3.mlp.up_proj")), part("model.layers.3.mlp.up_proj", wanted));
         }
     }

@@ -14,7 +14,7 @@ use crate::selection::Selection;
 use crate::targets::{BaseModules, LoraTarget, last_component};
 
 /// The keys that mean the same here.
-const FIELDS: [&str; 12] = [
+const FIELDS: [&str; 13] = [
     "r",
     "lora_alpha",
     "lora_dropout",
@@ -27,6 +27,7 @@ const FIELDS: [&str; 12] = [
     "modules_to_save",
     "bias",
     "use_rslora",
+    "use_dora",
 ];
 
 /// Keys of every method that change nothing in a trained adapter, whatever their value.
@@ -214,6 +215,9 @@ pub(crate) fn lora_keys(
     if config.use_rslora {
         keys.insert("use_rslora", json!(true));
     }
+    if config.use_dora {
+        keys.insert("use_dora", json!(true));
+    }
     Ok(keys)
 }
 
@@ -289,6 +293,9 @@ pub(crate) fn compatibility_notes(config: &LoraConfig) -> Vec<String> {
     } else if rank > 16 {
         notes
             .push(format!("rank {rank}: vLLM takes ranks up to 16 unless started with --max-lora-rank {rank} or more"));
+    }
+    if config.use_dora {
+        notes.push("use_dora: vLLM and mistral.rs refuse DoRA; merge this one".to_owned());
     }
     if config.bias != Bias::None {
         notes.push(format!("bias {}: vLLM and mistral.rs refuse adapters with biases", config.bias.as_str()));

@@ -2,7 +2,7 @@
 
 use std::ops::Deref;
 
-use retune_engine::spec::{ModelSpec, Module};
+use retune_engine::spec::{Attention, ModelSpec, Module, SubLayer};
 
 use crate::config::{Bias, LoraConfig};
 use crate::error::Error;
@@ -38,6 +38,34 @@ impl LinearModule<'_> {
     }
 }
 
+/// What a soft prompt's shape depends on, as PEFT's files say it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Shape {
+    pub hidden_size: usize,
+    /// Query heads of an attention.
+    pub heads: usize,
+    /// Its heads of keys and values.
+    pub key_value_heads: usize,
+    pub head_dim: usize,
+    /// Attentions of the model.
+    pub layers: usize,
+}
+
+impl Shape {
+    fn of(spec: &ModelSpec) -> Self {
+        let attentions = || spec.sub_layers().filter_map(SubLayer::attention);
+        let first = attentions().next();
+        let first = |of: fn(&Attention) -> usize| first.map_or(0, of);
+        Self {
+            hidden_size: spec.hidden_size,
+            heads: first(|attention| attention.queries),
+            key_value_heads: first(|attention| attention.keys),
+            head_dim: first(|attention| attention.head_dim),
+            layers: attentions().count(),
+        }
+    }
+}
+
 /// What of a base model an adapter can be about.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct BaseModules<'a> {
@@ -47,6 +75,8 @@ pub struct BaseModules<'a> {
     pub biased_norms: Vec<(&'a str, usize)>,
     /// The model's family: transformers' `model_type`.
     pub family: &'a str,
+    /// What a soft prompt's shape depends on.
+    pub shape: Shape,
 }
 
 impl<'a> BaseModules<'a> {
@@ -65,7 +95,7 @@ impl<'a> BaseModules<'a> {
             Module::Norm(norm) if norm.has_bias() => Some((norm.name.as_str(), norm.width)),
             _ => None,
         });
-        Self { linears: linears.collect(), biased_norms: norms.collect(), family: spec.family }
+        Self { linears: linears.collect(), biased_norms: norms.collect(), family: spec.family, shape: Shape::of(spec) }
     }
 }
 

@@ -1,6 +1,6 @@
 //! The linear modules of a tiny Llama model, for the tests of this crate.
 
-use crate::targets::{BaseModules, LinearModule};
+use crate::targets::{BaseModules, LinearModule, Shape};
 
 const fn module(name: &'static str, in_features: usize, out_features: usize) -> LinearModule<'static> {
     LinearModule { name, in_features, out_features, has_bias: false, is_output_head: false, is_transposed: false }
@@ -40,11 +40,16 @@ pub(crate) const MODULES: [LinearModule<'static>; 22] = [
 ];
 
 pub(crate) fn tiny_llama() -> BaseModules<'static> {
-    BaseModules { linears: MODULES.to_vec(), biased_norms: Vec::new(), family: "llama" }
+    BaseModules { linears: MODULES.to_vec(), biased_norms: Vec::new(), family: "llama", shape: Shape::default() }
 }
 
 /// The same model with a bias on every linear module but the head.
 pub(crate) fn tiny_llama_with_biases() -> BaseModules<'static> {
     let biased = |module: &LinearModule<'static>| LinearModule { has_bias: !module.is_output_head, ..*module };
-    BaseModules { linears: MODULES.iter().map(biased).collect(), biased_norms: Vec::new(), family: "llama" }
+    BaseModules {
+        linears: MODULES.iter().map(biased).collect(),
+        biased_norms: Vec::new(),
+        family: "llama",
+        shape: Shape::default(),
+    }
 }

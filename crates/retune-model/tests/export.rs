@@ -10,6 +10,7 @@ use retune_adapter::{AdapterFile, Full, LoraConfig, ModuleSelection, names};
 use retune_engine::compute::Compute;
 use retune_engine::overlay::{Factor, LowRank, OutputScale, Overlay};
 use retune_engine::pass::Pass;
+use retune_engine::row_norms::row_norms;
 use retune_model::Error;
 use retune_model::checkpoint::Checkpoint;
 use retune_model::export::{self, ExportType, MergeOptions, MergeReport};

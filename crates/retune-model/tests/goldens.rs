@@ -1,12 +1,13 @@
 //! The model's logits, loss and every gradient against transformers and peft, on small random models of every family.
 //!
-//! `goldens/make_llama.py`, `make_families.py`, `make_gguf.py` and `make_families_gguf.py` make the fixtures; a folder is a case.
+//! `goldens/make_llama.py`, `make_families.py`, `make_methods.py`, `make_gguf.py` and `make_families_gguf.py` make the fixtures; a folder is a
+//! case.
 //! "Relative" is ‖ours − theirs‖ / ‖theirs‖ per tensor.
 
 use std::collections::BTreeMap;
 use std::fs;
 
-use retune_adapter::METHODS;
+use retune_adapter::{AdapterFile, METHODS};
 use retune_engine::compute::Compute;
 use retune_engine::generate::{Generation, Sampling};
 use retune_engine::pass::Pass;
@@ -26,11 +27,42 @@ fn cases() -> Vec<String> {
         .map(|entry| entry.unwrap())
         .filter(|entry| entry.path().join("golden.safetensors").exists())
         .map(|entry| entry.file_name().into_string().unwrap())
-        .filter(|name| !name.starts_with("bnb_"))
+        .filter(|name| !name.starts_with("bnb_") && !NOT_YET.contains(&name.as_str()))
         .collect();
     cases.sort();
     cases
 }
+
+/// What peft can do and is refused here, by name: its goldens wait.
+const NOT_YET: [&str; 27] = [
+    "bloom_lora_embeddings",
+    "bloom_lora_tokens",
+    "bloom_p_tuning",
+    "dora_embeddings",
+    "gemma3_lora_embeddings",
+    "gemma3_lora_tokens",
+    "gemma3_p_tuning",
+    "gpt2_lora_b_bias",
+    "gpt2_lora_embeddings",
+    "gpt2_lora_tokens",
+    "gpt2_p_tuning",
+    "lora_b_bias",
+    "lora_b_bias_all",
+    "lora_b_bias_alone",
+    "lora_embeddings",
+    "lora_embeddings_tied",
+    "lora_olora",
+    "lora_pissa",
+    "lora_pissa_niter_4",
+    "lora_pissa_rs",
+    "lora_tokens",
+    "lora_tokens_untied",
+    "miss_biases",
+    "miss_mini",
+    "p_tuning",
+    "p_tuning_hidden",
+    "p_tuning_lstm",
+];
 
 fn is_gguf(case: &str) -> bool {
     goldens().join(case).join("model.gguf").exists()
@@ -68,7 +100,10 @@ fn measure(case: &Case, packed: bool, saving: Saving) -> Errors {
     let mut grads = vec![0.0; case.params.len()];
     let (mut loss, mut labels, mut logits) = (0.0, 0, Vec::new());
     for pass in golden.passes(packed) {
-        let all: Vec<u32> = (0..pass.tokens() as u32).collect();
+        // The reference has no logits of virtual tokens.
+        let vocabulary = case.model.spec.vocab_size;
+        let all: Vec<u32> =
+            (0..pass.tokens() as u32).filter(|&t| (pass.ids[t as usize] as usize) < vocabulary).collect();
         let run = case.run(&compute, &pass);
         logits.extend(run.logits(&all, &mut workspace));
         let sum = run.loss(&mut workspace);
@@ -116,7 +151,9 @@ fn logits_loss_and_every_gradient_equal_transformers_and_peft() {
         let format = if is_gguf(&name) { "gguf" } else { "directory" };
         let method = match format {
             "gguf" => "base",
-            _ if is_adapter(&name) => "lora",
+            _ if is_adapter(&name) => {
+                AdapterFile::read(&goldens().join(&name).join("adapter")).unwrap().method.info().name
+            }
             _ => "full",
         };
         let family = case.checkpoint.spec.family.to_owned();
@@ -127,9 +164,9 @@ fn logits_loss_and_every_gradient_equal_transformers_and_peft() {
             errors.logits, errors.loss, errors.gradients
         );
     }
-    println!("{:12} {:10} {:5} {:>8} {:>8} {:>9}", "family", "format", "what", "logits", "loss", "gradients");
+    println!("{:12} {:10} {:14} {:>8} {:>8} {:>9}", "family", "format", "what", "logits", "loss", "gradients");
     for ((family, format, method), e) in &table {
-        println!("{family:12} {format:10} {method:5} {:8.1e} {:8.1e} {:9.1e}", e.logits, e.loss, e.gradients);
+        println!("{family:12} {format:10} {method:14} {:8.1e} {:8.1e} {:9.1e}", e.logits, e.loss, e.gradients);
     }
     for family in FAMILIES {
         for model_type in family.model_types {

@@ -72,14 +72,16 @@ impl Golden {
         passes
     }
 
-    /// Mean loss over the labels.
+    /// Mean loss over the labels: with virtual tokens, the last of which predicts a row's first token, over those too.
     pub fn loss(&self) -> f64 {
-        f64::from(self.tensors["loss"].1[0])
+        let loss = self.tensors.get("loss_with_first").unwrap_or(&self.tensors["loss"]);
+        f64::from(loss.1[0])
     }
 
-    /// The gradients, by the names of what is trained.
+    /// The gradients of that, by the names of what is trained.
     pub fn gradients(&self) -> impl Iterator<Item = (&str, &(Vec<usize>, Vec<f32>))> {
-        self.tensors.iter().filter_map(|(name, tensor)| Some((name.strip_prefix("grad.")?, tensor)))
+        let prefix = if self.tensors.contains_key("loss_with_first") { "first." } else { "grad." };
+        self.tensors.iter().filter_map(move |(name, tensor)| Some((name.strip_prefix(prefix)?, tensor)))
     }
 }
 

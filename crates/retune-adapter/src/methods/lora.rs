@@ -1,8 +1,9 @@
-//! LoRA (Hu et al. 2021) and rsLoRA (Kalajdzievski 2023) with what PEFT lets them train beside: biases and whole modules.
+//! LoRA (Hu et al. 2021), rsLoRA (Kalajdzievski 2023) and DoRA (Liu et al. 2024) with what PEFT lets them train beside: biases and whole modules.
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use retune_engine::overlay::{Factor, LowRank, Overlay};
+use retune_engine::overlay::{Factor, LowRank, OutputScale, Overlay};
+use retune_engine::row_norms::row_norms;
 use retune_engine::spec::ModelSpec;
 use retune_kernels::dropout;
 use serde_json::Value;
@@ -21,7 +22,7 @@ use crate::walk::{Saved, walk};
 pub static INFO: MethodInfo = MethodInfo {
     name: "lora",
     peft_type: Some("LORA"),
-    what: "low-rank adapters on chosen linear modules (LoRA, rsLoRA)",
+    what: "low-rank adapters on chosen linear modules (LoRA, rsLoRA, DoRA)",
     learning_rate: 2e-4,
     read: method::read::<LoraConfig>,
     schema: Some(|generator| generator.subschema_for::<LoraConfig>()),
@@ -64,6 +65,14 @@ impl Method for LoraConfig {
             // B follows A.
             let (a, b) = params[a.start..b.end].split_at_mut(a.len());
             init_lora(&linear.name, *r, &self.init_lora_weights, start.seed, a, b);
+            if let Some(OutputScale::OverNorm(magnitudes)) = &change.output_scale {
+                let is_table = spec.head.tied && linear.name == spec.head.linear.name;
+                let module = if is_table { &spec.table.name } else { &linear.name };
+                let weight = (start.tensor)(&format!("{module}.weight"))?;
+                // The norms as the engine computes them, so that a B of zeros changes nothing.
+                let norms = row_norms(&weight, change, params);
+                params[magnitudes.clone()].copy_from_slice(&norms);
+            }
         }
         Ok(())
     }
@@ -124,5 +133,9 @@ fn on_targets(config: &LoraConfig, spec: &ModelSpec, targets: &[LoraTarget]) -> 
         let b = Factor::Trained(overlay.layout.add(names::lora_b(name), vec![linear.rows, target.r], None));
         let (r, scale, dropout) = (target.r, target.scaling, config.lora_dropout as f32);
         overlay.linears[id.0].low_rank.push(LowRank { a, b, r, scale, dropout, key: dropout::module_key(name) });
+        if config.use_dora {
+            let magnitudes = overlay.layout.add(names::lora_magnitude(name), vec![linear.rows], None);
+            overlay.linears[id.0].output_scale = Some(OutputScale::OverNorm(magnitudes));
+        }
     }))
 }

@@ -156,6 +156,7 @@ fn modules(file: &AdapterFile) -> Map<String, Value> {
         let (module, norm) = match &key {
             Key::Part(module, Part::LoraA) => (module, "norm_A"),
             Key::Part(module, Part::LoraB) => (module, "norm_B"),
+            Key::Part(module, Part::Magnitude) => (module, "norm_magnitude"),
             Key::Part(module, Part::Weight) => (module, "norm_weight"),
             Key::Part(module, Part::Bias) => (module, "norm_bias"),
             Key::Part(module, Part::BaseWeight) => (module, "norm_base_weight"),

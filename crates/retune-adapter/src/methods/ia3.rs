@@ -1,0 +1,210 @@
+//! (IA)³ (Liu et al. 2022, "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning", section 3.3): learned
+//! vectors that scale what chosen linear modules write, or read where they belong to the feed-forward part.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+
+use retune_engine::overlay::{OutputScale, Overlay};
+use retune_engine::spec::ModelSpec;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+
+use crate::config::{ModuleSelection, config_error};
+use crate::error::Error;
+use crate::method::{self, Method, MethodInfo, Start};
+use crate::peft_config;
+use crate::selection::Selection;
+use crate::targets::{BaseModules, LinearModule};
+use crate::walk::{Saved, walk};
+
+pub static INFO: MethodInfo = MethodInfo {
+    name: "ia3",
+    peft_type: Some("IA3"),
+    what: "learned factors on what chosen linear modules read or write ((IA)³)",
+    learning_rate: 5e-3,
+    read: method::read::<Ia3Config>,
+    schema: Some(|generator| generator.subschema_for::<Ia3Config>()),
+    from_peft,
+};
+
+/// The keys of `adapter_config.json` that mean the same here.
+const FIELDS: [&str; 4] = ["target_modules", "exclude_modules", "feedforward_modules", "modules_to_save"];
+
+/// How (IA)³ adapts a model: which linear modules are scaled, and which of them in their inputs.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Ia3Config {
+    /// Modules to scale: a list of name endings or a regular expression for the whole name. When absent PEFT's choice for the model's family: keys (or queries), values and the last projection of the MLP.
+    pub target_modules: Option<ModuleSelection>,
+    /// Modules left out again: a list of name endings or a regular expression for the whole name.
+    pub exclude_modules: Option<ModuleSelection>,
+    /// Those of the target modules that are scaled in what they read; the others in what they write. When absent PEFT's choice for the model's family.
+    pub feedforward_modules: Option<ModuleSelection>,
+    /// Modules trained and saved whole, by the end of their names ("lm_head", "embed_tokens").
+    pub modules_to_save: Vec<String>,
+}
+
+/// What PEFT 0.21.2 adapts where a configuration says nothing, by model type: the targets, the last of which is the feed-forward one.
+const DEFAULTS: [(&str, [&str; 3]); 9] = [
+    ("llama", ["k_proj", "v_proj", "down_proj"]),
+    ("mistral", ["k_proj", "v_proj", "down_proj"]),
+    ("qwen2", ["q_proj", "v_proj", "down_proj"]),
+    ("qwen3", ["q_proj", "v_proj", "down_proj"]),
+    ("gemma", ["q_proj", "v_proj", "down_proj"]),
+    ("gemma2", ["q_proj", "v_proj", "down_proj"]),
+    ("gemma3_text", ["q_proj", "v_proj", "down_proj"]),
+    ("gpt2", ["c_attn", "c_attn", "mlp.c_proj"]),
+    ("bloom", ["query_key_value", "query_key_value", "mlp.dense_4h_to_h"]),
+];
+
+fn from_peft(path: &Path, map: Map<String, Value>) -> Result<Arc<dyn Method>, Error> {
+    // An empty list scales nothing in what it reads; a missing one stands for the family's default.
+    let none = map.get("feedforward_modules").filter(|names| names.as_array().is_some_and(Vec::is_empty)).cloned();
+    let mut fields = peft_config::known_fields(path, map, &FIELDS, &["fan_in_fan_out", "init_ia3_weights"])?;
+    fields.extend(none.map(|none| ("feedforward_modules".to_owned(), none)));
+    Ok(Arc::new(peft_config::deserialize::<Ia3Config>(path, fields)?))
+}
+
+/// A configuration whose defaults are those of a family.
+struct Chosen {
+    targets: ModuleSelection,
+    feedforward: ModuleSelection,
+}
+
+impl Ia3Config {
+    /// The selections, with PEFT's for the family where there is none.
+    fn chosen(&self, family: &str) -> Result<Chosen, Error> {
+        let default = DEFAULTS.iter().find(|(of, _)| *of == family).map(|(_, names)| names);
+        let missing = |field| {
+            let problem =
+                format!("is missing, and PEFT knows no default for a model of type {family}; name the modules");
+            config_error(field, problem)
+        };
+        let targets = match (&self.target_modules, default) {
+            (Some(targets), _) => targets.clone(),
+            (None, Some(names)) => {
+                let mut names = names.map(str::to_owned).to_vec();
+                names.dedup();
+                ModuleSelection::List(names)
+            }
+            (None, None) => return missing("target_modules"),
+        };
+        let feedforward = match (&self.feedforward_modules, default) {
+            (Some(names), _) => names.clone(),
+            (None, Some([.., last])) => ModuleSelection::List(vec![(*last).to_owned()]),
+            (None, None) => return missing("feedforward_modules"),
+        };
+        Ok(Chosen { targets, feedforward })
+    }
+
+    fn selection<'a>(&'a self, targets: &'a ModuleSelection) -> Selection<'a> {
+        Selection {
+            target_modules: targets,
+            exclude_modules: self.exclude_modules.as_ref(),
+            layers_to_transform: None,
+            layers_pattern: None,
+            modules_to_save: &self.modules_to_save,
+        }
+    }
+}
+
+/// Whether a module is scaled in what it reads. As in PEFT an entry of a list matches every name that ends with it, without a dot before it.
+fn is_feedforward(selection: &ModuleSelection, module: &LinearModule<'_>) -> Result<bool, Error> {
+    match selection {
+        ModuleSelection::List(names) => Ok(names.iter().any(|name| module.name.ends_with(name.as_str()))),
+        ModuleSelection::Pattern(source) => {
+            crate::pattern::Pattern::full("feedforward_modules", source)?.is_match(module.name)
+        }
+    }
+}
+
+impl Method for Ia3Config {
+    fn info(&self) -> &'static MethodInfo {
+        &INFO
+    }
+
+    fn settings(&self) -> Result<Value, serde_json::Error> {
+        serde_json::to_value(self)
+    }
+
+    fn check(&self) -> Result<(), Error> {
+        if let Some(targets) = &self.target_modules {
+            self.selection(targets).check()?;
+        }
+        if let (Some(ModuleSelection::List(targets)), Some(ModuleSelection::List(names))) =
+            (&self.target_modules, &self.feedforward_modules)
+            && let Some(stray) = names.iter().find(|name| !targets.contains(name))
+        {
+            return config_error(
+                "feedforward_modules",
+                format!("`{stray}` is not among target_modules; add it there, or take it out here"),
+            );
+        }
+        Ok(())
+    }
+
+    fn lower(&self, spec: &ModelSpec, strict: bool) -> Result<Overlay, Error> {
+        let modules = BaseModules::of(spec);
+        let Chosen { targets, feedforward } = self.chosen(spec.family)?;
+        let selection = self.selection(&targets);
+        let selected = if strict { selection.resolve(&modules) } else { selection.select(&modules) }?;
+        let mut scaled = Vec::new();
+        for module in selected {
+            scaled.push((module.name, is_feedforward(&feedforward, module)?));
+        }
+        if strict && self.feedforward_modules.is_some() && scaled.iter().all(|(_, reads)| !reads) {
+            return config_error(
+                "feedforward_modules",
+                "matches none of the target modules; correct it, or leave it out".to_owned(),
+            );
+        }
+        let saved = Saved::of(&selection, spec)?;
+        Ok(walk(
+            spec,
+            |module, tensor| saved.key(module, tensor),
+            |overlay, id, linear| {
+                let Some((name, reads)) = scaled.iter().find(|(name, _)| *name == linear.name) else { return };
+                let shape = if *reads { vec![1, linear.cols] } else { vec![linear.rows, 1] };
+                let place = overlay.layout.add(format!("base_model.model.{name}.ia3_l"), shape, None);
+                let change = &mut overlay.linears[id.0];
+                if *reads {
+                    change.input_scale = Some(place);
+                } else {
+                    change.output_scale = Some(OutputScale::Plain(place));
+                }
+            },
+        ))
+    }
+
+    /// All factors are one.
+    fn initialise(&self, _: &ModelSpec, overlay: &Overlay, _: &Start<'_>, params: &mut [f32]) -> Result<(), Error> {
+        for change in &overlay.linears {
+            let output = match &change.output_scale {
+                Some(OutputScale::Plain(place)) => Some(place),
+                _ => None,
+            };
+            for place in [change.input_scale.as_ref(), output].into_iter().flatten() {
+                params[place.clone()].fill(1.0);
+            }
+        }
+        Ok(())
+    }
+
+    fn peft_config(&self, modules: &BaseModules<'_>) -> Result<BTreeMap<&'static str, Value>, Error> {
+        let Chosen { targets, feedforward } = self.chosen(modules.family)?;
+        let selection = self.selection(&targets);
+        let names: Vec<&str> = selection.select(modules)?.iter().map(|module| module.name).collect();
+        let mut keys = BTreeMap::new();
+        peft_config::selection_keys(&selection, &names, modules, &mut keys)?;
+        keys.insert("feedforward_modules", json!(feedforward));
+        keys.insert("fan_in_fan_out", json!(names.iter().any(|name| modules.is_transposed(name))));
+        keys.insert("init_ia3_weights", json!(true));
+        Ok(keys)
+    }
+
+    fn compatibility_notes(&self) -> Vec<String> {
+        vec!["vLLM and mistral.rs take LoRA adapters only; merge this one".to_owned()]
+    }
+}
