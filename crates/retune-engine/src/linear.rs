@@ -206,7 +206,7 @@ pub(crate) fn forward(run: Run, group: &[LinearId], x: &[f32], mut to: To, keep:
     for &id in group {
         let (linear, change) = (run.model.linear(id), run.overlay.change(id));
         let (n, u) = (linear.rows(), u.from(0, column));
-        if let Some(scale) = &change.output_scale {
+        if change.output_scale.is_some() {
             let z = &mut unscaled[first_unscaled..];
             product(run, id, x, u, scratch, Out::set(&mut *z, unscaled_row));
             let rounded = rounded.as_mut().map(|rounded| &mut rounded[first_unscaled..]);
@@ -217,7 +217,7 @@ pub(crate) fn forward(run: Run, group: &[LinearId], x: &[f32], mut to: To, keep:
                 To::Sum(y, addend) => (Some(&mut **y), Onto::Other(addend)),
             };
             if let Some(data) = y {
-                scale_output(run, id, scale, z, tokens, (RowsMut { data, row }, onto), rounded, &mut scratch.row);
+                scale_output(run, id, z, tokens, (RowsMut { data, row }, onto), rounded, &mut scratch.row);
             }
             first_unscaled += n;
         } else {
@@ -279,7 +279,6 @@ fn product<'y>(run: Run, id: LinearId, x: &[f32], u: MatRef, scratch: &mut Linea
 fn scale_output(
     run: Run,
     id: LinearId,
-    scale: &OutputScale,
     z: Rows,
     tokens: usize,
     (y, onto): (RowsMut, Onto),
@@ -288,9 +287,10 @@ fn scale_output(
 ) {
     let _span = span(Operation::Scale);
     let bias = run.model.linear(id).bias.map(|bias| run.vector(bias));
-    let (factors, offsets) = match scale {
-        OutputScale::OverNorm(_) => (run.norms.of_linear(id).0, bias),
-        OutputScale::Plain(range) => {
+    let (factors, offsets) = match &run.overlay.change(id).output_scale {
+        None => return,
+        Some(OutputScale::OverNorm(_)) => (run.norms.of_linear(id).0, bias),
+        Some(OutputScale::Plain(range)) => {
             let factors = &run.params[range.clone()];
             let offsets = bias.map(|bias| {
                 let offsets = sized(memory, bias.len());
@@ -470,11 +470,11 @@ pub(crate) fn input_gradient(
         let Some(range) = input_scale(id) else { continue };
         let Some(apart) = apart.next() else { return };
         product(&|other| other == id, apart);
-        if let Some(dx) = &mut dx {
+        if let Some(dx) = dx.as_deref_mut() {
             let _span = span(Operation::Scale);
             let scale = Scale { factors: &run.params[range], offsets: None };
             let onto = if is_set { Onto::Itself } else { Onto::Nothing };
-            let to = RowsMut { data: &mut **dx, row: k };
+            let to = RowsMut { data: dx, row: k };
             column_scale::forward(Rows { data: apart, row: k }, scale, tokens, to, onto, None);
             is_set = true;
         }

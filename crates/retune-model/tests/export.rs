@@ -311,7 +311,7 @@ fn with_head(case: &mut Case) {
 /// Scales and a low-rank term on every linear but the head, and a bias that is trained beside one of them.
 fn with_scales(case: &mut Case, over_norm: bool) {
     let r = 3;
-    let mut numbers = |case: &mut Case, name: String, shape: Vec<usize>, middle: f32| {
+    let numbers = |case: &mut Case, name: String, shape: Vec<usize>, middle: f32| {
         let seed = case.params.len();
         let values = numbers(seed + shape.iter().product::<usize>()).split_off(seed);
         case.params.extend(values.iter().map(|value| middle + 5.0 * value));
@@ -345,7 +345,7 @@ fn with_scales(case: &mut Case, over_norm: bool) {
 
 #[test]
 fn scales_are_merged_into_weights_and_biases() {
-    for name in ["gemma3", "gpt2", "bloom", "qwen2", "gguf_llama"] {
+    for name in ["gemma3", "gpt2", "bloom", "qwen2"] {
         for over_norm in [false, true] {
             let (_dir, checkpoint) = base(name);
             let mut case = Case::bare(name, checkpoint);

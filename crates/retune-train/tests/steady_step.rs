@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use rayon::ThreadPoolBuilder;
 use retune_engine::compute::Compute;
+use retune_engine::overlay::OutputScale;
 use retune_engine::pass::Pass;
 use retune_kernels::scratch::{self, Purpose};
 use retune_testing::{Case, checkpoint};
@@ -71,6 +72,23 @@ fn examples() -> Vec<Example> {
     examples
 }
 
+/// Puts scales on what all linears of the blocks read and write, every other one over the norms of its weight's rows.
+fn scale_linears(case: &mut Case) {
+    let linears = case.model.linears();
+    for (id, linear) in linears[..linears.len() - 1].iter().enumerate() {
+        let mut add = |part: &str, n: usize| {
+            case.params.resize(case.params.len() + n, 1.0);
+            case.overlay.layout.add(format!("{}.{part}", linear.name), vec![n], None)
+        };
+        let (input, output) = (add("input", linear.cols()), add("output", linear.rows()));
+        let change = &mut case.overlay.linears[id];
+        change.input_scale = Some(input);
+        change.output_scale =
+            Some(if id % 2 == 0 { OutputScale::OverNorm(output) } else { OutputScale::Plain(output) });
+    }
+    case.refresh();
+}
+
 /// How often a step allocates.
 fn allocations(trainer: &mut Trainer) -> usize {
     ALLOCATIONS.store(0, Ordering::SeqCst);
@@ -88,6 +106,7 @@ fn third_epoch(
     saved: &str,
     int8: bool,
     dropout: f64,
+    scales: bool,
     examples: &[Example],
 ) -> Vec<usize> {
     let run = json!({
@@ -104,7 +123,10 @@ fn third_epoch(
         },
     });
     let config = RunConfig::parse(&run.to_string(), "the run", &[]).unwrap();
-    let case = Case::with_method(model, checkpoint(model), &*config.adapter.as_ref().unwrap().0);
+    let mut case = Case::with_method(model, checkpoint(model), &*config.adapter.as_ref().unwrap().0);
+    if scales {
+        scale_linears(&mut case);
+    }
     let compute = if int8 {
         let mut pass = Pass::default();
         fill_pass(&mut pass, examples, &[0, 1], 0, TOKENS_PER_PASS);
@@ -152,10 +174,15 @@ fn a_step_like_those_before_it_allocates_nothing() {
             ("layer", "auto", true, 0.0),
         ];
         let others = OTHERS.iter().flat_map(|model| [ways[1], ways[2], ways[6]].map(|way| (*model, way)));
-        for (model, (checkpointing, saved, int8, dropout)) in ways.map(|way| (MODEL, way)).into_iter().chain(others) {
-            let counts = pool.install(|| third_epoch(model, checkpointing, saved, int8, dropout, &examples));
+        let others = others.map(|(model, way)| (model, way, false));
+        let scaled = ways.map(|way| (MODEL, way, true));
+        let all = ways.map(|way| (MODEL, way, false)).into_iter().chain(scaled).chain(others);
+        for (model, (checkpointing, saved, int8, dropout), scales) in all {
+            let counts = pool.install(|| third_epoch(model, checkpointing, saved, int8, dropout, scales, &examples));
             let threads = pool.current_num_threads();
-            let what = format!("{model}, {threads} threads, {checkpointing}, {saved}, int8 {int8}, dropout {dropout}");
+            let what = format!(
+                "{model}, {threads} threads, {checkpointing}, {saved}, int8 {int8}, dropout {dropout}, scales {scales}"
+            );
             // The order of the rows is made anew for each epoch, by its first step.
             assert!(counts[0] <= 1, "{what}: {counts:?}");
             assert_eq!(counts[1..], [0, 0, 0], "{what}");
