@@ -4,7 +4,9 @@
 //! Nothing here runs a model. Matrices are row-major f32 slices.
 
 pub mod check;
+pub mod combine;
 pub mod config;
+pub mod delta;
 pub mod error;
 pub mod files;
 pub mod init;
@@ -13,12 +15,14 @@ pub mod methods;
 pub mod names;
 mod pattern;
 mod peft_config;
+pub mod svd;
 pub mod targets;
 #[cfg(test)]
 mod test_model;
 
 pub use check::check_against;
 pub use config::{Bias, InitLoraWeights, LoraConfig, ModuleSelection, OneOrMany, Patterns};
+pub use delta::{Deltas, LoraDelta, deltas};
 pub use error::Error;
 pub use files::AdapterFile;
 pub use init::init_lora;
