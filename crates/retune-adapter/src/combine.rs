@@ -172,8 +172,8 @@ pub struct Combination {
     pub r: usize,
     /// The changes, all of scale 1.
     pub deltas: Deltas,
-    /// ‖combined − exact‖ / ‖exact‖ over all modules together, where exact is the weighted sum of the changes; infinite where that is zero
-    /// and the result is not.
+    /// ‖combined − exact‖ / ‖exact‖ over all modules together, where exact is the weighted sum of the changes; 0 within f32's rounding of
+    /// the changes, infinite where the sum is zero within it and the result is not.
     pub difference: f64,
 }
 
@@ -235,18 +235,23 @@ pub fn combine_with(sources: &[Source<'_>], settings: &Settings, masks: &Masks<'
         let problem = format!("have a rank of {r} together; combine fewer, or cut them to a lower rank (svd)");
         return Err(Error::Combination { setting: "the adapters", problem });
     }
-    let combined: Vec<(LoraDelta, f64, f64)> = modules
+    let combined: Vec<(LoraDelta, [f64; 3])> = modules
         .par_iter()
         .map(|module| {
             let (delta, exact) = (module.combined(&rule, settings, r, masks)?, module.side_by_side());
-            let (away, size) = (difference(&delta, &exact), exact.norm());
-            Ok((delta, away, size))
+            let norms = [difference(&delta, &exact), exact.norm(), module.size()];
+            Ok((delta, norms))
         })
         .collect::<Result<_, Error>>()?;
-    let (away, size) = combined.iter().fold((0.0, 0.0), |(a, s), (_, away, size)| (a + away.powi(2), s + size.powi(2)));
-    let difference = if away == 0.0 { 0.0 } else { (away / size).sqrt() };
+    let total = |of: usize| combined.iter().map(|(_, norms)| norms[of].powi(2)).sum::<f64>().sqrt();
+    let (away, exact, rounding) = (total(0), total(1), f64::from(f32::EPSILON) * total(2));
+    let difference = match away {
+        away if away <= rounding => 0.0,
+        _ if exact <= rounding => f64::INFINITY,
+        away => away / exact,
+    };
     let names = modules.iter().map(|module| module.name.to_owned());
-    Ok(Combination { r, deltas: names.zip(combined.into_iter().map(|c| c.0)).collect(), difference })
+    Ok(Combination { r, deltas: names.zip(combined.into_iter().map(|(delta, _)| delta)).collect(), difference })
 }
 
 fn check_sources(sources: &[Source<'_>]) -> Result<(), Error> {
@@ -345,27 +350,31 @@ impl<'a> Module<'a> {
         self.delta(r, a, b)
     }
 
-    /// How many singular values the weighted sum has beyond what f32 does not hold beside the largest, and beyond the rounding of changes
-    /// that cancel each other.
-    fn numeric_rank(&self) -> Result<usize, Error> {
-        let sum = self.side_by_side();
-        let svd = self.decomposed(&sum)?;
+    /// The decomposition of the weighted sum, and how many singular values it has beyond what f32 does not hold beside the largest, and
+    /// beyond the rounding of changes that cancel each other.
+    fn decomposed(&self, sum: &LoraDelta) -> Result<(Svd, usize), Error> {
+        let svd = Svd::of_product(self.out_features, self.in_features, sum.r, &sum.b, &sum.a)?;
         let values = svd.singular_values();
-        let size: f64 = self.terms.iter().map(|term| term.weight.abs() * term.delta.norm()).sum();
-        let noise = f64::EPSILON * sum.r as f64 * size;
+        let noise = f64::EPSILON * sum.r as f64 * self.size();
         let least = values.first().map_or(0.0, |largest| largest * f64::from(f32::EPSILON)).max(noise);
-        Ok(values.iter().take_while(|value| **value > least).count())
+        let rank = values.iter().take_while(|value| **value > least).count();
+        Ok((svd, rank))
     }
 
-    fn decomposed(&self, sum: &LoraDelta) -> Result<Svd, Error> {
-        Svd::of_product(self.out_features, self.in_features, sum.r, &sum.b, &sum.a)
+    fn numeric_rank(&self) -> Result<usize, Error> {
+        Ok(self.decomposed(&self.side_by_side())?.1)
+    }
+
+    /// The norms of the weighted changes, added up.
+    fn size(&self) -> f64 {
+        self.terms.iter().map(|term| term.weight.abs() * term.delta.norm()).sum()
     }
 
     /// The combined change at rank `r`.
     fn combined(&self, rule: &Rule, settings: &Settings, r: usize, masks: &Masks<'_>) -> Result<LoraDelta, Error> {
-        let cut = |svd: Svd| {
-            let (b, a) = svd.factors(r);
-            self.delta(r, a, b)
+        let cut = |(svd, rank): (Svd, usize)| {
+            let (b, a) = svd.factors(rank.min(r));
+            padded(self.delta(rank.min(r), a, b), r)
         };
         match rule.on {
             On::Terms => {
@@ -377,7 +386,7 @@ impl<'a> Module<'a> {
                 let changes = self.terms.iter().map(|term| term.delta.dense()).collect();
                 let weights: Vec<f64> = self.terms.iter().map(|term| term.weight).collect();
                 let dense = self.apply(rule, settings, MaskOf::Change, changes, &weights, masks);
-                Ok(cut(Svd::of_matrix(self.out_features, self.in_features, &dense)?))
+                Ok(cut((Svd::of_matrix(self.out_features, self.in_features, &dense)?, r)))
             }
             On::Factors => {
                 // PEFT puts the root of a weight on either factor, and its sign on A.
@@ -500,7 +509,7 @@ pub fn refuse_beside(
 
 impl Combination {
     /// The configuration and the tensors of the combined adapter, from the configurations of what was combined.
-    pub fn into_adapter(self, configs: &[&LoraConfig]) -> (LoraConfig, BTreeMap<String, (Vec<usize>, Vec<f32>)>) {
+    pub fn adapter(&self, configs: &[&LoraConfig]) -> (LoraConfig, BTreeMap<String, (Vec<usize>, Vec<f32>)>) {
         let config = LoraConfig {
             r: self.r,
             lora_alpha: self.r as f64,
@@ -508,9 +517,9 @@ impl Combination {
             ..LoraConfig::default()
         };
         let mut tensors = BTreeMap::new();
-        for (module, delta) in self.deltas {
-            tensors.insert(names::lora_a(&module), (vec![delta.r, delta.in_features], delta.a));
-            tensors.insert(names::lora_b(&module), (vec![delta.out_features, delta.r], delta.b));
+        for (module, delta) in &self.deltas {
+            tensors.insert(names::lora_a(module), (vec![delta.r, delta.in_features], delta.a.clone()));
+            tensors.insert(names::lora_b(module), (vec![delta.out_features, delta.r], delta.b.clone()));
         }
         (config, tensors)
     }
