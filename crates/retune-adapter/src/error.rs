@@ -143,6 +143,29 @@ pub enum Error {
     #[error("the adapter holds {keys}, which have no place in this model. {advice}")]
     UnexpectedTensors { keys: String, advice: &'static str },
 
+    /// A setting of a combination, or the adapters themselves, cannot be used.
+    #[error("{setting} {problem}")]
+    Combination { setting: &'static str, problem: String },
+
+    /// Ranks that differ where A and B of several adapters are added up.
+    #[error(
+        "{module} has rank {rank} in {first} and rank {other} in {second}, and this kind adds up their A and B; take exact, cat, or a kind \
+         that ends in svd"
+    )]
+    CombinedRanks { module: String, first: String, rank: usize, second: String, other: usize },
+
+    /// An adapter with more than low-rank changes.
+    #[error(
+        "{adapter} holds {what}, which cannot be combined: only low-rank changes add up; merge this adapter into its base instead"
+    )]
+    NotCombinable { adapter: String, what: String },
+
+    /// A matrix without a singular value decomposition.
+    #[error(
+        "a matrix of {rows} rows and {cols} columns has no singular value decomposition: its values are too large, or too far apart"
+    )]
+    Decomposition { rows: usize, cols: usize },
+
     /// A file that is damaged, or cannot be read or written.
     #[error(transparent)]
     Formats(#[from] retune_formats::Error),

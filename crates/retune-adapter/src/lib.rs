@@ -4,7 +4,9 @@
 //! Nothing here runs a model. Matrices are row-major f32 slices.
 
 pub mod check;
+pub mod combine;
 pub mod config;
+pub mod delta;
 pub mod error;
 pub mod files;
 pub mod init;
@@ -14,12 +16,14 @@ pub mod names;
 mod pattern;
 mod peft_config;
 pub mod selection;
+pub mod svd;
 pub mod targets;
 #[cfg(test)]
 mod test_model;
 mod walk;
 
 pub use config::{Bias, InitLoraWeights, LoraConfig, ModuleSelection, OneOrMany, Patterns};
+pub use delta::{Deltas, LoraDelta, deltas};
 pub use error::Error;
 pub use files::{AdapterFile, Tensors, tensors_of};
 pub use init::init_lora;

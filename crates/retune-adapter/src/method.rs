@@ -16,6 +16,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 use crate::check::check_values;
+use crate::config::LoraConfig;
 use crate::error::Error;
 use crate::files::AdapterFile;
 use crate::methods::{full, ia3, lora, miss, prefix_tuning, prompt_tuning};
@@ -84,6 +85,11 @@ pub trait Method: fmt::Debug + Send + Sync {
     /// # Errors
     /// Settings that select nothing of the modules, or that JSON cannot hold.
     fn peft_config(&self, modules: &BaseModules<'_>) -> Result<BTreeMap<&'static str, Value>, Error>;
+
+    /// The settings, where they are LoRA's: for what is done with pairs of A and B after training.
+    fn lora(&self) -> Option<&LoraConfig> {
+        None
+    }
 
     /// What the servers in use would refuse in an adapter of this method, or compute otherwise; empty when all is well.
     fn compatibility_notes(&self) -> Vec<String> {

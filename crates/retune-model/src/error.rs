@@ -91,6 +91,26 @@ pub enum Error {
     #[error("{} is not empty; a model is written to a directory of its own: give another name, or remove this one first", .dir.display())]
     OutputNotEmpty { dir: PathBuf },
 
+    /// A model out of which an adapter cannot be taken.
+    #[error(
+        "{tensor} was trained whole, and the merged model no longer has its original values: take the base that the adapter was merged into"
+    )]
+    Irreversible { tensor: String },
+
+    /// An adapter that scales, and does not only add.
+    #[error(
+        "the weights were multiplied by {tensor}, and dividing by it again would not give the original ones: take the base that the adapter \
+         was merged into"
+    )]
+    IrreversibleScale { tensor: String },
+
+    /// What stands before the tokens, and not on a weight.
+    #[error(
+        "a soft prompt or a prefix stands before the tokens, and no weight can hold it: keep the adapter beside its base, and give both \
+         (--adapter)"
+    )]
+    SoftPrompt,
+
     /// A weight beyond the range of the type it is to be written as.
     #[error(
         "tensor {tensor} would hold {value} at row {row}, column {column}, which {dtype} cannot represent; write f32, or bf16, whose range is nearly the same"

@@ -154,7 +154,7 @@ pub struct MergeReport {
 /// A tied model stays tied unless only one of embeddings and head is changed; then both are written.
 ///
 /// # Errors
-/// A directory that is not empty, a base without tokenizer, values that are not finite or beyond the range
+/// A directory that is not empty, a soft prompt, a base without tokenizer, values that are not finite or beyond the range
 /// of the type, and what the system refuses. What is left behind then is no model.
 pub fn write(
     checkpoint: &Checkpoint,
@@ -165,6 +165,9 @@ pub fn write(
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<MergeReport, Error> {
     refuse_occupied(out_dir)?;
+    if overlay.virtual_tokens.is_some() || overlay.prefix.is_some() {
+        return Err(Error::SoftPrompt);
+    }
     let tied = checkpoint.spec.head.tied && !unties(&checkpoint.spec, overlay);
     let tokenizer = checkpoint.tokenizer()?;
     let export = Export {

@@ -12,5 +12,6 @@ mod load;
 pub mod merge;
 pub mod rope;
 mod translate;
+pub mod unmerge;
 
 pub use error::Error;

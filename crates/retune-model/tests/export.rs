@@ -6,6 +6,7 @@ use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
+use half::{bf16, f16};
 use retune_adapter::{AdapterFile, Full, LoraConfig, ModuleSelection, names};
 use retune_engine::compute::Compute;
 use retune_engine::overlay::{Factor, LowRank, OutputScale, Overlay};
@@ -14,6 +15,7 @@ use retune_engine::row_norms::row_norms;
 use retune_model::Error;
 use retune_model::checkpoint::Checkpoint;
 use retune_model::export::{self, ExportType, MergeOptions, MergeReport};
+use retune_model::unmerge::inverse;
 use retune_testing::{Case, Golden, Lcg, checkpoint, goldens, relative};
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
@@ -505,4 +507,57 @@ fn a_write_that_fails_leaves_nothing_that_loads() {
         let temporary: Vec<String> = names.filter(|name| name.ends_with(".tmp") && name != taken).collect();
         assert!(temporary.is_empty(), "{taken}: {temporary:?}");
     }
+}
+
+/// A unit in the last place of a value as this type stores it.
+fn ulp(value: f32, dtype: ExportType) -> f32 {
+    match dtype {
+        ExportType::BF16 => bf16::from_bits((bf16::from_f32(value.abs()).to_bits()) + 1).to_f32() - value.abs(),
+        _ => f16::from_bits((f16::from_f32(value.abs()).to_bits()) + 1).to_f32() - value.abs(),
+    }
+}
+
+#[test]
+fn unmerging_gives_the_original_back() {
+    for case in ["lora_all_linear", "lora_rs", "lora_patterns"] {
+        for dtype in [ExportType::F32, ExportType::BF16, ExportType::F16] {
+            let (_dir, checkpoint) = base_of(case);
+            let folder = tempfile::tempdir().unwrap();
+            let write = |from: &Checkpoint, overlay: &Overlay, params: &[f32], name: &str| {
+                let (out, options) = (folder.path().join(name), MergeOptions { dtype, ..MergeOptions::default() });
+                export::write(from, overlay, params, &out, &options, &mut |_, _| {}).unwrap();
+                Checkpoint::open(&out).unwrap()
+            };
+            let nothing = Case::bare("original", checkpoint);
+            let original = write(&nothing.checkpoint, &nothing.overlay, &[], "original");
+            let with = Case::with_adapter(case, original, &adapter(case));
+            let (overlay, params) = (&with.overlay, &with.params);
+            let merged = write(&with.checkpoint, overlay, params, "merged");
+            let again = write(&merged, &inverse(overlay).unwrap(), params, "again");
+            let (mut changed, mut total) = (0, 0);
+            for name in with.checkpoint.names() {
+                let values = |of: &Checkpoint| of.tensor(name).unwrap().to_f32();
+                let (original, merged, again) = (values(&with.checkpoint), values(&merged), values(&again));
+                changed += original.iter().zip(&merged).filter(|(a, b)| a != b).count();
+                total += original.len();
+                if dtype == ExportType::F32 {
+                    let away = relative(&again, &original);
+                    assert!(away < 1e-6, "{case}, {name}: {away}");
+                    continue;
+                }
+                for ((&original, &merged), &again) in original.iter().zip(&merged).zip(&again) {
+                    let most = ulp(if merged.abs() > original.abs() { merged } else { original }, dtype);
+                    assert!((again - original).abs() <= most, "{case}, {dtype}: {original}, {merged}, {again}");
+                }
+            }
+            assert!(changed * 10 > total, "{case}: only {changed} of {total} weights were merged");
+        }
+    }
+}
+
+#[test]
+fn what_was_trained_whole_cannot_be_taken_out() {
+    let (_dir, checkpoint) = base_of("lora_save_head");
+    let error = inverse(&Case::with_adapter("whole", checkpoint, &adapter("lora_save_head")).overlay).unwrap_err();
+    assert!(matches!(&error, Error::Irreversible { tensor } if tensor == "lm_head.weight"), "{error}");
 }

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
+use retune_adapter::combine::{Kind, MajoritySign};
 use retune_model::export::ExportType;
 use retune_train::data::DataFormat;
 use retune_train::run_config::{Compute, MethodName};
@@ -42,6 +43,10 @@ pub enum Command {
     Generate(GenerateArgs),
     /// Merge an adapter into its base and write the whole model
     Merge(MergeArgs),
+    /// Take an adapter out of a model again that it was merged into
+    Unmerge(UnmergeArgs),
+    /// Combine adapters, each with a weight, into one
+    Combine(CombineArgs),
     /// Score a model on a data file: loss and perplexity
     Eval(EvalArgs),
     /// Show what a model or an adapter is made of
@@ -166,6 +171,91 @@ pub struct MergeArgs {
 }
 
 #[derive(Args)]
+#[command(after_help = "\
+Unmerging gives the original weights back up to rounding: a last digit, where the model was merged and is written in the same type. \
+Biases and modules that were trained whole cannot be taken out: the merged model no longer has what they replaced.")]
+pub struct UnmergeArgs {
+    /// The merged model: a directory, a .gguf file or a Hub id
+    #[arg(long, short, value_name = "MODEL")]
+    pub model: String,
+
+    /// The PEFT adapter directory that was merged into it
+    #[arg(long, short, value_name = "DIR")]
+    pub adapter: PathBuf,
+
+    /// Where the model without it goes: a folder that does not exist yet or is empty
+    #[arg(long, short, value_name = "DIR")]
+    pub out: PathBuf,
+
+    /// Type of the written weights
+    #[arg(long, value_enum, default_value_t = ExportType::F32)]
+    pub dtype: ExportType,
+
+    /// Print one JSON object instead of text
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Args)]
+#[command(after_help = "\
+A weight may be negative, which takes away what its adapter has learned; with a single adapter it makes that one stronger or weaker. \
+The result has one rank for all modules, and a scale of 1. It is compared with the weighted sum of the changes, which `exact` is and most \
+kinds of PEFT's are not.
+
+  retune combine --adapter runs/a/adapter=0.7 --adapter runs/b/adapter=0.3 --out runs/both
+  retune combine --adapter runs/a/adapter=1 --kind svd --svd-rank 4 --out runs/a-small")]
+pub struct CombineArgs {
+    /// A PEFT adapter directory and its weight, as often as needed
+    #[arg(long = "adapter", short, required = true, value_name = "DIR=WEIGHT", value_parser = weighted)]
+    pub adapters: Vec<WeightedAdapter>,
+
+    /// How the adapters become one; all but exact as PEFT's add_weighted_adapter does it
+    #[arg(long, value_enum, default_value_t)]
+    pub kind: Kind,
+
+    /// Share of the values that are kept, above 0 and up to 1; for ties, dare and magnitude_prune
+    #[arg(long, value_name = "SHARE")]
+    pub density: Option<f64>,
+
+    /// What ties takes for the sign that most adapters agree on; total when absent
+    #[arg(long, value_enum, value_name = "SIGN")]
+    pub majority_sign: Option<MajoritySign>,
+
+    /// Rank of the result, for kinds that end in svd; the largest rank of the adapters when absent
+    #[arg(long, value_name = "R")]
+    pub svd_rank: Option<usize>,
+
+    /// Seed of what dare drops; 0 when absent
+    #[arg(long)]
+    pub seed: Option<u64>,
+
+    /// Where the combined adapter goes: a folder that does not exist yet or is empty
+    #[arg(long, short, value_name = "DIR")]
+    pub out: PathBuf,
+
+    /// Print one JSON object instead of text
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// An adapter and its weight.
+#[derive(Clone, Debug)]
+pub struct WeightedAdapter {
+    pub path: PathBuf,
+    pub weight: f64,
+}
+
+fn weighted(text: &str) -> Result<WeightedAdapter, String> {
+    let wanted = "expected a folder and a weight, such as runs/a/adapter=0.7";
+    let (path, weight) = text.rsplit_once('=').ok_or(wanted)?;
+    let weight: f64 = weight.trim().parse().map_err(|_| format!("`{weight}` is not a number; {wanted}"))?;
+    if path.is_empty() || !weight.is_finite() {
+        return Err(wanted.to_owned());
+    }
+    Ok(WeightedAdapter { path: path.into(), weight })
+}
+
+#[derive(Args)]
 pub struct EvalArgs {
     #[command(flatten)]
     pub model: ModelArgs,
@@ -207,6 +297,10 @@ pub struct EvalArgs {
 pub struct InspectArgs {
     /// A model directory, a .gguf file, a Hub id, or an adapter directory
     pub path: String,
+
+    /// The base of an adapter: shows how large each change is beside the weight it changes
+    #[arg(long, short, value_name = "MODEL")]
+    pub model: Option<String>,
 
     /// Print one JSON object instead of text
     #[arg(long)]

@@ -64,6 +64,8 @@ fn run(cli: &Cli) -> Result<End> {
         Command::Train(args) => commands::train::run(args, cli.threads),
         Command::Generate(args) => commands::generate::run(args).map(done),
         Command::Merge(args) => commands::merge::run(args).map(done),
+        Command::Unmerge(args) => commands::unmerge::run(args).map(done),
+        Command::Combine(args) => commands::combine::run(args).map(done),
         Command::Eval(args) => commands::eval::run(args).map(done),
         Command::Inspect(args) => commands::inspect::run(args).map(done),
         Command::Data(args) => commands::data::run(args).map(done),

@@ -20,6 +20,9 @@ use crate::fetch;
 /// Where stamps are kept, within the cache. No model's folder begins with a dot.
 const STAMPS: &str = ".stamps";
 
+/// The file beside an adapter of ours that says where it comes from.
+pub const PROVENANCE: &str = "retune.json";
+
 /// A base model, opened, of which nothing is read twice: neither its tokenizer by one command, nor all its weights by one after another.
 pub struct Base {
     pub checkpoint: Checkpoint,
@@ -150,10 +153,33 @@ pub fn adapted(base: &Base, directory: &Path) -> Result<(Overlay, Vec<f32>, Adap
 /// # Errors
 /// Another tokenizer, to which the adapter's tokens mean other texts; a damaged `retune.json`. An adapter without that file says nothing.
 pub fn check_provenance(base: &Base, directory: &Path) -> Result<()> {
-    let path = directory.join("retune.json");
-    let Ok(text) = std::fs::read(&path) else { return Ok(()) };
-    let record: Value = serde_json::from_slice(&text)
-        .with_context(|| format!("{} is damaged; remove it to use the adapter without its history", path.display()))?;
+    let Some(record) = provenance(directory)? else { return Ok(()) };
+    check_tokens(base, directory, &record)?;
+    if record["run"]["base_content_hash"].as_str().is_some_and(|hash| hash != base.content_hash()) {
+        let (adapter, model) = (directory.display(), base.checkpoint.path().display());
+        note!("! {adapter} was trained on other weights than those of {model}");
+    }
+    Ok(())
+}
+
+/// What an adapter of ours says of where it comes from.
+///
+/// # Errors
+/// A damaged `retune.json`.
+pub fn provenance(directory: &Path) -> Result<Option<Value>> {
+    let path = directory.join(PROVENANCE);
+    let Ok(text) = std::fs::read(&path) else { return Ok(None) };
+    let record = serde_json::from_slice(&text);
+    record
+        .map(Some)
+        .with_context(|| format!("{} is damaged; remove it to use the adapter without its history", path.display()))
+}
+
+/// The part of [`check_provenance`] that is about tokens, for a base whose weights are known to be others.
+///
+/// # Errors
+/// Another tokenizer.
+pub fn check_tokens(base: &Base, directory: &Path, record: &Value) -> Result<()> {
     let (adapter, model) = (directory.display(), base.checkpoint.path().display());
     // What needs a tokenizer says itself that there is none.
     if let Ok(tokenizer) = base.tokenizer() {
@@ -168,9 +194,6 @@ pub fn check_provenance(base: &Base, directory: &Path) -> Result<()> {
         if record.get("chat_template_hash").is_some_and(|hash| *hash != template) {
             note!("! {adapter} was trained with another chat template than that of {model}");
         }
-    }
-    if record["run"]["base_content_hash"].as_str().is_some_and(|hash| hash != base.content_hash()) {
-        note!("! {adapter} was trained on other weights than those of {model}");
     }
     Ok(())
 }

@@ -113,6 +113,10 @@ impl Method for LoraConfig {
         Ok(peft_config::lora_keys(self, &targets, modules)?)
     }
 
+    fn lora(&self) -> Option<&LoraConfig> {
+        Some(self)
+    }
+
     fn compatibility_notes(&self) -> Vec<String> {
         peft_config::compatibility_notes(self)
     }

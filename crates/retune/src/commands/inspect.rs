@@ -3,16 +3,16 @@
 use std::fs;
 use std::path::Path;
 
-use anyhow::{Context, Error, Result, anyhow};
+use anyhow::{Context, Error, Result, anyhow, bail};
 use retune_adapter::files::WEIGHTS_FILE;
 use retune_adapter::names::{self, Key, Part};
-use retune_adapter::{AdapterFile, BaseModules, count_matches};
+use retune_adapter::{AdapterFile, BaseModules, Bias, count_matches, deltas};
 use retune_engine::spec::{Attention, SubLayer};
 use retune_model::checkpoint::{Checkpoint, CheckpointKind};
 use retune_model::rope::GGUF_FACTORS;
 use serde_json::{Map, Value, json};
 
-use super::print_json;
+use super::{changes, print_json};
 use crate::args::InspectArgs;
 use crate::fetch;
 use crate::memory::human;
@@ -21,7 +21,10 @@ use crate::memory::human;
 pub fn run(args: &InspectArgs) -> Result<()> {
     let path = Path::new(&args.path);
     let value = if path.join("adapter_config.json").exists() {
-        adapter(path)?
+        let base = args.model.as_deref().map(|model| Ok::<_, Error>(Checkpoint::open(&fetch::resolve(model)?)?));
+        adapter(path, base.transpose()?.as_ref())?
+    } else if args.model.is_some() {
+        bail!("--model is the base of an adapter, and {} is no adapter: leave it out", args.path)
     } else {
         let found = fetch::resolve(&args.path)?;
         model(&Checkpoint::open(&found).map_err(|error| run_folder(path).unwrap_or_else(|| error.into()))?)
@@ -116,12 +119,23 @@ fn rope(config: &Value) -> Value {
     json!({ "theta": theta, "scaling": scaling })
 }
 
-fn adapter(path: &Path) -> Result<Value> {
+fn adapter(path: &Path, base: Option<&Checkpoint>) -> Result<Value> {
     let file = AdapterFile::read(path)?;
     let weights = path.join(WEIGHTS_FILE);
     let size = fs::metadata(&weights).with_context(|| format!("cannot read {}", weights.display()))?.len();
-    let modules = modules(&file);
+    let mut modules = modules(&file);
     let mut notes = file.method.compatibility_notes();
+    if let Some(config) = file.method.lora().filter(|config| !config.use_dora) {
+        match deltas(config, &file.tensors) {
+            Ok(deltas) if deltas.is_empty() && config.modules_to_save.is_empty() && config.bias == Bias::None => {
+                notes.push(
+                    "no tensor is an A or a B under the names that PEFT gives: this adapter changes nothing".to_owned(),
+                );
+            }
+            Ok(deltas) => notes.extend(changes::describe(&deltas, base, &mut modules)),
+            Err(error) => notes.push(error.to_string()),
+        }
+    }
     // A trained bias or a module saved whole differs from the base's, whatever B is.
     let unchanged = |module: &Value| module["norm_B"].as_f64() == Some(0.0) && module.get("norm_bias").is_none();
     if !modules.is_empty() && modules.values().all(unchanged) {

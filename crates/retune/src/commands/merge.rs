@@ -1,9 +1,12 @@
 //! `retune merge`: an adapter merged into its base.
 
+use std::path::Path;
+
 use anyhow::{Context, Result};
 use indicatif::{ProgressBar, ProgressStyle};
 use retune_adapter::AdapterFile;
-use retune_model::export::{self, MergeOptions};
+use retune_engine::overlay::Overlay;
+use retune_model::export::{self, ExportType, MergeOptions, MergeReport};
 use serde_json::json;
 
 use super::print_json;
@@ -17,39 +20,56 @@ pub fn run(args: &MergeArgs) -> Result<()> {
     let base = Base::open(&fetch::resolve(&args.model)?)?;
     let adapter = AdapterFile::read(&args.adapter)?;
     session::check_provenance(&base, &args.adapter)?;
-    let options = MergeOptions { dtype: args.dtype, ..MergeOptions::default() };
-    if let Some(note) = export::scale_note(&base.checkpoint, args.dtype) {
-        note!("! {note}");
-    }
-    let bar = ProgressBar::new(1);
-    bar.set_style(ProgressStyle::with_template("{wide_bar} {bytes}/{total_bytes}, {eta} left")?);
     let merge = || -> Result<_> {
         let overlay = adapter.lower(&base.checkpoint.spec)?;
         let params = adapter.params(&overlay)?;
         adapter.check_base_weights(&base.checkpoint)?;
-        Ok(export::write(&base.checkpoint, &overlay, &params, &args.out, &options, &mut |done, total| {
-            bar.set_length(total);
-            bar.set_position(done);
-        })?)
+        write(&base, &overlay, &params, &args.out, args.dtype)
     };
-    let report = merge().with_context(|| format!("{} cannot be merged into {}", args.adapter.display(), args.model))?;
+    let written =
+        merge().with_context(|| format!("{} cannot be merged into {}", args.adapter.display(), args.model))?;
+    report("merged model", &written, &args.out, args.json)
+}
+
+/// Writes a base with what stands on it, behind a bar of progress.
+pub(super) fn write(
+    base: &Base,
+    overlay: &Overlay,
+    params: &[f32],
+    out: &Path,
+    dtype: ExportType,
+) -> Result<MergeReport> {
+    if let Some(note) = export::scale_note(&base.checkpoint, dtype) {
+        note!("! {note}");
+    }
+    let bar = ProgressBar::new(1);
+    bar.set_style(ProgressStyle::with_template("{wide_bar} {bytes}/{total_bytes}, {eta} left")?);
+    let options = MergeOptions { dtype, ..MergeOptions::default() };
+    let report = export::write(&base.checkpoint, overlay, params, out, &options, &mut |done, total| {
+        bar.set_length(total);
+        bar.set_position(done);
+    })?;
     bar.finish_and_clear();
-    if args.json {
-        print_json(&json!({
-            "out": args.out,
+    Ok(report)
+}
+
+/// Says what was written.
+pub(super) fn report(what: &str, report: &MergeReport, out: &Path, as_json: bool) -> Result<()> {
+    if as_json {
+        return print_json(&json!({
+            "out": out,
             "bytes": report.bytes,
             "shards": report.shards,
             "changed_modules": report.changed_modules,
             "largest_change": report.largest_change,
-        }))?;
-    } else {
-        outln!("merged model  {}  ({} in {} file(s))", args.out.display(), human(report.bytes), report.shards);
-        outln!(
-            "changed       {} modules; the largest change is {:.2e} of the largest weight",
-            report.changed_modules,
-            report.largest_change
-        );
-        outln!("try           retune generate --model {} \"Hello\"", args.out.display());
+        }));
     }
+    outln!("{what:<13} {}  ({} in {} file(s))", out.display(), human(report.bytes), report.shards);
+    outln!(
+        "changed       {} modules; the largest change is {:.2e} of the largest weight",
+        report.changed_modules,
+        report.largest_change
+    );
+    outln!("try           retune generate --model {} \"Hello\"", out.display());
     Ok(())
 }

@@ -1,6 +1,8 @@
 //! One file per command: what it does with its arguments, and what it prints.
 
 pub mod bench;
+mod changes;
+pub mod combine;
 pub mod data;
 pub mod eval;
 pub mod fetch;
@@ -11,6 +13,7 @@ pub mod merge;
 pub mod schema;
 pub mod tokenize;
 pub mod train;
+pub mod unmerge;
 
 use std::io::Read;
 

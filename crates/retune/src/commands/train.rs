@@ -453,7 +453,7 @@ impl Run<'_> {
             "held_out_loss_before": progress.initial_loss,
             "held_out_loss_after": progress.best_loss,
         });
-        atomic::write(&out.join("retune.json"), format!("{provenance:#}\n").as_bytes())?;
+        atomic::write(&out.join(session::PROVENANCE), format!("{provenance:#}\n").as_bytes())?;
         Ok(out)
     }
 

@@ -1,0 +1,164 @@
+//! `retune combine`: several adapters made one.
+
+use std::fs;
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::{Context, Result, bail};
+use clap::ValueEnum;
+use retune_adapter::combine::{Combination, Settings, Source, combine, refuse_beside};
+use retune_adapter::{AdapterFile, Deltas, LoraConfig, Method as _, delta};
+use retune_formats::atomic;
+use serde_json::{Map, Value, json};
+
+use super::print_json;
+use crate::args::{CombineArgs, WeightedAdapter};
+use crate::session;
+
+/// An adapter that was read.
+struct Part<'a> {
+    args: &'a WeightedAdapter,
+    name: String,
+    file: AdapterFile,
+    config: LoraConfig,
+    deltas: Deltas,
+}
+
+/// Reads the adapters, combines them, and writes the result.
+pub fn run(args: &CombineArgs) -> Result<()> {
+    let settings = Settings {
+        kind: args.kind,
+        density: args.density,
+        majority_sign: args.majority_sign,
+        svd_rank: args.svd_rank,
+        seed: args.seed,
+    };
+    settings.check()?;
+    refuse_occupied(&args.out)?;
+    let parts = args.adapters.iter().map(read).collect::<Result<Vec<_>>>()?;
+    let mut record = common_origin(&parts)?;
+    let sources: Vec<Source<'_>> =
+        parts.iter().map(|part| Source { name: &part.name, deltas: &part.deltas, weight: part.args.weight }).collect();
+    let combination = combine(&sources, &settings)?;
+    let configs: Vec<_> = parts.iter().map(|part| &part.config).collect();
+    let (config, tensors) = combination.adapter(&configs);
+    for note in config.compatibility_notes() {
+        note!("! {note}");
+    }
+    let base_model = parts.iter().find_map(|part| part.file.base_model.clone());
+    let file = AdapterFile { method: Arc::new(config), base_model, tensors };
+    file.write(&args.out, &delta::modules(&combination.deltas))?;
+    let summary = summary(args, &parts, &combination);
+    record.insert("combined".to_owned(), summary.clone());
+    atomic::write(&args.out.join(session::PROVENANCE), format!("{:#}\n", Value::Object(record)).as_bytes())?;
+    if args.json { print_json(&summary) } else { print(args, &parts, &combination) }
+}
+
+fn refuse_occupied(out: &Path) -> Result<()> {
+    if fs::read_dir(out).is_ok_and(|mut entries| entries.next().is_some()) {
+        bail!("{} is not empty: give another --out, or remove this one first", out.display());
+    }
+    Ok(())
+}
+
+fn read(args: &WeightedAdapter) -> Result<Part<'_>> {
+    let name = args.path.display().to_string();
+    let file = AdapterFile::read(&args.path)?;
+    let Some(config) = file.method.lora().cloned() else {
+        bail!("{name} is an adapter of method {}: only LoRA adapters can be combined", file.method.info().name);
+    };
+    refuse_beside(&name, &config, &file.tensors)?;
+    let deltas = retune_adapter::deltas(&config, &file.tensors).with_context(|| name.clone())?;
+    Ok(Part { args, name, file, config, deltas })
+}
+
+/// What the adapters say, one like the other, of the tokenizer and the base they belong to. Adapters that say nothing agree with all.
+///
+/// # Errors
+/// Different tokenizers, to which the same tokens mean other texts.
+fn common_origin(parts: &[Part<'_>]) -> Result<Map<String, Value>> {
+    let mut first: Map<String, Value> = Map::new();
+    let mut models: Vec<&str> = parts.iter().filter_map(|part| part.file.base_model.as_deref()).collect();
+    models.dedup();
+    if models.len() > 1 {
+        note!("! the adapters name different bases: {}", models.join(", "));
+    }
+    for part in parts {
+        let Some(record) = session::provenance(&part.args.path)? else { continue };
+        for (key, path) in [
+            ("tokenizer_hash", "/tokenizer_hash"),
+            ("chat_template_hash", "/chat_template_hash"),
+            ("base_content_hash", "/run/base_content_hash"),
+        ] {
+            let Some(value) = record.pointer(path) else { continue };
+            let known = first.entry(key).or_insert_with(|| value.clone());
+            match key {
+                _ if known == value => {}
+                "tokenizer_hash" => bail!(
+                    "{} and {} were trained with different tokenizers, so that their token ids mean other texts: combine adapters of one base",
+                    parts[0].name,
+                    part.name
+                ),
+                "chat_template_hash" => note!("! the adapters were trained with different chat templates"),
+                _ => note!("! the adapters were trained on different base weights"),
+            }
+        }
+    }
+    // Where the record of a run has it.
+    if let Some(hash) = first.remove("base_content_hash") {
+        let model = parts.iter().find_map(|part| part.file.base_model.as_ref());
+        first.insert("run".to_owned(), json!({ "model": model, "base_content_hash": hash }));
+    }
+    Ok(first)
+}
+
+fn kind(args: &CombineArgs) -> String {
+    args.kind.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
+}
+
+/// The largest rank of an adapter's modules.
+fn rank(deltas: &Deltas) -> usize {
+    deltas.values().map(|delta| delta.r).max().unwrap_or(0)
+}
+
+fn summary(args: &CombineArgs, parts: &[Part<'_>], combination: &Combination) -> Value {
+    let adapter = |part: &Part<'_>| {
+        json!({
+            "adapter": part.args.path,
+            "weight": part.args.weight,
+            "rank": rank(&part.deltas),
+            "modules": part.deltas.len(),
+        })
+    };
+    json!({
+        "out": args.out,
+        "kind": kind(args),
+        "density": args.density,
+        "majority_sign": args.majority_sign.and_then(|sign| Some(sign.to_possible_value()?.get_name().to_owned())),
+        "seed": args.seed,
+        "rank": combination.r,
+        "modules": combination.deltas.len(),
+        "difference": combination.difference,
+        "adapters": parts.iter().map(adapter).collect::<Vec<_>>(),
+    })
+}
+
+fn print(args: &CombineArgs, parts: &[Part<'_>], combination: &Combination) -> Result<()> {
+    for part in parts {
+        let (rank, modules) = (rank(&part.deltas), part.deltas.len());
+        outln!("adapter       {} · {}  (rank {rank}, {modules} modules)", part.args.weight, part.name);
+    }
+    let (r, modules) = (combination.r, combination.deltas.len());
+    outln!("combined      {}  ({}, rank {r}, {modules} modules)", args.out.display(), kind(args));
+    match combination.difference {
+        0.0 => outln!("difference    none: this is the weighted sum of the changes"),
+        difference if difference.is_finite() => {
+            outln!("difference    {difference:.3} of the weighted sum of the changes, which --kind exact gives");
+        }
+        _ => outln!("difference    without bounds: the weighted sum of the changes is zero"),
+    }
+    if combination.deltas.values().all(|delta| delta.norm() == 0.0) {
+        note!("! the changes cancel each other: this adapter changes nothing");
+    }
+    Ok(())
+}

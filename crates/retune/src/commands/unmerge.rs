@@ -1,0 +1,27 @@
+//! `retune unmerge`: an adapter taken out of a model again that it was merged into.
+
+use anyhow::{Context, Result};
+use retune_adapter::AdapterFile;
+use retune_model::unmerge::inverse;
+
+use super::merge::{report, write};
+use crate::args::UnmergeArgs;
+use crate::fetch;
+use crate::session::{self, Base};
+
+/// Writes the model without the adapter, panel by panel.
+pub fn run(args: &UnmergeArgs) -> Result<()> {
+    let merged = Base::open(&fetch::resolve(&args.model)?)?;
+    let adapter = AdapterFile::read(&args.adapter)?;
+    if let Some(record) = session::provenance(&args.adapter)? {
+        session::check_tokens(&merged, &args.adapter, &record)?;
+    }
+    let unmerge = || -> Result<_> {
+        let overlay = adapter.lower(&merged.checkpoint.spec)?;
+        let params = adapter.params(&overlay)?;
+        write(&merged, &inverse(&overlay)?, &params, &args.out, args.dtype)
+    };
+    let written =
+        unmerge().with_context(|| format!("{} cannot be taken out of {}", args.adapter.display(), args.model))?;
+    report("unmerged model", &written, &args.out, args.json)
+}
