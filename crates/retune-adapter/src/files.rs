@@ -93,7 +93,8 @@ fn read_file(path: &Path, advice: &'static str) -> Result<Vec<u8>, Error> {
     })
 }
 
-type Tensors = BTreeMap<String, (Vec<usize>, Vec<f32>)>;
+/// Shape and values of tensors by name; values row-major.
+pub type Tensors = BTreeMap<String, (Vec<usize>, Vec<f32>)>;
 
 fn read_tensors(path: &Path, bytes: Vec<u8>) -> Result<Tensors, Error> {
     let file = safetensors::parse(&SharedBytes::from_vec(bytes)).map_err(|error| damaged(path, error))?;
