@@ -6,7 +6,7 @@
 //!
 //! What is combined are low-rank changes. Whole modules and biases are refused, of which PEFT silently drops or resets the trained values.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 
 use rayon::prelude::*;
 use retune_kernels::random;
@@ -14,6 +14,7 @@ use retune_kernels::random;
 use crate::config::{Bias, LoraConfig, MAX_RANK, ModuleSelection};
 use crate::delta::{Deltas, LoraDelta};
 use crate::error::Error;
+use crate::files::Tensors;
 use crate::names::{self, Key, Part};
 use crate::svd::Svd;
 
@@ -486,11 +487,7 @@ fn difference(a: &LoraDelta, b: &LoraDelta) -> f64 {
 ///
 /// # Errors
 /// [`Error::NotCombinable`] says what it is.
-pub fn refuse_beside(
-    name: &str,
-    config: &LoraConfig,
-    tensors: &BTreeMap<String, (Vec<usize>, Vec<f32>)>,
-) -> Result<(), Error> {
+pub fn refuse_beside(name: &str, config: &LoraConfig, tensors: &Tensors) -> Result<(), Error> {
     let refused = |what: &str| Err(Error::NotCombinable { adapter: name.to_owned(), what: what.to_owned() });
     if !config.modules_to_save.is_empty() {
         return refused(&format!("modules that were trained whole ({})", config.modules_to_save.join(", ")));
@@ -509,14 +506,14 @@ pub fn refuse_beside(
 
 impl Combination {
     /// The configuration and the tensors of the combined adapter, from the configurations of what was combined.
-    pub fn adapter(&self, configs: &[&LoraConfig]) -> (LoraConfig, BTreeMap<String, (Vec<usize>, Vec<f32>)>) {
+    pub fn adapter(&self, configs: &[&LoraConfig]) -> (LoraConfig, Tensors) {
         let config = LoraConfig {
             r: self.r,
             lora_alpha: self.r as f64,
             target_modules: ModuleSelection::List(target_modules(configs, &self.deltas)),
             ..LoraConfig::default()
         };
-        let mut tensors = BTreeMap::new();
+        let mut tensors = Tensors::new();
         for (module, delta) in &self.deltas {
             tensors.insert(names::lora_a(module), (vec![delta.r, delta.in_features], delta.a.clone()));
             tensors.insert(names::lora_b(module), (vec![delta.out_features, delta.r], delta.b.clone()));

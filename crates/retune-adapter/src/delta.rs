@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use crate::config::LoraConfig;
 use crate::error::Error;
+use crate::files::Tensors;
 use crate::names::{self, Key, Part};
 use crate::targets::{BaseModules, LinearModule, select};
 
@@ -29,7 +30,7 @@ pub type Deltas = BTreeMap<String, LoraDelta>;
 /// # Errors
 /// A or B without the other, of another shape or rank than the rest says, with values that are not finite, or on a module that the
 /// configuration does not select; patterns that do not compile.
-pub fn deltas(config: &LoraConfig, tensors: &BTreeMap<String, (Vec<usize>, Vec<f32>)>) -> Result<Deltas, Error> {
+pub fn deltas(config: &LoraConfig, tensors: &Tensors) -> Result<Deltas, Error> {
     let mut deltas = Deltas::new();
     for (key, (shape, a)) in tensors {
         let Key::Part(module, Part::LoraA) = names::parse(key) else { continue };
@@ -82,9 +83,12 @@ pub fn modules(deltas: &Deltas) -> BaseModules<'_> {
 }
 
 fn matrix(name: &str, shape: &[usize], values: &[f32]) -> Result<[usize; 2], Error> {
-    let &[rows, cols] = shape else {
-        let advice = "A and B of a linear module are matrices; other modules are not supported here".to_owned();
-        return Err(Error::Shape { name: name.to_owned(), found: shape.to_vec(), expected: vec![0, 0], advice });
+    let [rows, cols] = match *shape {
+        [rows, cols] if rows > 0 && cols > 0 => [rows, cols],
+        _ => {
+            let advice = "A and B of a linear module are matrices, and this one is none; save the adapter again";
+            return Err(Error::UnexpectedTensors { keys: format!("`{name}` of shape {shape:?}"), advice });
+        }
     };
     if rows.checked_mul(cols) != Some(values.len()) {
         return Err(Error::Length { name: name.to_owned(), shape: shape.to_vec(), found: values.len() });
@@ -175,7 +179,9 @@ mod tests {
         assert!(refused(&|file| drop(file.tensors.remove(&a))).contains("lora_A"));
         assert!(refused(&|file| drop(file.tensors.remove(&b))).contains("lora_B"));
         assert!(refused(&|file| file.method = Arc::new(LoraConfig { r: 5, ..lora(file) })).contains("rank"));
-        assert!(refused(&|file| file.tensors.get_mut(&a).unwrap().0 = vec![128]).contains("matrices"));
+        for shape in [vec![128], vec![0, 32], vec![4, 4, 8]] {
+            assert!(refused(&|file| file.tensors.get_mut(&a).unwrap().0 = shape.clone()).contains("matrices"));
+        }
         assert!(refused(&|file| file.tensors.get_mut(&a).unwrap().0 = vec![5, 32]).contains("holds 128 values"));
         assert!(refused(&|file| file.tensors.get_mut(&b).unwrap().1[3] = f32::NAN).contains("NaN"));
         let elsewhere = crate::ModuleSelection::List(vec!["1.self_attn.q_proj".to_owned()]);

@@ -164,7 +164,7 @@ fn read_file(path: &Path, advice: &'static str) -> Result<Vec<u8>, Error> {
     })
 }
 
-/// Shape and values by key.
+/// Shape and values of tensors by name; values row-major.
 pub type Tensors = BTreeMap<String, (Vec<usize>, Vec<f32>)>;
 
 fn read_tensors(method: &dyn Method, path: &Path, bytes: Vec<u8>) -> Result<Tensors, Error> {
