@@ -679,4 +679,16 @@ mod tests {
         );
         assert_ne!(size(3.0, passes, true, &train), size(4.0, passes, true, &train), "the bound is no exact number");
     }
+
+    #[test]
+    fn a_prefix_counts_among_the_keys_of_a_pass() {
+        let row = |row: usize| Example { row, ids: vec![row as u32; 10], trained: vec![true; 10] };
+        let examples: Vec<Example> = (0..4).map(row).collect();
+        let rows = |prefix: usize| {
+            let mut pass = Pass::new(Prelude { prefix, ..Prelude::default() }, true);
+            fill_pass(&mut pass, &examples, &[0, 1, 2, 3], 0, 40)
+        };
+        // Four times forty keys at most: two rows of sixty each.
+        assert_eq!((rows(0), rows(30), rows(50)), (4, 4, 2));
+    }
 }

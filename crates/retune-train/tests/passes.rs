@@ -11,7 +11,7 @@ use retune_engine::spec::ModelSpec;
 use retune_quant::{Format, Matrix, SharedBytes};
 use retune_testing::{Case, checkpoint};
 use retune_train::data::Example;
-use retune_train::run_config::RunConfig;
+use retune_train::run_config::{RunConfig, TrainingConfig};
 use retune_train::trainer::{Passes, Trained, Trainer, largest_pass};
 use serde_json::json;
 
@@ -180,4 +180,11 @@ fn rows_share_virtual_tokens_and_passes_have_room_for_them() {
     assert!((with.loss - without.loss).abs() < 1e-5 * without.loss, "{} and {}", with.loss, without.loss);
     let (a, b) = (with.gradient_norm, without.gradient_norm);
     assert!((a - b).abs() < 1e-4 * b, "{a} and {b}");
+    // Rows are scored in passes of as many tokens as a step of training has: four rows of forty.
+    let training = TrainingConfig { batch_size: 4, ..TrainingConfig::default() };
+    let passes = Passes { tokens: 1000, saving: Saving::Full, share_prefixes: false };
+    let held_out: Vec<Example> = examples.iter().chain(&examples).cloned().collect();
+    let prelude = case.overlay.prelude(&case.model.spec);
+    let size = largest_pass(&prelude, &training, passes, false, &examples, &held_out);
+    assert_eq!((size.tokens, size.scored_labels), (160, 4 * 29));
 }
