@@ -107,6 +107,9 @@ pub struct Start<'a> {
     pub tokenize: &'a dyn Fn(&str) -> Result<Vec<u32>, Error>,
 }
 
+/// Reads a method from the keys of an `adapter_config.json`.
+pub type FromPeft = fn(&Path, Map<String, Value>) -> Result<Arc<dyn Method>, Error>;
+
 /// What the list of methods says of one.
 pub struct MethodInfo {
     /// Its name in a run's configuration.
@@ -122,7 +125,7 @@ pub struct MethodInfo {
     /// The schema of that section; none for a method without settings.
     pub schema: Option<fn(&mut SchemaGenerator) -> Schema>,
     /// Reads what `adapter_config.json`, whose path is for errors, says beside the keys that every method has.
-    pub from_peft: fn(&Path, Map<String, Value>) -> Result<Arc<dyn Method>, Error>,
+    pub from_peft: FromPeft,
 }
 
 impl PartialEq for MethodInfo {
