@@ -146,6 +146,9 @@ fn unexpected_advice(keys: &[&str]) -> &'static str {
     for key in keys {
         match names::parse(key) {
             Key::Part(_, Part::Weight | Part::Bias) => whole = true,
+            Key::Part(_, Part::Magnitude) => {
+                return "These are DoRA's, and adapter_config.json does not say use_dora: the two files do not belong together";
+            }
             Key::Part(..) | Key::Copy => {}
             Key::Unknown => {
                 return "These are not tensors of a plain LoRA adapter on linear modules (adapted embeddings, biases of B and others are not available yet)";

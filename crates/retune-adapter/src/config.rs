@@ -416,7 +416,7 @@ mod tests {
     fn the_schema_names_every_field() {
         let schema = serde_json::to_value(schemars::schema_for!(LoraConfig)).unwrap();
         let fields = schema["properties"].as_object().unwrap();
-        assert_eq!(fields.len(), 13);
+        assert_eq!(fields.len(), 14);
         assert!(fields.contains_key("target_modules"));
     }
 }

@@ -7,6 +7,7 @@ pub mod check;
 pub mod combine;
 pub mod config;
 pub mod delta;
+mod encoder;
 pub mod error;
 pub mod files;
 pub mod init;

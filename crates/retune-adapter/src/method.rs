@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use retune_engine::model::Weights;
 use retune_engine::overlay::Overlay;
+use retune_engine::params::Reparameterisation;
 use retune_engine::spec::ModelSpec;
 use retune_kernels::PanelSource;
 use retune_quant::Matrix;
@@ -19,7 +20,7 @@ use crate::check::check_values;
 use crate::config::LoraConfig;
 use crate::error::Error;
 use crate::files::AdapterFile;
-use crate::methods::{full, ia3, lora, miss, prefix_tuning, prompt_tuning};
+use crate::methods::{full, ia3, lora, miss, p_tuning, prefix_tuning, prompt_tuning};
 use crate::names;
 use crate::targets::BaseModules;
 
@@ -58,6 +59,12 @@ pub trait Method: fmt::Debug + Send + Sync {
         start: &Start<'_>,
         params: &mut [f32],
     ) -> Result<(), Error>;
+
+    /// What computes the parameters in training from others, and the first values of these; nothing where the parameters are trained
+    /// themselves.
+    fn reparameterisation(&self, _spec: &ModelSpec, _seed: u64) -> Option<(Box<dyn Reparameterisation>, Vec<f32>)> {
+        None
+    }
 
     /// Refuses what can be used and not trained.
     ///
@@ -149,7 +156,7 @@ impl MethodInfo {
 
 /// All methods; the first is what a run's configuration means that names none.
 pub const METHODS: &[&MethodInfo] =
-    &[&lora::INFO, &miss::INFO, &ia3::INFO, &prompt_tuning::INFO, &prefix_tuning::INFO, &full::INFO];
+    &[&lora::INFO, &miss::INFO, &ia3::INFO, &prompt_tuning::INFO, &p_tuning::INFO, &prefix_tuning::INFO, &full::INFO];
 
 /// The method of this name in a run's configuration.
 pub fn by_name(name: &str) -> Option<&'static MethodInfo> {

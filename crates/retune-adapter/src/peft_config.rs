@@ -390,7 +390,7 @@ mod tests {
     #[test]
     fn a_key_that_would_change_the_result_is_refused_by_name() {
         for (value, expected) in [
-            (json!({"use_dora": true}), "`use_dora`: is true"),
+            (json!({"use_qalora": true}), "`use_qalora`: is true"),
             (json!({"lora_bias": true}), "`lora_bias`"),
             (json!({"layer_replication": [[0, 2]]}), "`layer_replication`"),
             (json!({"trainable_token_indices": [1]}), "`trainable_token_indices`"),
@@ -398,7 +398,7 @@ mod tests {
             (json!({"init_lora_weights": "pissa_niter_4"}), "`init_lora_weights`: is \"pissa_niter_4\""),
             (json!({"init_lora_weights": "olora"}), "plain LoRA first"),
             (json!({"task_type": "SEQ_CLS"}), "`task_type`: is \"SEQ_CLS\""),
-            (json!({"peft_type": "IA3"}), "peft_type is \"IA3\""),
+            (json!({"peft_type": "LOHA"}), "peft_type is \"LOHA\""),
             (json!({"peft_type": null}), "peft_type is null"),
             (json!({"r": "8"}), "`r`: invalid type: string \"8\""),
             (json!({"r": 0}), "`r`: a rank of 0"),

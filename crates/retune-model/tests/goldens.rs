@@ -16,6 +16,7 @@ use retune_engine::{Run, Saving, Step};
 use retune_model::checkpoint::{Checkpoint, CheckpointKind};
 use retune_model::families::FAMILIES;
 use retune_testing::{Case, goldens, relative};
+use safetensors::SafeTensors;
 
 /// The largest relative error of a logit, a loss or a gradient.
 const TOLERANCE: f64 = 1e-4;
@@ -34,18 +35,15 @@ fn cases() -> Vec<String> {
 }
 
 /// What peft can do and is refused here, by name: its goldens wait.
-const NOT_YET: [&str; 27] = [
+const NOT_YET: [&str; 21] = [
     "bloom_lora_embeddings",
     "bloom_lora_tokens",
-    "bloom_p_tuning",
     "dora_embeddings",
     "gemma3_lora_embeddings",
     "gemma3_lora_tokens",
-    "gemma3_p_tuning",
     "gpt2_lora_b_bias",
     "gpt2_lora_embeddings",
     "gpt2_lora_tokens",
-    "gpt2_p_tuning",
     "lora_b_bias",
     "lora_b_bias_all",
     "lora_b_bias_alone",
@@ -59,9 +57,6 @@ const NOT_YET: [&str; 27] = [
     "lora_tokens_untied",
     "miss_biases",
     "miss_mini",
-    "p_tuning",
-    "p_tuning_hidden",
-    "p_tuning_lstm",
 ];
 
 fn is_gguf(case: &str) -> bool {
@@ -181,6 +176,46 @@ fn logits_loss_and_every_gradient_equal_transformers_and_peft() {
             }
         }
     }
+}
+
+#[test]
+fn the_networks_behind_soft_prompts_are_pefts() {
+    let mut count = 0;
+    for name in cases() {
+        let dir = goldens().join(&name);
+        let (Ok(latent), Ok(expected)) =
+            (fs::read(dir.join("latent.safetensors")), fs::read(dir.join("latent_gradients.safetensors")))
+        else {
+            continue;
+        };
+        let case = Case::load(&name);
+        let adapter = AdapterFile::read(&dir.join("adapter")).unwrap();
+        if adapter.method.check_trainable(&case.checkpoint.spec).is_err() {
+            continue; // an LSTM
+        }
+        let (map, _) = adapter.method.reparameterisation(&case.checkpoint.spec, 0).unwrap();
+        let (latent, expected) =
+            (SafeTensors::deserialize(&latent).unwrap(), SafeTensors::deserialize(&expected).unwrap());
+        let values = |file: &SafeTensors, name: &str, shape: &[usize]| -> Vec<f32> {
+            let tensor = file.tensor(name).unwrap_or_else(|e| panic!("{name}: {e}"));
+            assert_eq!(tensor.shape(), shape, "{name}");
+            tensor.data().as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect()
+        };
+        let params = map.layout().params();
+        let start: Vec<f32> = params.iter().flat_map(|param| values(&latent, &param.name, &param.shape)).collect();
+        let mut rows = vec![0.0; case.params.len()];
+        map.forward(&start, &mut rows);
+        let error = relative(&rows, &case.params);
+        assert!(error < TOLERANCE, "{name}: rows {error}");
+        let mut gradients = vec![0.0; start.len()];
+        map.backward(&start, &case.golden().tensors["grad.prompt_embeddings"].1, &mut gradients);
+        for param in params {
+            let error = relative(&gradients[param.range.clone()], &values(&expected, &param.name, &param.shape));
+            assert!(error < TOLERANCE, "{name}: gradient of {} {error}", param.name);
+        }
+        count += 1;
+    }
+    assert!(count >= 8, "{count} networks");
 }
 
 #[test]

@@ -104,7 +104,9 @@ impl Case {
             Ok(base) => {
                 let adapter = AdapterFile::read(&dir.join("adapter")).unwrap_or_else(|e| panic!("{case}: {e}"));
                 let checkpoint = checkpoint(base.trim());
-                let overlay = adapter.method.lower(&checkpoint.spec, true).unwrap_or_else(|e| panic!("{case}: {e}"));
+                let is_trainable = adapter.method.check_trainable(&checkpoint.spec).is_ok();
+                let overlay = adapter.method.lower(&checkpoint.spec, is_trainable);
+                let overlay = overlay.unwrap_or_else(|e| panic!("{case}: {e}"));
                 let params = adapter.params(&overlay).unwrap_or_else(|e| panic!("{case}: {e}"));
                 Self::new(case, checkpoint, overlay, params)
             }

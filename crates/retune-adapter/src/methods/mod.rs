@@ -4,5 +4,6 @@ pub mod full;
 pub mod ia3;
 pub mod lora;
 pub mod miss;
+pub mod p_tuning;
 pub mod prefix_tuning;
 pub mod prompt_tuning;

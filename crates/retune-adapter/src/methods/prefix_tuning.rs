@@ -6,13 +6,16 @@ use std::path::Path;
 use std::sync::Arc;
 
 use retune_engine::overlay::{Overlay, Prefix};
-use retune_engine::spec::ModelSpec;
+use retune_engine::params::Reparameterisation;
+use retune_engine::spec::{ModelSpec, SubLayer};
 use retune_kernels::random;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::prompt_tuning::{OF_THE_MODEL, ROWS, check_virtual_tokens, soft_prompt_keys, virtual_tokens};
+use crate::config::config_error;
+use crate::encoder::{Activation, Encoder};
 use crate::error::Error;
 use crate::method::{self, Method, MethodInfo, Start};
 use crate::peft_config;
@@ -48,22 +51,35 @@ pub enum PrefixInit {
 pub struct PrefixTuningConfig {
     /// Keys and values of each attention.
     pub num_virtual_tokens: usize,
-    /// How they start: random or zero.
+    /// How they start: random or zero. Not with `prefix_projection`, whose network starts at random.
     pub prefix_init: PrefixInit,
+    /// Whether a small network computes them in training, so that they move together.
+    pub prefix_projection: bool,
+    /// Width of that network's inner layer; that of a layer's keys when absent. Only with `prefix_projection`.
+    pub encoder_hidden_size: Option<usize>,
 }
 
 impl Default for PrefixTuningConfig {
     fn default() -> Self {
-        Self { num_virtual_tokens: 20, prefix_init: PrefixInit::default() }
+        Self {
+            num_virtual_tokens: 20,
+            prefix_init: PrefixInit::default(),
+            prefix_projection: false,
+            encoder_hidden_size: None,
+        }
     }
 }
 
 fn from_peft(path: &Path, mut map: Map<String, Value>) -> Result<Arc<dyn Method>, Error> {
     let num_virtual_tokens = virtual_tokens(path, &mut map)?;
-    // A projection is of no matter once the prefix is trained: the file holds what it computed.
-    let trained = ["encoder_hidden_size", "prefix_projection", "init_weights"];
-    peft_config::known_fields(path, map, &[], &[&OF_THE_MODEL[..], &trained].concat())?;
-    Ok(Arc::new(PrefixTuningConfig { num_virtual_tokens, ..PrefixTuningConfig::default() }))
+    // The file holds what a projection computed; only training it further needs the projection.
+    let projects = map.get("prefix_projection") == Some(&Value::Bool(true));
+    let (known, unused) = ("encoder_hidden_size", ["encoder_hidden_size", "init_weights"]);
+    let known: &[&str] = if projects { &[known, "prefix_projection"] } else { &[] };
+    let unused = if projects { &unused[1..] } else { &unused[..] };
+    let mut fields = peft_config::known_fields(path, map, known, &[&OF_THE_MODEL[..], unused].concat())?;
+    fields.insert("num_virtual_tokens".to_owned(), json!(num_virtual_tokens));
+    Ok(Arc::new(peft_config::deserialize::<PrefixTuningConfig>(path, fields)?))
 }
 
 impl Method for PrefixTuningConfig {
@@ -76,6 +92,18 @@ impl Method for PrefixTuningConfig {
     }
 
     fn check(&self) -> Result<(), Error> {
+        if self.prefix_projection && self.prefix_init == PrefixInit::Zero {
+            let problem =
+                "zero has no effect with prefix_projection, whose network starts at random; remove one of them";
+            return config_error("prefix_init", problem.to_owned());
+        }
+        if self.encoder_hidden_size.is_some() && !self.prefix_projection {
+            let problem = "has no effect without prefix_projection; set that, or remove it".to_owned();
+            return config_error("encoder_hidden_size", problem);
+        }
+        if self.encoder_hidden_size.is_some_and(|size| size == 0 || size > 1 << 20) {
+            return config_error("encoder_hidden_size", "is out of range; leave it out for the keys' own".to_owned());
+        }
         check_virtual_tokens(self.num_virtual_tokens)
     }
 
@@ -87,13 +115,27 @@ impl Method for PrefixTuningConfig {
         Ok(overlay)
     }
 
-    fn initialise(&self, _: &ModelSpec, _: &Overlay, start: &Start<'_>, params: &mut [f32]) -> Result<(), Error> {
-        if self.prefix_init == PrefixInit::Random {
+    fn initialise(&self, spec: &ModelSpec, _: &Overlay, start: &Start<'_>, params: &mut [f32]) -> Result<(), Error> {
+        if let Some((map, latent)) = self.reparameterisation(spec, start.seed) {
+            map.forward(&latent, params);
+        } else if self.prefix_init == PrefixInit::Random {
             let key = random::derive(random::derive(0, start.seed), random::hash(ROWS));
             let values = params.iter_mut().enumerate();
             values.for_each(|(i, v)| *v = (random::normal(key, i as u64) * DEVIATION) as f32);
         }
         Ok(())
+    }
+
+    fn reparameterisation(&self, spec: &ModelSpec, seed: u64) -> Option<(Box<dyn Reparameterisation>, Vec<f32>)> {
+        if !self.prefix_projection {
+            return None;
+        }
+        let layers = spec.sub_layers().filter_map(SubLayer::attention).count();
+        let keys = spec.key_value_width() / (2 * layers).max(1);
+        let widths = [keys, self.encoder_hidden_size.unwrap_or(keys), spec.key_value_width()];
+        let encoder = Encoder::new(self.num_virtual_tokens, &widths, "transform", Activation::Tanh);
+        let latent = encoder.initial(seed);
+        Some((Box::new(encoder), latent))
     }
 
     fn peft_config(&self, modules: &BaseModules<'_>) -> Result<BTreeMap<&'static str, Value>, Error> {
@@ -102,8 +144,8 @@ impl Method for PrefixTuningConfig {
         // PEFT means the keys' and values' heads here, and their width by the token's.
         keys.insert("token_dim", json!(width));
         keys.insert("num_attention_heads", json!(modules.shape.key_value_heads));
-        keys.insert("encoder_hidden_size", json!(width));
-        keys.insert("prefix_projection", json!(false));
+        keys.insert("encoder_hidden_size", json!(self.encoder_hidden_size.unwrap_or(width)));
+        keys.insert("prefix_projection", json!(self.prefix_projection));
         Ok(keys)
     }
 

@@ -102,6 +102,10 @@ impl Serialize for Settings {
 pub(super) fn settings_schema(method: Option<&MethodInfo>, generator: &mut SchemaGenerator) -> Value {
     let schemas = METHODS.iter().filter(|of| method.is_none_or(|method| method == **of)).filter_map(|of| of.schema);
     let mut branches: Vec<Value> = schemas.map(|schema| schema(generator).to_value()).collect();
+    if branches.is_empty() {
+        // That a method without settings has none is said in other words.
+        branches.push(serde_json::json!({ "type": "object" }));
+    }
     branches.push(serde_json::json!({ "type": "null" }));
     Value::Array(branches)
 }

@@ -154,7 +154,12 @@ fn adapter(path: &Path, base: Option<&Checkpoint>) -> Result<Value> {
     });
     if let Some(value) = value.as_object_mut() {
         for part in [file.method.settings()?, rest] {
-            value.extend(part.as_object().into_iter().flatten().map(|(key, value)| (key.clone(), value.clone())));
+            // Patterns that there are none of say nothing.
+            let said = |value: &Value| match value.as_object() {
+                Some(map) if map.is_empty() => Value::Null,
+                _ => value.clone(),
+            };
+            value.extend(part.as_object().into_iter().flatten().map(|(key, value)| (key.clone(), said(value))));
         }
     }
     Ok(value)

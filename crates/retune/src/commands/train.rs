@@ -136,16 +136,25 @@ impl Run<'_> {
         let Run { config, folder, data, .. } = self;
         let model = self.base.checkpoint.model()?;
         let (overlay, params) = self.overlay()?;
+        let latent = self.method.reparameterisation(&model.spec, config.training.seed);
+        if latent.is_some() && self.initial.is_some() {
+            bail!(
+                "adapter_init: the network behind {} is not in an adapter's file, so that it cannot be trained further; start without it, or \
+                 train its rows with the same method without a network (prompt_tuning, or prefix_tuning without prefix_projection)",
+                self.method.info().name
+            );
+        }
+        let parameters = latent.as_ref().map_or(overlay.layout.len(), |(_, latent)| latent.len());
         session::refuse_long_rows(&model.spec, &overlay, &data.train.examples, "data.max_length")?;
         let held_out = data.eval.as_ref().map_or(&[][..], |eval| &eval.examples);
         session::refuse_long_rows(&model.spec, &overlay, held_out, "data.max_length")?;
-        self.print_start(&model, &overlay);
-        self.check_memory(&model, &overlay, self.computes_int8())?;
+        self.print_start(&model, parameters);
+        self.check_memory(&model, &overlay, parameters, self.computes_int8())?;
         let _lock = folder.prepare(&self.record, config, self.args)?;
         let (compute, choices) = self.choose_compute(&model, &overlay, &params)?;
         let int8 = compute.uses_int8();
         if int8 != self.computes_int8() {
-            self.check_memory(&model, &overlay, int8)?;
+            self.check_memory(&model, &overlay, parameters, int8)?;
         }
         watch_interrupts()?;
 
@@ -157,6 +166,9 @@ impl Run<'_> {
         let trained = Trained { model: &model, overlay: &overlay, compute: &compute };
         let mut trainer =
             Trainer::new(trained, training, passes, config.data.shuffle, &data.train.examples, eval, params);
+        if let Some((map, latent)) = &latent {
+            trainer = trainer.through(&**map, latent.clone());
+        }
         if self.args.resume {
             self.take_up(&mut trainer)?;
         }
@@ -183,11 +195,15 @@ impl Run<'_> {
         if progress.best_loss.is_some() && progress.best_step != progress.total_steps {
             state::read_best(&folder.checkpoints(), progress.best_step, &mut params)?;
         }
+        if let Some((map, _)) = &latent {
+            let trained = std::mem::replace(&mut params, vec![0.0; overlay.layout.len()]);
+            map.forward(&trained, &mut params);
+        }
         let out = self.write_result(&overlay, &params, &progress, &choices)?;
         let samples = self.samples(&model, &overlay, &params, eval)?;
         let report = Report {
             config,
-            trained: overlay.layout.len(),
+            trained: parameters,
             progress: &progress,
             result: &out,
             samples: &samples,
@@ -310,9 +326,9 @@ impl Run<'_> {
         Ok((compute, choices))
     }
 
-    fn print_start(&self, model: &Model, overlay: &Overlay) {
+    fn print_start(&self, model: &Model, trained: usize) {
         let Run { config, data, .. } = self;
-        let (trained, base) = (overlay.layout.len(), model.spec.parameters());
+        let base = model.spec.parameters();
         let share = 100.0 * trained as f64 / base as f64;
         note!("model    {} ({:.1} M parameters)", config.model, base as f64 / 1e6);
         note!("         {}", self.base.checkpoint.path().display());
@@ -349,7 +365,7 @@ impl Run<'_> {
     }
 
     /// Says what the run will take with its base in 8 bits or in f32, and warns when that is more than is free.
-    fn check_memory(&self, model: &Model, overlay: &Overlay, int8: bool) -> Result<()> {
+    fn check_memory(&self, model: &Model, overlay: &Overlay, parameters: usize, int8: bool) -> Result<()> {
         let training = &self.config.training;
         let passes = self.passes(model, overlay, int8);
         let eval = self.data.eval.as_ref().map_or(&[][..], |eval| &eval.examples);
@@ -357,7 +373,9 @@ impl Run<'_> {
         let shuffle = self.config.data.shuffle;
         let size = largest_pass(&prelude, training, passes, shuffle, &self.data.train.examples, eval);
         let file = self.base.checkpoint.file_bytes() as usize;
-        let (trained, optimizer) = (2 * 4 * overlay.layout.len(), 2 * 4 * overlay.layout.len());
+        // What is computed from the parameters lies beside them.
+        let computed = if parameters == overlay.layout.len() { 0 } else { overlay.layout.len() };
+        let (trained, optimizer) = (2 * 4 * (parameters + computed), 2 * 4 * parameters);
         let activations = Workspace::planned_bytes(model, overlay, passes.saving, int8, size);
         let (base, quantized) = if int8 {
             // Scoring reads the whole file beside what the steps keep; without it only the calibration does, before their memory is in use.
