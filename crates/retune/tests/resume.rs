@@ -280,3 +280,45 @@ fn a_full_disk_leaves_no_part_of_a_merged_model_or_of_logits() {
     refused("logits", &in_little_room(&folder, &logits), &["cannot write logits.safetensors", "File too large"]);
     assert!(folder.tree("") == before, "something was left behind");
 }
+
+/// The methods with settings of their own, as flags of a run.
+const METHODS: [&[&str]; 8] = [
+    &["--set", "adapter.use_dora=true"],
+    &["--set", "method=miss", "--set", "adapter={r: 8}"],
+    &["--set", "method=ia3", "--set", "adapter=null"],
+    &["--set", "method=prompt_tuning", "--set", "adapter={num_virtual_tokens: 5}"],
+    &[
+        "--set",
+        "method=prompt_tuning",
+        "--set",
+        "adapter={num_virtual_tokens: 9, prompt_tuning_init: TEXT, prompt_tuning_init_text: the sand of time}",
+    ],
+    &["--set", "method=p_tuning", "--set", "adapter={num_virtual_tokens: 5}"],
+    &["--set", "method=prefix_tuning", "--set", "adapter={num_virtual_tokens: 5}"],
+    &["--set", "method=prefix_tuning", "--set", "adapter={num_virtual_tokens: 5, prefix_projection: true}"],
+];
+
+#[test]
+fn with_every_method_an_interrupted_run_ends_with_the_bytes_of_one_left_alone() {
+    for method in METHODS {
+        let short = joined(&[&["--set", "training.max_steps=6", "--set", "training.save_steps=3"], method]);
+        let alone = Folder::with_run();
+        alone.succeeds(&joined(&[&["train", "run.yaml"], &short]));
+        let folder = Folder::with_run();
+        let output = interrupted(&folder, &short);
+        if output.code != Some(0) {
+            folder.succeeds(&joined(&[&["train", "run.yaml", "--resume"], &short]));
+        }
+        assert!(folder.tree("out/adapter") == alone.tree("out/adapter"), "{method:?}");
+        // What was written is read and used.
+        let model = common::golden(common::MODEL);
+        let adapter = ["--model", &model, "--adapter", "out/adapter"];
+        let answer = alone.succeeds(&joined(&[&["generate"], &adapter, &["--max-new-tokens", "4", "the sand"]]));
+        assert!(!answer.stdout.is_empty());
+        let found = alone.succeeds(&["inspect", "out/adapter", "--json"]).json();
+        assert!(found["parameters"].as_u64().is_some_and(|n| n > 0));
+        let first = &alone.succeeds(&joined(&[&["eval", "--data", "eval.jsonl", "--json"], &adapter])).json()["loss"];
+        let base = &alone.succeeds(&["eval", "--data", "eval.jsonl", "--json", "--model", &model]).json()["loss"];
+        assert!(first.as_f64().is_some_and(f64::is_finite) && first != base, "{method:?} changes nothing");
+    }
+}
