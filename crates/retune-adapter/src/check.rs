@@ -106,6 +106,11 @@ fn optional(config: &LoraConfig, modules: &BaseModules<'_>, key: &str) -> Option
     Some((module, shape))
 }
 
+/// Refuses an adapter with a tensor that is not whole or not finite.
+pub(crate) fn check_all_values(file: &AdapterFile) -> Result<(), Error> {
+    file.tensors.iter().try_for_each(|(key, (shape, values))| check_values(key, shape, values))
+}
+
 /// Refuses a tensor that is not whole or not finite.
 pub(crate) fn check_values(name: &str, shape: &[usize], values: &[f32]) -> Result<(), Error> {
     let count = shape.iter().try_fold(1usize, |product, &n| product.checked_mul(n));

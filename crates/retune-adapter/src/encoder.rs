@@ -57,13 +57,12 @@ impl Encoder {
     pub fn new(count: usize, widths: &[usize], name: &str, activation: Activation) -> Self {
         let mut layout = ParamLayout::default();
         let rows = layout.add("embedding.weight".to_owned(), vec![count, widths.first().copied().unwrap_or(0)], None);
-        let layer = |(i, pair): (usize, &[usize; 2])| {
-            let [inputs, outputs] = *pair;
+        let layer = |(i, (&inputs, &outputs)): (usize, (&usize, &usize))| {
             let weight = layout.add(format!("{name}.{}.weight", 2 * i), vec![outputs, inputs], None);
             let bias = layout.add(format!("{name}.{}.bias", 2 * i), vec![outputs], None);
             Layer { inputs, outputs, weight, bias }
         };
-        let layers = widths.array_windows().enumerate().map(layer).collect();
+        let layers = widths.iter().zip(widths.iter().skip(1)).enumerate().map(layer).collect();
         Self { layout, count, rows, layers, activation }
     }
 

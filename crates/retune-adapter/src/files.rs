@@ -107,7 +107,7 @@ impl AdapterFile {
     /// # Errors
     /// A trainable tensor that is missing or of another shape, or a tensor that belongs to nothing.
     pub fn params(&self, overlay: &Overlay) -> Result<Vec<f32>, Error> {
-        let mut params = vec![0.0; overlay.layout.len()];
+        let mut held = Vec::new();
         for param in overlay.layout.params() {
             let Some((shape, values)) = self.tensors.get(&param.name) else {
                 return Err(Error::TensorMissing { name: param.name.clone() });
@@ -116,8 +116,11 @@ impl AdapterFile {
                 let (name, found) = (param.name.clone(), shape.clone());
                 return Err(Error::TensorShape { name, found, expected: param.shape.clone() });
             }
-            param.read_file(values, &mut params);
+            held.push((param, values));
         }
+        // Only now: what a configuration asks for may be far larger than what its file holds.
+        let mut params = vec![0.0; overlay.layout.len()];
+        held.into_iter().for_each(|(param, values)| param.read_file(values, &mut params));
         // PEFT saves the base's own weight beside an adapted head; it is not the adapter's.
         let is_base_weight = |name: &str| matches!(names::parse(name), Key::Part(_, Part::BaseWeight));
         let belongs = |name: &str| overlay.layout.find(name).is_some() || is_base_weight(name);

@@ -16,7 +16,7 @@ use schemars::{Schema, SchemaGenerator};
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
-use crate::check::check_values;
+use crate::check::check_all_values;
 use crate::config::LoraConfig;
 use crate::error::Error;
 use crate::files::AdapterFile;
@@ -84,7 +84,7 @@ pub trait Method: fmt::Debug + Send + Sync {
     /// # Errors
     /// Tensors that are not finite or not whole.
     fn check_file(&self, file: &AdapterFile, _modules: &BaseModules<'_>) -> Result<(), Error> {
-        file.tensors.iter().try_for_each(|(key, (shape, values))| check_values(key, shape, values))
+        check_all_values(file)
     }
 
     /// The keys of `adapter_config.json` beside those that every method has.

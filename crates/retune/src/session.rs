@@ -121,14 +121,20 @@ impl Session {
 /// what bounds a row's length.
 pub fn refuse_long_rows(spec: &ModelSpec, overlay: &Overlay, examples: &[Example], key: &str) -> Result<()> {
     let Some(most) = overlay.most_tokens(spec) else { return Ok(()) };
-    match examples.iter().find(|example| example.ids.len() > most) {
-        None => Ok(()),
-        Some(example) => bail!(
-            "row {} has {} tokens, and the model has learned positions for {most}: set {key} to {most} or less",
-            example.row + 1,
-            example.ids.len()
-        ),
+    let Some(example) = examples.iter().find(|example| example.ids.len() > most) else { return Ok(()) };
+    let all = spec.most_positions().unwrap_or(most);
+    if most == 0 {
+        bail!(
+            "the model has learned positions for {all} tokens, and what is put before each row takes them all: lower num_virtual_tokens"
+        );
     }
+    let after =
+        if most < all { format!(" after the {} that are put before each row", all - most) } else { String::new() };
+    bail!(
+        "row {} has {} tokens, and the model has learned positions for {most}{after}: set {key} to {most} or less",
+        example.row + 1,
+        example.ids.len()
+    )
 }
 
 /// Reads an adapter for a base it fits: what it lays on the base, and its values.

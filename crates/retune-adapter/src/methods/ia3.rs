@@ -1,7 +1,7 @@
 //! (IA)³ (Liu et al. 2022, "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning", section 3.3): learned
 //! vectors that scale what chosen linear modules write, or read where they belong to the feed-forward part.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -62,6 +62,13 @@ const DEFAULTS: [(&str, [&str; 3]); 9] = [
 fn from_peft(path: &Path, map: Map<String, Value>) -> Result<Arc<dyn Method>, Error> {
     // An empty list scales nothing in what it reads; a missing one stands for the family's default.
     let none = map.get("feedforward_modules").filter(|names| names.as_array().is_some_and(Vec::is_empty)).cloned();
+    if map.get("target_modules").is_some_and(|names| names.as_array().is_some_and(Vec::is_empty)) {
+        return Err(peft_config::bad(
+            path,
+            "target_modules",
+            "is empty; expected the list of modules that were adapted",
+        ));
+    }
     let mut fields = peft_config::known_fields(path, map, &FIELDS, &["fan_in_fan_out", "init_ia3_weights"])?;
     fields.extend(none.map(|none| ("feedforward_modules".to_owned(), none)));
     Ok(Arc::new(peft_config::deserialize::<Ia3Config>(path, fields)?))
@@ -154,7 +161,12 @@ impl Method for Ia3Config {
         for module in selected {
             scaled.push((module.name, is_feedforward(&feedforward, module)?));
         }
-        if strict && self.feedforward_modules.is_some() && scaled.iter().all(|(_, reads)| !reads) {
+        let names_some = match &self.feedforward_modules {
+            None => false,
+            Some(ModuleSelection::List(names)) => !names.is_empty(),
+            Some(ModuleSelection::Pattern(_)) => true,
+        };
+        if strict && names_some && scaled.iter().all(|(_, reads)| !reads) {
             return config_error(
                 "feedforward_modules",
                 "matches none of the target modules; correct it, or leave it out".to_owned(),
@@ -195,10 +207,37 @@ impl Method for Ia3Config {
     fn peft_config(&self, modules: &BaseModules<'_>) -> Result<BTreeMap<&'static str, Value>, Error> {
         let Chosen { targets, feedforward } = self.chosen(modules.family)?;
         let selection = self.selection(&targets);
-        let names: Vec<&str> = selection.select(modules)?.iter().map(|module| module.name).collect();
+        let selected = selection.select(modules)?;
+        let names: Vec<&str> = selected.iter().map(|module| module.name).collect();
         let mut keys = BTreeMap::new();
         peft_config::selection_keys(&selection, &names, modules, &mut keys)?;
-        keys.insert("feedforward_modules", json!(feedforward));
+        let mut reading = BTreeSet::new();
+        for module in selected {
+            if is_feedforward(&feedforward, module)? {
+                reading.insert(module.name);
+            }
+        }
+        match keys.get("target_modules").and_then(Value::as_array) {
+            None => keys.insert("feedforward_modules", json!(feedforward)),
+            // PEFT wants entries of the targets here, and takes one for every name that ends with it.
+            Some(targets) => {
+                let of = |entry: &str| names.iter().filter(|name| name.ends_with(entry)).collect::<Vec<_>>();
+                let entries: Vec<&str> = targets.iter().filter_map(Value::as_str).collect();
+                let reads = |name: &&&str| reading.contains(**name);
+                let is_one_kind = |entry: &&str| {
+                    let of = of(entry);
+                    of.iter().all(reads) || !of.iter().any(reads)
+                };
+                if entries.iter().all(is_one_kind) {
+                    let chosen: Vec<&str> =
+                        entries.into_iter().filter(|entry| of(entry).first().is_some_and(&reads)).collect();
+                    keys.insert("feedforward_modules", json!(chosen))
+                } else {
+                    keys.insert("target_modules", json!(names));
+                    keys.insert("feedforward_modules", json!(reading))
+                }
+            }
+        };
         keys.insert("fan_in_fan_out", json!(names.iter().any(|name| modules.is_transposed(name))));
         keys.insert("init_ia3_weights", json!(true));
         Ok(keys)
@@ -206,5 +245,36 @@ impl Method for Ia3Config {
 
     fn compatibility_notes(&self) -> Vec<String> {
         vec!["vLLM and mistral.rs take LoRA adapters only; merge this one".to_owned()]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::test_model::tiny_llama;
+
+    /// The keys of a configuration's `adapter_config.json`, which must read back.
+    fn written(config: Value) -> (Value, Value) {
+        let config: Ia3Config = serde_json::from_value(config).unwrap();
+        config.check().unwrap();
+        let text = peft_config::to_json(&config, None, &tiny_llama()).unwrap();
+        let value: Value = serde_json::from_str(&text).unwrap();
+        peft_config::parse(Path::new("adapter_config.json"), value.clone()).unwrap();
+        (value["target_modules"].clone(), value["feedforward_modules"].clone())
+    }
+
+    #[test]
+    fn feedforward_modules_are_written_as_entries_of_the_targets() {
+        let all = json!(["down_proj", "k_proj", "v_proj"]);
+        assert_eq!(written(json!({})), (all, json!(["down_proj"])));
+        // The family's default is none of these targets.
+        assert_eq!(written(json!({"target_modules": ["k_proj", "v_proj"]})), (json!(["k_proj", "v_proj"]), json!([])));
+        // With a module left out names are written as far as they must be.
+        let (targets, reading) =
+            written(json!({"target_modules": ["q_proj", "down_proj"], "exclude_modules": ["layers.0.mlp.down_proj"]}));
+        assert!(targets.as_array().unwrap().iter().any(|name| name == "q_proj"), "{targets}");
+        assert_eq!(reading.as_array().unwrap().len(), 2, "{reading}");
+        let none = json!({"target_modules": ["down_proj", "k_proj"], "feedforward_modules": []});
+        assert_eq!(written(none).1, json!([]));
     }
 }

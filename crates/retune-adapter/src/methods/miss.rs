@@ -13,12 +13,14 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use crate::config::{ModuleSelection, OneOrMany, check_dropout, check_rank};
+use crate::check::check_all_values;
+use crate::config::{ModuleSelection, OneOrMany, check_dropout, check_rank, config_error};
 use crate::error::Error;
+use crate::files::AdapterFile;
 use crate::method::{self, Method, MethodInfo, Start};
 use crate::peft_config::{self, bad};
 use crate::selection::Selection;
-use crate::targets::BaseModules;
+use crate::targets::{BaseModules, LinearModule};
 use crate::walk::{Saved, walk};
 
 pub static INFO: MethodInfo = MethodInfo {
@@ -88,6 +90,28 @@ impl MissConfig {
     }
 }
 
+/// The key of a module's B.
+fn block(module: &str) -> String {
+    format!("base_model.model.{module}.miss_block")
+}
+
+impl MissConfig {
+    /// Refuses a module that PEFT does not take, which could read nothing of what is trained here.
+    fn check_module(&self, module: &LinearModule<'_>) -> Result<(), Error> {
+        let LinearModule { name, in_features, is_transposed, .. } = module;
+        if *in_features < self.r {
+            let problem = format!("{} is more than the {in_features} elements that {name} reads; lower it", self.r);
+            return config_error("r", problem);
+        }
+        if *is_transposed {
+            let problem =
+                format!("{name} is a Conv1D, which PEFT's MiSS does not take; use another method for this model");
+            return config_error("target_modules", problem);
+        }
+        Ok(())
+    }
+}
+
 fn from_peft(path: &Path, mut map: Map<String, Value>) -> Result<Arc<dyn Method>, Error> {
     match map.remove("init_weights") {
         None | Some(Value::Null | Value::Bool(_)) => {}
@@ -133,6 +157,7 @@ impl Method for MissConfig {
         let modules = BaseModules::of(spec);
         let selection = self.selection();
         let selected = if strict { selection.resolve(&modules) } else { selection.select(&modules) }?;
+        selected.iter().try_for_each(|module| self.check_module(module))?;
         if strict {
             self.check_trainable(spec)?;
         }
@@ -149,8 +174,7 @@ impl Method for MissConfig {
                 }
                 let r = self.r;
                 let a = fixed.entry(linear.cols).or_insert_with(|| shards(r, linear.cols)).clone();
-                let key = format!("base_model.model.{name}.miss_block");
-                let b = overlay.layout.add_transposed(key, vec![r, linear.rows], None);
+                let b = overlay.layout.add_transposed(block(name), vec![r, linear.rows], None);
                 let term = LowRank {
                     a: Factor::Frozen(a),
                     b: Factor::Trained(b),
@@ -179,6 +203,22 @@ impl Method for MissConfig {
         }
     }
 
+    fn check_file(&self, file: &AdapterFile, modules: &BaseModules<'_>) -> Result<(), Error> {
+        for module in self.selection().select(modules)? {
+            self.check_module(module)?;
+            let name = block(module.name);
+            match file.tensors.get(&name).map(|(shape, _)| shape) {
+                None => return Err(Error::TensorMissing { name }),
+                Some(shape) if *shape == [self.r, module.out_features] => {}
+                Some(shape) => {
+                    let expected = vec![self.r, module.out_features];
+                    return Err(Error::TensorShape { name, found: shape.clone(), expected });
+                }
+            }
+        }
+        check_all_values(file)
+    }
+
     fn peft_config(&self, modules: &BaseModules<'_>) -> Result<BTreeMap<&'static str, Value>, Error> {
         let selection = self.selection();
         let names: Vec<&str> = selection.select(modules)?.iter().map(|module| module.name).collect();
@@ -197,5 +237,40 @@ impl Method for MissConfig {
             "vLLM and mistral.rs take LoRA adapters only; convert this one to LoRA, which is exact, or merge it"
                 .to_owned(),
         ]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::files::tests::adapter;
+    use crate::test_model::tiny_llama;
+
+    #[test]
+    fn what_peft_does_not_take_and_files_of_another_shape_are_refused() {
+        let mut file = adapter(json!({"target_modules": ["q_proj"], "r": 4}), &tiny_llama());
+        let check = |r: usize, shape: [usize; 2]| {
+            let names: Vec<String> =
+                file.tensors.keys().filter_map(|key| Some(key.strip_suffix(".lora_A.weight")?.to_owned())).collect();
+            let tensors = names
+                .iter()
+                .map(|name| (format!("{name}.miss_block"), (shape.to_vec(), vec![0.5; shape[0] * shape[1]])));
+            let method = MissConfig {
+                r,
+                target_modules: ModuleSelection::List(vec!["q_proj".to_owned()]),
+                ..Default::default()
+            };
+            let file = AdapterFile { method: Arc::new(method), base_model: None, tensors: tensors.collect() };
+            file.method.check_file(&file, &tiny_llama()).map_err(|error| error.to_string())
+        };
+        assert!(check(4, [4, 32]).is_ok());
+        assert!(check(4, [3, 32]).unwrap_err().contains("[3, 32]"));
+        let large = check(65_536, [4, 32]).unwrap_err();
+        assert!(large.contains("65536 is more than the 32 elements"), "{large}");
+        file.tensors.clear();
+        let empty = AdapterFile { method: Arc::new(MissConfig::default()), ..file };
+        assert!(
+            empty.method.check_file(&empty, &tiny_llama()).unwrap_err().to_string().starts_with("r: 64 is more than")
+        );
     }
 }

@@ -83,7 +83,7 @@ impl Method for PTuningConfig {
     }
 
     fn check(&self) -> Result<(), Error> {
-        if self.encoder_hidden_size.is_some_and(|size| size == 0 || size > 1 << 20) {
+        if self.encoder_hidden_size.is_some_and(|size| size == 0 || size > 1 << 16) {
             return config_error("encoder_hidden_size", "is out of range; leave it out for the model's own".to_owned());
         }
         check_virtual_tokens(self.num_virtual_tokens)

@@ -101,7 +101,7 @@ impl Method for PrefixTuningConfig {
             let problem = "has no effect without prefix_projection; set that, or remove it".to_owned();
             return config_error("encoder_hidden_size", problem);
         }
-        if self.encoder_hidden_size.is_some_and(|size| size == 0 || size > 1 << 20) {
+        if self.encoder_hidden_size.is_some_and(|size| size == 0 || size > 1 << 16) {
             return config_error("encoder_hidden_size", "is out of range; leave it out for the keys' own".to_owned());
         }
         check_virtual_tokens(self.num_virtual_tokens)

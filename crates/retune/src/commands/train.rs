@@ -79,12 +79,17 @@ fn start(args: &TrainArgs, config: RunConfig, start: Instant) -> Result<End> {
     };
     let given = config.adapter.as_ref().map(|settings| settings.0.clone());
     let method = given.or_else(|| initial.as_ref().map(|file| file.method.clone())).unwrap_or_else(|| Arc::new(Full));
-    if *method.info() != *config.method {
-        bail!(
-            "adapter_init is an adapter of method {}, this run trains with method {}; set method to {0}, or leave adapter_init out",
-            method.info().name,
-            config.method.name
-        );
+    if let Some(file) = &initial {
+        let theirs = file.method.info();
+        // The rows that a network computed are rows like others.
+        let takes_rows = (theirs.name, config.method.name) == ("p_tuning", "prompt_tuning") && config.adapter.is_some();
+        if *theirs != *config.method && !takes_rows {
+            bail!(
+                "adapter_init is an adapter of method {}, this run trains with method {}; set method to {0}, or leave adapter_init out",
+                theirs.name,
+                config.method.name
+            );
+        }
     }
     let mut record = serde_json::to_value(&config)?;
     if let Some(record) = record.as_object_mut() {
@@ -136,12 +141,13 @@ impl Run<'_> {
         let Run { config, folder, data, .. } = self;
         let model = self.base.checkpoint.model()?;
         let (overlay, params) = self.overlay()?;
-        let latent = self.method.reparameterisation(&model.spec, config.training.seed);
+        let mut latent = self.method.reparameterisation(&model.spec, config.training.seed);
         if latent.is_some() && self.initial.is_some() {
             bail!(
                 "adapter_init: the network behind {} is not in an adapter's file, so that it cannot be trained further; start without it, or \
-                 train its rows with the same method without a network (prompt_tuning, or prefix_tuning without prefix_projection)",
-                self.method.info().name
+                 train its rows alone, with a section of its own: `adapter: {{num_virtual_tokens: N}}` and method {}",
+                self.method.info().name,
+                if self.method.info().name == "p_tuning" { "prompt_tuning" } else { self.method.info().name }
             );
         }
         let parameters = latent.as_ref().map_or(overlay.layout.len(), |(_, latent)| latent.len());
@@ -166,8 +172,8 @@ impl Run<'_> {
         let trained = Trained { model: &model, overlay: &overlay, compute: &compute };
         let mut trainer =
             Trainer::new(trained, training, passes, config.data.shuffle, &data.train.examples, eval, params);
-        if let Some((map, latent)) = &latent {
-            trainer = trainer.through(&**map, latent.clone());
+        if let Some((map, latent)) = &mut latent {
+            trainer = trainer.through(&**map, std::mem::take(latent));
         }
         if self.args.resume {
             self.take_up(&mut trainer)?;
@@ -400,14 +406,14 @@ impl Run<'_> {
         let Some(available) = memory::available() else { return Ok(()) };
         if total > available {
             let layer = training.activation_checkpointing == ActivationCheckpointing::Layer;
+            let settings = self.method.settings()?;
+            let has = |key: &str| settings.get(key).is_some();
             let ways: Vec<&str> = [
                 (!layer).then_some("set training.activation_checkpointing=layer"),
                 Some("lower training.tokens_per_pass or data.max_length"),
-                Some(if self.config.method.saves_adapter() {
-                    "lower adapter.r"
-                } else {
-                    "train an adapter (method: lora)"
-                }),
+                has("r").then_some("lower adapter.r"),
+                has("num_virtual_tokens").then_some("lower adapter.num_virtual_tokens"),
+                (!self.config.method.saves_adapter()).then_some("train an adapter (method: lora)"),
             ]
             .into_iter()
             .flatten()
