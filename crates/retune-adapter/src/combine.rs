@@ -232,6 +232,11 @@ pub fn combine_with(sources: &[Source<'_>], settings: &Settings, masks: &Masks<'
         Kind::Cat => ranks.sum(),
         _ => settings.svd_rank.unwrap_or(ranks.max().unwrap_or(0)),
     };
+    let most = modules.iter().map(Module::most_rank).max().unwrap_or(0);
+    if settings.svd_rank.is_some_and(|rank| rank > most) {
+        let problem = format!("is {r}, and no change of these adapters has a rank above {most}; lower it");
+        return Err(Error::Combination { setting: "svd_rank", problem });
+    }
     if r > MAX_RANK {
         let problem = format!("have a rank of {r} together; combine fewer, or cut them to a lower rank (svd)");
         return Err(Error::Combination { setting: "the adapters", problem });
@@ -295,6 +300,11 @@ impl Term<'_> {
 }
 
 impl<'a> Module<'a> {
+    /// The largest rank that a change of it can have.
+    fn most_rank(&self) -> usize {
+        self.in_features.min(self.out_features)
+    }
+
     fn of(name: &'a str, sources: &[Source<'a>]) -> Result<Self, Error> {
         let mut module = Self { name, in_features: 0, out_features: 0, terms: Vec::new() };
         for (index, source) in sources.iter().enumerate() {

@@ -66,6 +66,11 @@ pub trait Method: fmt::Debug + Send + Sync {
         None
     }
 
+    /// The settings that say how parameters start, as far as they are not the defaults: without effect on an adapter that is trained further.
+    fn start_settings(&self) -> Vec<&'static str> {
+        Vec::new()
+    }
+
     /// Refuses what can be used and not trained.
     ///
     /// # Errors

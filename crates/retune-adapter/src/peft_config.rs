@@ -30,6 +30,9 @@ const FIELDS: [&str; 13] = [
     "use_dora",
 ];
 
+/// What the servers in use say of every other method.
+pub(crate) const LORA_ONLY: &str = "vLLM and mistral.rs take LoRA adapters only";
+
 /// Keys of every method that change nothing in a trained adapter, whatever their value.
 const BOOKKEEPING: [&str; 4] = ["auto_mapping", "inference_mode", "peft_version", "revision"];
 

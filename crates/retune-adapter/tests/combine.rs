@@ -231,6 +231,11 @@ fn what_cannot_be_combined_is_refused_with_the_reason() {
         (both, Settings { density: Some(0.5), ..of(Kind::Exact) }, "density has no effect"),
         (both, Settings { svd_rank: Some(4), ..of(Kind::Cat) }, "svd_rank has no effect"),
         (both, Settings { svd_rank: Some(0), ..of(Kind::Svd) }, "svd_rank is 0"),
+        (
+            both,
+            Settings { svd_rank: Some(60_000), ..of(Kind::Svd) },
+            "svd_rank is 60000, and no change of these adapters has a rank above",
+        ),
         (both, Settings { seed: Some(1), ..of(Kind::Svd) }, "seed has no effect"),
         (both, Settings { majority_sign: Some(MajoritySign::Total), ..of(Kind::Svd) }, "majority_sign has no effect"),
     ] {

@@ -147,17 +147,10 @@ pub struct GenerateArgs {
     pub json: bool,
 }
 
+/// How a model is written.
 #[derive(Args)]
-pub struct MergeArgs {
-    /// The base model: a directory, a .gguf file or a Hub id
-    #[arg(long, short, value_name = "MODEL")]
-    pub model: String,
-
-    /// The PEFT adapter directory to merge into it
-    #[arg(long, short, value_name = "DIR")]
-    pub adapter: PathBuf,
-
-    /// Where the merged model goes: a folder that does not exist yet or is empty
+pub struct WrittenModel {
+    /// Where the written model goes: a folder that does not exist yet or is empty
     #[arg(long, short, value_name = "DIR")]
     pub out: PathBuf,
 
@@ -168,6 +161,20 @@ pub struct MergeArgs {
     /// Print one JSON object instead of text
     #[arg(long)]
     pub json: bool,
+}
+
+#[derive(Args)]
+pub struct MergeArgs {
+    /// The base model: a directory, a .gguf file or a Hub id
+    #[arg(long, short, value_name = "MODEL")]
+    pub model: String,
+
+    /// The PEFT adapter directory to merge into it
+    #[arg(long, short, value_name = "DIR")]
+    pub adapter: PathBuf,
+
+    #[command(flatten)]
+    pub written: WrittenModel,
 }
 
 #[derive(Args)]
@@ -183,17 +190,8 @@ pub struct UnmergeArgs {
     #[arg(long, short, value_name = "DIR")]
     pub adapter: PathBuf,
 
-    /// Where the model without it goes: a folder that does not exist yet or is empty
-    #[arg(long, short, value_name = "DIR")]
-    pub out: PathBuf,
-
-    /// Type of the written weights
-    #[arg(long, value_enum, default_value_t = ExportType::F32)]
-    pub dtype: ExportType,
-
-    /// Print one JSON object instead of text
-    #[arg(long)]
-    pub json: bool,
+    #[command(flatten)]
+    pub written: WrittenModel,
 }
 
 #[derive(Args)]

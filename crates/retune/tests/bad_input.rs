@@ -501,3 +501,50 @@ fn what_is_no_plain_file_is_not_replaced_by_one() {
     refused("logits", &output, &["cannot write socket"]);
     assert!(fs::symlink_metadata(&socket).unwrap().file_type().is_socket());
 }
+
+#[test]
+fn an_adapter_to_go_on_from_is_held_against_the_method() {
+    let folder = Folder::with_run();
+    let short = ["--set", "training.max_steps=1", "--set", "training.eval_steps=9"];
+    let train = |more: &[&'static str]| joined(&[&["train", "run.yaml"], &short, more]);
+    for (out, method) in [("output_dir=ia3", "method=ia3"), ("output_dir=p", "method=p_tuning")] {
+        folder.succeeds(&train(&["--set", out, "--set", method, "--set", "adapter=null"]));
+    }
+    folder.succeeds(&train(&[
+        "--set",
+        "output_dir=prompt",
+        "--set",
+        "method=prompt_tuning",
+        "--set",
+        "adapter={num_virtual_tokens: 4}",
+    ]));
+    let go_on = |more: &[&'static str], words: &[&str]| folder.refuses(&train(more), words);
+    go_on(
+        &["--set", "method=miss", "--set", "adapter={r: 4}", "--set", "adapter_init=ia3/adapter"],
+        &["adapter_init is an adapter of method ia3", "trains with method miss", "set method to ia3"],
+    );
+    go_on(
+        &["--set", "method=p_tuning", "--set", "adapter=null", "--set", "adapter_init=p/adapter"],
+        &["the network that computes the rows of method p_tuning is not in an adapter's file"],
+    );
+    go_on(
+        &[
+            "--set",
+            "method=prompt_tuning",
+            "--set",
+            "adapter={num_virtual_tokens: 4, prompt_tuning_init: RANDOM}",
+            "--set",
+            "adapter_init=prompt/adapter",
+        ],
+        &["adapter.prompt_tuning_init says how an adapter starts", "remove one of them"],
+    );
+    // Without that it goes on.
+    folder.succeeds(&train(&[
+        "--set",
+        "method=prompt_tuning",
+        "--set",
+        "adapter=null",
+        "--set",
+        "adapter_init=prompt/adapter",
+    ]));
+}

@@ -14,7 +14,7 @@ use serde_json::{Map, Value, json};
 use crate::config::{ModuleSelection, config_error};
 use crate::error::Error;
 use crate::method::{self, Method, MethodInfo, Start};
-use crate::peft_config;
+use crate::peft_config::{self, LORA_ONLY};
 use crate::selection::Selection;
 use crate::targets::{BaseModules, LinearModule};
 use crate::walk::{Saved, walk};
@@ -244,7 +244,7 @@ impl Method for Ia3Config {
     }
 
     fn compatibility_notes(&self) -> Vec<String> {
-        vec!["vLLM and mistral.rs take LoRA adapters only; merge this one".to_owned()]
+        vec![format!("{LORA_ONLY}; merge this one")]
     }
 }
 

@@ -9,7 +9,7 @@ use retune_kernels::dropout;
 use serde_json::Value;
 
 use crate::check::check_against;
-use crate::config::LoraConfig;
+use crate::config::{InitLoraWeights, LoraConfig};
 use crate::error::Error;
 use crate::files::AdapterFile;
 use crate::init::init_lora;
@@ -75,6 +75,11 @@ impl Method for LoraConfig {
             }
         }
         Ok(())
+    }
+
+    fn start_settings(&self) -> Vec<&'static str> {
+        let is_default = self.init_lora_weights == InitLoraWeights::default();
+        if is_default { Vec::new() } else { vec!["init_lora_weights"] }
     }
 
     /// The head works on label tokens alone, where the masks of a row's tokens have no meaning.

@@ -18,7 +18,7 @@ use crate::config::{ModuleSelection, OneOrMany, check_dropout, check_rank, confi
 use crate::error::Error;
 use crate::files::AdapterFile;
 use crate::method::{self, Method, MethodInfo, Start};
-use crate::peft_config::{self, bad};
+use crate::peft_config::{self, LORA_ONLY, bad};
 use crate::selection::Selection;
 use crate::targets::{BaseModules, LinearModule};
 use crate::walk::{Saved, walk};
@@ -233,10 +233,7 @@ impl Method for MissConfig {
     }
 
     fn compatibility_notes(&self) -> Vec<String> {
-        vec![
-            "vLLM and mistral.rs take LoRA adapters only; convert this one to LoRA, which is exact, or merge it"
-                .to_owned(),
-        ]
+        vec![format!("{LORA_ONLY}; merge this one")]
     }
 }
 

@@ -17,7 +17,7 @@ use crate::config::config_error;
 use crate::encoder::{Activation, Encoder};
 use crate::error::Error;
 use crate::method::{self, Method, MethodInfo, Start};
-use crate::peft_config;
+use crate::peft_config::{self, LORA_ONLY};
 use crate::targets::BaseModules;
 
 pub static INFO: MethodInfo = MethodInfo {
@@ -136,6 +136,6 @@ impl Method for PTuningConfig {
     }
 
     fn compatibility_notes(&self) -> Vec<String> {
-        vec!["vLLM and mistral.rs take LoRA adapters only; a soft prompt cannot be merged".to_owned()]
+        vec![format!("{LORA_ONLY}; a soft prompt cannot be merged")]
     }
 }

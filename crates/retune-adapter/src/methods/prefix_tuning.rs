@@ -18,7 +18,7 @@ use crate::config::config_error;
 use crate::encoder::{Activation, Encoder};
 use crate::error::Error;
 use crate::method::{self, Method, MethodInfo, Start};
-use crate::peft_config;
+use crate::peft_config::{self, LORA_ONLY};
 use crate::targets::BaseModules;
 
 pub static INFO: MethodInfo = MethodInfo {
@@ -115,6 +115,10 @@ impl Method for PrefixTuningConfig {
         Ok(overlay)
     }
 
+    fn start_settings(&self) -> Vec<&'static str> {
+        if self.prefix_init == PrefixInit::default() { Vec::new() } else { vec!["prefix_init"] }
+    }
+
     fn initialise(&self, spec: &ModelSpec, _: &Overlay, start: &Start<'_>, params: &mut [f32]) -> Result<(), Error> {
         if let Some((map, latent)) = self.reparameterisation(spec, start.seed) {
             map.forward(&latent, params);
@@ -150,6 +154,6 @@ impl Method for PrefixTuningConfig {
     }
 
     fn compatibility_notes(&self) -> Vec<String> {
-        vec!["vLLM and mistral.rs take LoRA adapters only; a prefix cannot be merged".to_owned()]
+        vec![format!("{LORA_ONLY}; a prefix cannot be merged")]
     }
 }

@@ -15,7 +15,7 @@ use serde_json::{Map, Value, json};
 use crate::config::config_error;
 use crate::error::Error;
 use crate::method::{self, Method, MethodInfo, Start};
-use crate::peft_config::{self, bad};
+use crate::peft_config::{self, LORA_ONLY, bad};
 use crate::targets::BaseModules;
 
 pub static INFO: MethodInfo = MethodInfo {
@@ -144,6 +144,11 @@ impl Method for PromptTuningConfig {
         Ok(overlay)
     }
 
+    fn start_settings(&self) -> Vec<&'static str> {
+        let is_default = self.prompt_tuning_init == PromptTuningInit::default();
+        if is_default { Vec::new() } else { vec!["prompt_tuning_init"] }
+    }
+
     fn initialise(&self, spec: &ModelSpec, _: &Overlay, start: &Start<'_>, params: &mut [f32]) -> Result<(), Error> {
         let (count, key) = (self.num_virtual_tokens, random::derive(random::derive(0, start.seed), random::hash(ROWS)));
         let ids: Vec<u32> = match self.prompt_tuning_init {
@@ -174,7 +179,7 @@ impl Method for PromptTuningConfig {
     }
 
     fn compatibility_notes(&self) -> Vec<String> {
-        vec!["vLLM and mistral.rs take LoRA adapters only; a soft prompt cannot be merged".to_owned()]
+        vec![format!("{LORA_ONLY}; a soft prompt cannot be merged")]
     }
 }
 

@@ -1,16 +1,14 @@
 //! `retune merge`: an adapter merged into its base.
 
-use std::path::Path;
-
 use anyhow::{Context, Result};
 use indicatif::{ProgressBar, ProgressStyle};
 use retune_adapter::AdapterFile;
 use retune_engine::overlay::Overlay;
-use retune_model::export::{self, ExportType, MergeOptions, MergeReport};
+use retune_model::export::{self, MergeOptions, MergeReport};
 use serde_json::json;
 
 use super::print_json;
-use crate::args::MergeArgs;
+use crate::args::{MergeArgs, WrittenModel};
 use crate::fetch;
 use crate::memory::human;
 use crate::session::{self, Base};
@@ -24,28 +22,22 @@ pub fn run(args: &MergeArgs) -> Result<()> {
         let overlay = adapter.lower(&base.checkpoint.spec)?;
         let params = adapter.params(&overlay)?;
         adapter.check_base_weights(&base.checkpoint)?;
-        write(&base, &overlay, &params, &args.out, args.dtype)
+        write(&base, &overlay, &params, &args.written)
     };
     let written =
         merge().with_context(|| format!("{} cannot be merged into {}", args.adapter.display(), args.model))?;
-    report("merged model", &written, &args.out, args.json)
+    report("merged model", &written, &args.written)
 }
 
 /// Writes a base with what stands on it, behind a bar of progress.
-pub(super) fn write(
-    base: &Base,
-    overlay: &Overlay,
-    params: &[f32],
-    out: &Path,
-    dtype: ExportType,
-) -> Result<MergeReport> {
-    if let Some(note) = export::scale_note(&base.checkpoint, dtype) {
+pub(super) fn write(base: &Base, overlay: &Overlay, params: &[f32], to: &WrittenModel) -> Result<MergeReport> {
+    if let Some(note) = export::scale_note(&base.checkpoint, to.dtype) {
         note!("! {note}");
     }
     let bar = ProgressBar::new(1);
     bar.set_style(ProgressStyle::with_template("{wide_bar} {bytes}/{total_bytes}, {eta} left")?);
-    let options = MergeOptions { dtype, ..MergeOptions::default() };
-    let report = export::write(&base.checkpoint, overlay, params, out, &options, &mut |done, total| {
+    let options = MergeOptions { dtype: to.dtype, ..MergeOptions::default() };
+    let report = export::write(&base.checkpoint, overlay, params, &to.out, &options, &mut |done, total| {
         bar.set_length(total);
         bar.set_position(done);
     })?;
@@ -54,22 +46,22 @@ pub(super) fn write(
 }
 
 /// Says what was written.
-pub(super) fn report(what: &str, report: &MergeReport, out: &Path, as_json: bool) -> Result<()> {
-    if as_json {
+pub(super) fn report(what: &str, report: &MergeReport, to: &WrittenModel) -> Result<()> {
+    if to.json {
         return print_json(&json!({
-            "out": out,
+            "out": to.out,
             "bytes": report.bytes,
             "shards": report.shards,
             "changed_modules": report.changed_modules,
             "largest_change": report.largest_change,
         }));
     }
-    outln!("{what:<13} {}  ({} in {} file(s))", out.display(), human(report.bytes), report.shards);
+    outln!("{what:<13} {}  ({} in {} file(s))", to.out.display(), human(report.bytes), report.shards);
     outln!(
         "changed       {} modules; the largest change is {:.2e} of the largest weight",
         report.changed_modules,
         report.largest_change
     );
-    outln!("try           retune generate --model {} \"Hello\"", out.display());
+    outln!("try           retune generate --model {} \"Hello\"", to.out.display());
     Ok(())
 }

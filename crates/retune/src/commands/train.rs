@@ -81,13 +81,16 @@ fn start(args: &TrainArgs, config: RunConfig, start: Instant) -> Result<End> {
     let method = given.or_else(|| initial.as_ref().map(|file| file.method.clone())).unwrap_or_else(|| Arc::new(Full));
     if let Some(file) = &initial {
         let theirs = file.method.info();
-        // The rows that a network computed are rows like others.
-        let takes_rows = (theirs.name, config.method.name) == ("p_tuning", "prompt_tuning") && config.adapter.is_some();
-        if *theirs != *config.method && !takes_rows {
+        if *theirs != *config.method {
             bail!(
                 "adapter_init is an adapter of method {}, this run trains with method {}; set method to {0}, or leave adapter_init out",
                 theirs.name,
                 config.method.name
+            );
+        }
+        if let Some(setting) = method.start_settings().first() {
+            bail!(
+                "adapter.{setting} says how an adapter starts, and adapter_init gives one that has started; remove one of them"
             );
         }
     }
@@ -144,17 +147,16 @@ impl Run<'_> {
         let mut latent = self.method.reparameterisation(&model.spec, config.training.seed);
         if latent.is_some() && self.initial.is_some() {
             bail!(
-                "adapter_init: the network behind {} is not in an adapter's file, so that it cannot be trained further; start without it, or \
-                 train its rows alone, with a section of its own: `adapter: {{num_virtual_tokens: N}}` and method {}",
-                self.method.info().name,
-                if self.method.info().name == "p_tuning" { "prompt_tuning" } else { self.method.info().name }
+                "adapter_init: the network that computes the rows of method {} is not in an adapter's file, so that it cannot be trained further; \
+                 start without adapter_init",
+                self.method.info().name
             );
         }
         let parameters = latent.as_ref().map_or(overlay.layout.len(), |(_, latent)| latent.len());
         session::refuse_long_rows(&model.spec, &overlay, &data.train.examples, "data.max_length")?;
         let held_out = data.eval.as_ref().map_or(&[][..], |eval| &eval.examples);
         session::refuse_long_rows(&model.spec, &overlay, held_out, "data.max_length")?;
-        self.print_start(&model, parameters);
+        self.print_start(&model, &overlay, parameters);
         self.check_memory(&model, &overlay, parameters, self.computes_int8())?;
         let _lock = folder.prepare(&self.record, config, self.args)?;
         let (compute, choices) = self.choose_compute(&model, &overlay, &params)?;
@@ -332,7 +334,7 @@ impl Run<'_> {
         Ok((compute, choices))
     }
 
-    fn print_start(&self, model: &Model, trained: usize) {
+    fn print_start(&self, model: &Model, overlay: &Overlay, trained: usize) {
         let Run { config, data, .. } = self;
         let base = model.spec.parameters();
         let share = 100.0 * trained as f64 / base as f64;
@@ -350,9 +352,10 @@ impl Run<'_> {
                 note!("         ! {problem}");
             }
         }
-        let context = model.spec.context;
-        if report.longest > context {
-            note!("         ! the longest row has {} tokens, the model's context is {context}", report.longest);
+        let (context, before) = (model.spec.context, overlay.prelude(&model.spec).len());
+        if report.longest + before > context {
+            let with = if before > 0 { format!(" after {before} that are put before each row") } else { String::new() };
+            note!("         ! the longest row has {} tokens{with}, the model's context is {context}", report.longest);
         }
     }
 

@@ -19,9 +19,9 @@ pub fn run(args: &UnmergeArgs) -> Result<()> {
     let unmerge = || -> Result<_> {
         let overlay = adapter.lower(&merged.checkpoint.spec)?;
         let params = adapter.params(&overlay)?;
-        write(&merged, &inverse(&overlay)?, &params, &args.out, args.dtype)
+        write(&merged, &inverse(&overlay)?, &params, &args.written)
     };
     let written =
         unmerge().with_context(|| format!("{} cannot be taken out of {}", args.adapter.display(), args.model))?;
-    report("unmerged model", &written, &args.out, args.json)
+    report("unmerged model", &written, &args.written)
 }
