@@ -17,7 +17,10 @@ use crate::targets::Ranks;
 pub const MAX_RANK: usize = 65_536;
 
 /// Initialisations of PEFT that are not available here, refused by name.
-const OTHER_INITIALISATIONS: &str = "pissa, olora, loftq, eva, corda, lora_ga, orthogonal";
+const OTHER_INITIALISATIONS: &str = "loftq, eva, corda, lora_ga, orthogonal";
+
+/// Most passes over the weight that a randomised decomposition may make; few are enough.
+const MAX_ITERATIONS: usize = 64;
 
 /// How LoRA adapts a model (Hu et al. 2021): which linear modules get y = xWᵀ + s·(xAᵀ)Bᵀ, and with what rank and scale.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -47,7 +50,7 @@ pub struct LoraConfig {
     pub bias: Bias,
     /// Scale by lora_alpha / sqrt(r) (rsLoRA, Kalajdzievski 2023).
     pub use_rslora: bool,
-    /// How A and B start: true, false or "gaussian".
+    /// How A and B start: true, false, "gaussian", "pissa" (from the weight's largest singular values), "pissa_niter_4" (the same, found fast and nearly) or "olora" (from its QR decomposition).
     pub init_lora_weights: InitLoraWeights,
     /// Train the lengths of the weight's rows apart from their directions, which A and B turn (DoRA, Liu et al. 2024): slower, and often better at a low rank.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
@@ -101,6 +104,11 @@ impl LoraConfig {
             check_alpha("alpha_pattern", alpha)?;
         }
         check_dropout("lora_dropout", self.lora_dropout)?;
+        if self.use_dora && self.init_lora_weights.is_of_the_weight() {
+            let problem = "such a start takes its part away from the weight whose row norms DoRA keeps, and PEFT's files hold no adapter of both; \
+                           use true or \"gaussian\" with use_dora";
+            return config_error("init_lora_weights", problem.to_owned());
+        }
         self.selection().check()?;
         Ranks::new(self)?;
         Ok(())
@@ -208,8 +216,20 @@ pub enum InitLoraWeights {
     Kaiming,
     /// `"gaussian"`: A normal with standard deviation 1/r, B zero.
     Gaussian,
+    /// `"pissa"` (Meng et al. 2024): B·A is the weight's best approximation of this rank, which is taken away from the weight, so that the
+    /// adapter starts without effect. With a number of iterations (`"pissa_niter_4"`) the decomposition is a randomised one.
+    Pissa(Option<usize>),
+    /// `"olora"` (Büyükakyüz 2024): the same with the first columns of Q and rows of R of the weight's QR decomposition.
+    Olora,
     /// `false`: both as a fresh linear layer, A uniform in ±1/sqrt(in), B in ±1/sqrt(r); the adapter changes the model from the start (for tests).
     LinearDefault,
+}
+
+impl InitLoraWeights {
+    /// Whether what A and B start from is taken away from the weight.
+    pub fn is_of_the_weight(&self) -> bool {
+        matches!(self, Self::Pissa(_) | Self::Olora)
+    }
 }
 
 impl Serialize for InitLoraWeights {
@@ -218,6 +238,9 @@ impl Serialize for InitLoraWeights {
             Self::Kaiming => serializer.serialize_bool(true),
             Self::LinearDefault => serializer.serialize_bool(false),
             Self::Gaussian => serializer.serialize_str("gaussian"),
+            Self::Pissa(None) => serializer.serialize_str("pissa"),
+            Self::Pissa(Some(iterations)) => serializer.collect_str(&format_args!("pissa_niter_{iterations}")),
+            Self::Olora => serializer.serialize_str("olora"),
         }
     }
 }
@@ -230,7 +253,7 @@ impl<'de> Deserialize<'de> for InitLoraWeights {
             type Value = InitLoraWeights;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("true, false or \"gaussian\"")
+                f.write_str("true, false, \"gaussian\", \"pissa\", \"pissa_niter_4\" or \"olora\"")
             }
 
             fn visit_bool<E: de::Error>(self, value: bool) -> Result<Self::Value, E> {
@@ -238,12 +261,22 @@ impl<'de> Deserialize<'de> for InitLoraWeights {
             }
 
             fn visit_str<E: de::Error>(self, value: &str) -> Result<Self::Value, E> {
-                if value.eq_ignore_ascii_case("gaussian") {
-                    return Ok(InitLoraWeights::Gaussian);
+                let name = value.to_ascii_lowercase();
+                match (name.as_str(), name.strip_prefix("pissa_niter_").map(str::parse)) {
+                    ("gaussian", _) => Ok(InitLoraWeights::Gaussian),
+                    ("pissa", _) => Ok(InitLoraWeights::Pissa(None)),
+                    ("olora", _) => Ok(InitLoraWeights::Olora),
+                    (_, Some(Ok(iterations))) if iterations <= MAX_ITERATIONS => {
+                        Ok(InitLoraWeights::Pissa(Some(iterations)))
+                    }
+                    (_, Some(_)) => Err(E::custom(format!(
+                        "init_lora_weights `{value}`: expected a number of iterations up to {MAX_ITERATIONS}, as in \"pissa_niter_4\""
+                    ))),
+                    _ => Err(E::custom(format!(
+                        "init_lora_weights `{value}` is not available yet (nor are {OTHER_INITIALISATIONS}); use true, false, \"gaussian\", \
+                         \"pissa\", \"pissa_niter_4\" or \"olora\""
+                    ))),
                 }
-                Err(E::custom(format!(
-                    "init_lora_weights `{value}` is not available yet (nor are {OTHER_INITIALISATIONS}); use true, false or \"gaussian\""
-                )))
             }
         }
 
@@ -258,8 +291,11 @@ impl JsonSchema for InitLoraWeights {
 
     fn json_schema(_: &mut SchemaGenerator) -> Schema {
         json_schema!({
-            "description": "How A and B start: true (A uniform, B zero), \"gaussian\" (A normal, B zero) or false (both uniform).",
-            "enum": [true, false, "gaussian"]
+            "description": "How A and B start: true (A uniform, B zero), \"gaussian\" (A normal, B zero), false (both uniform), \"pissa\" or \"pissa_niter_N\" (the weight's largest singular values, exactly or by N randomised iterations), \"olora\" (its QR decomposition).",
+            "anyOf": [
+                { "enum": [true, false, "gaussian", "pissa", "olora"] },
+                { "type": "string", "pattern": "^pissa_niter_[0-9]+$" }
+            ]
         })
     }
 }
@@ -373,6 +409,22 @@ mod tests {
     }
 
     #[test]
+    fn initialisations_are_written_as_peft_writes_them() {
+        for (value, expected) in [
+            (json!(true), InitLoraWeights::Kaiming),
+            (json!(false), InitLoraWeights::LinearDefault),
+            (json!("gaussian"), InitLoraWeights::Gaussian),
+            (json!("pissa"), InitLoraWeights::Pissa(None)),
+            (json!("pissa_niter_16"), InitLoraWeights::Pissa(Some(16))),
+            (json!("olora"), InitLoraWeights::Olora),
+        ] {
+            let config = parse(json!({"init_lora_weights": value})).unwrap();
+            assert_eq!(config.init_lora_weights, expected);
+            assert_eq!(serde_json::to_value(expected).unwrap(), value);
+        }
+    }
+
+    #[test]
     fn patterns_keep_their_order() {
         let config: LoraConfig = serde_json::from_str(r#"{"rank_pattern": {"z": 1, "a": 2, "m": 3}}"#).unwrap();
         let names: Vec<_> = config.rank_pattern.iter().map(|(name, _)| name).collect();
@@ -402,7 +454,9 @@ mod tests {
             (json!({"layers_to_transform": [0]}), "layers_to_transform: works only"),
             (json!({"layers_pattern": "h"}), "layers_pattern: works only"),
             (json!({"target_modules": ["q_proj"], "layers_pattern": "h"}), "layers_pattern: has no effect"),
-            (json!({"init_lora_weights": "pissa"}), "`pissa` is not available yet"),
+            (json!({"init_lora_weights": "loftq"}), "`loftq` is not available yet"),
+            (json!({"init_lora_weights": "pissa_niter_x"}), "expected a number of iterations"),
+            (json!({"init_lora_weights": "olora", "use_dora": true}), "init_lora_weights: such a start"),
             (json!({"target_modules": 3}), "a list of module names"),
             (json!({"rank": 3}), "unknown field `rank`"),
             (json!({"bias": "some"}), "unknown variant `some`"),

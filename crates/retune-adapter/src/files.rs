@@ -42,6 +42,13 @@ pub struct AdapterFile {
 }
 
 impl AdapterFile {
+    /// The adapter that training has made: `params` is the overlay's flat vector.
+    pub fn of(method: &Arc<dyn Method>, base_model: Option<String>, overlay: &Overlay, params: &[f32]) -> Self {
+        let exported = method.exported(overlay, params);
+        let (method, tensors) = exported.unwrap_or_else(|| (method.clone(), tensors_of(overlay, params)));
+        Self { method, base_model, tensors }
+    }
+
     /// Reads the adapter in a directory. Keys are brought to one spelling, numbers to f32; whether it fits a model is for [`Self::lower`] to say.
     ///
     /// # Errors

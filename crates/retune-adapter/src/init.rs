@@ -1,9 +1,15 @@
 //! How A and B start. Each element depends on the seed, the module's name and its place alone, so that the order of modules and the
 //! number of threads do not matter, and a machine's mathematics library neither.
 
-use retune_kernels::random;
+use rayon::prelude::*;
+use retune_engine::overlay::{Factor, LowRank, Overlay};
+use retune_engine::spec::ModelSpec;
+use retune_kernels::{PanelSource, random};
 
 use crate::config::InitLoraWeights;
+use crate::error::Error;
+use crate::method::Start;
+use crate::svd::{Svd, qr_factors};
 
 /// Fills A, [r, in], and B, [out, r], row-major, as PEFT initialises them (its random numbers are others).
 ///
@@ -29,7 +35,57 @@ pub fn init_lora(module: &str, r: usize, init: &InitLoraWeights, seed: u64, a: &
             uniform(key_a, in_features, a);
             uniform(key_b, r, b);
         }
+        // These start from the weight.
+        InitLoraWeights::Pissa(_) | InitLoraWeights::Olora => {}
     }
+}
+
+/// Fills A and B of every linear from a decomposition of its weight, of which they are a part: s·B·A, s being the scale.
+///
+/// # Errors
+/// A weight that cannot be read or decomposed.
+pub(crate) fn of_the_weights(
+    init: &InitLoraWeights,
+    spec: &ModelSpec,
+    overlay: &Overlay,
+    start: &Start<'_>,
+    params: &mut [f32],
+) -> Result<(), Error> {
+    let mut weights = Vec::new();
+    for (linear, change) in spec.linears().zip(&overlay.linears) {
+        if let [LowRank { a: Factor::Trained(a), b: Factor::Trained(b), r, scale, .. }] = &change.low_rank[..] {
+            weights.push((linear.name.as_str(), start.weight(spec, linear)?, a, b, *r, *scale));
+        }
+    }
+    let seed = random::derive(0, start.seed);
+    // The weights are read one by one as they are decomposed: in f32 they may be more than the memory holds.
+    let factors: Vec<_> = weights
+        .par_iter()
+        .map(|(name, weight, _, _, r, scale)| {
+            let (rows, cols) = (weight.rows(), weight.cols());
+            let mut values = vec![0.0; rows * cols];
+            weight.panel_f32(0..rows, 0..cols, &mut values);
+            let seed = random::derive(seed, random::hash(name));
+            let svd = match init {
+                InitLoraWeights::Olora => return qr_factors(rows, cols, &values, *r),
+                InitLoraWeights::Pissa(Some(iterations)) => {
+                    Svd::randomised(rows, cols, &values, *r, *iterations, seed)?
+                }
+                _ => Svd::of_matrix(rows, cols, &values)?,
+            };
+            let (mut b, mut a) = svd.factors(*r);
+            // As in PEFT both have their share of the scale.
+            let share = (1.0 / f64::from(*scale).abs().sqrt()) as f32;
+            a.iter_mut().for_each(|v| *v *= share);
+            b.iter_mut().for_each(|v| *v *= share.copysign(*scale));
+            Ok((b, a))
+        })
+        .collect::<Result<_, Error>>()?;
+    for ((_, _, a, b, ..), (of_b, of_a)) in weights.iter().zip(factors) {
+        params[(*a).clone()].copy_from_slice(&of_a);
+        params[(*b).clone()].copy_from_slice(&of_b);
+    }
+    Ok(())
 }
 
 /// Kaiming's uniform distribution with a = √5 (He et al. 2015), the default of PyTorch's linear layer: ±1/sqrt(fan_in).

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use retune_engine::model::Weights;
 use retune_engine::overlay::Overlay;
 use retune_engine::params::Reparameterisation;
-use retune_engine::spec::ModelSpec;
+use retune_engine::spec::{Linear, ModelSpec};
 use retune_kernels::PanelSource;
 use retune_quant::Matrix;
 use schemars::{Schema, SchemaGenerator};
@@ -19,8 +19,8 @@ use serde_json::{Map, Value};
 use crate::check::check_all_values;
 use crate::config::LoraConfig;
 use crate::error::Error;
-use crate::files::AdapterFile;
-use crate::methods::{full, ia3, lora, miss, p_tuning, prefix_tuning, prompt_tuning};
+use crate::files::{AdapterFile, Tensors};
+use crate::methods::{full, ia3, lora, miss, p_tuning, partial, prefix_tuning, prompt_tuning};
 use crate::names;
 use crate::targets::BaseModules;
 
@@ -28,6 +28,11 @@ use crate::targets::BaseModules;
 pub trait Method: fmt::Debug + Send + Sync {
     /// What the list of methods says of it.
     fn info(&self) -> &'static MethodInfo;
+
+    /// The peak learning rate where none is given.
+    fn learning_rate(&self) -> f64 {
+        self.info().learning_rate
+    }
 
     /// Its settings, as the section `adapter` of a run's configuration holds them.
     ///
@@ -59,6 +64,19 @@ pub trait Method: fmt::Debug + Send + Sync {
         start: &Start<'_>,
         params: &mut [f32],
     ) -> Result<(), Error>;
+
+    /// Takes up into the overlay what of the first parameters stays a part of the adapter while they are trained.
+    fn keep_start(&self, _overlay: &mut Overlay, _first: &[f32]) {}
+
+    /// Whether [`Method::keep_start`] does anything: a run that goes on needs its first parameters then.
+    fn keeps_start(&self) -> bool {
+        false
+    }
+
+    /// The adapter as it is saved, where that is another than the one that is trained: its method, and its tensors by name.
+    fn exported(&self, _overlay: &Overlay, _params: &[f32]) -> Option<(Arc<dyn Method>, Tensors)> {
+        None
+    }
 
     /// What computes the parameters in training from others, and the first values of these; nothing where the parameters are trained
     /// themselves.
@@ -119,6 +137,18 @@ pub struct Start<'a> {
     pub tokenize: &'a dyn Fn(&str) -> Result<Vec<u32>, Error>,
 }
 
+impl Start<'_> {
+    /// The weight of one of the spec's linears; of a tied head the table's.
+    ///
+    /// # Errors
+    /// A tensor that cannot be read.
+    pub(crate) fn weight(&self, spec: &ModelSpec, linear: &Linear) -> Result<Matrix, Error> {
+        let is_table = spec.head.tied && linear.name == spec.head.linear.name;
+        let module = if is_table { &spec.table.name } else { &linear.name };
+        (self.tensor)(&format!("{module}.weight"))
+    }
+}
+
 /// Reads a method from the keys of an `adapter_config.json`.
 pub type FromPeft = fn(&Path, Map<String, Value>) -> Result<Arc<dyn Method>, Error>;
 
@@ -130,7 +160,7 @@ pub struct MethodInfo {
     pub peft_type: Option<&'static str>,
     /// In a few words, for people.
     pub what: &'static str,
-    /// The peak learning rate where none is given.
+    /// The peak learning rate where none is given and the settings say nothing else.
     pub learning_rate: f64,
     /// Reads its settings from the section `adapter` of a run's configuration; an empty section stands for the defaults.
     pub read: fn(Value) -> Result<Arc<dyn Method>, serde_json::Error>,
@@ -160,8 +190,16 @@ impl MethodInfo {
 }
 
 /// All methods; the first is what a run's configuration means that names none.
-pub const METHODS: &[&MethodInfo] =
-    &[&lora::INFO, &miss::INFO, &ia3::INFO, &prompt_tuning::INFO, &p_tuning::INFO, &prefix_tuning::INFO, &full::INFO];
+pub const METHODS: &[&MethodInfo] = &[
+    &lora::INFO,
+    &miss::INFO,
+    &ia3::INFO,
+    &prompt_tuning::INFO,
+    &p_tuning::INFO,
+    &prefix_tuning::INFO,
+    &partial::INFO,
+    &full::INFO,
+];
 
 /// The method of this name in a run's configuration.
 pub fn by_name(name: &str) -> Option<&'static MethodInfo> {
@@ -174,14 +212,14 @@ pub(crate) fn read<M: Method + DeserializeOwned + 'static>(value: Value) -> Resu
 }
 
 /// The first values of everything trainable, as one flat vector: the base's own for what takes the place of its tensors, the method's
-/// for the rest.
+/// for the rest. What of them stays a part of the adapter is taken up into the overlay.
 ///
 /// # Errors
 /// A tensor that cannot be read; a text that cannot be tokenized.
 pub fn initial_params<W: Weights>(
     method: &dyn Method,
     spec: &ModelSpec,
-    overlay: &Overlay,
+    overlay: &mut Overlay,
     weights: &W,
     tokenize: &dyn Fn(&str) -> Result<Vec<u32>, Error>,
     seed: u64,
@@ -197,5 +235,6 @@ where
         matrix.panel_f32(0..matrix.rows(), 0..matrix.cols(), &mut params[param.range.clone()]);
     }
     method.initialise(spec, overlay, &Start { seed, tensor: &tensor, tokenize }, &mut params)?;
+    method.keep_start(overlay, &params);
     Ok(params)
 }

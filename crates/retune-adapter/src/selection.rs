@@ -142,7 +142,7 @@ fn layers(selection: &Selection<'_>) -> Result<Option<Layers>, Error> {
     Ok(Some(Layers { numbers, patterns }))
 }
 
-fn is_name_or_end(name: &str, entry: &str) -> bool {
+pub(crate) fn is_name_or_end(name: &str, entry: &str) -> bool {
     name.strip_suffix(entry).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
 }
 

@@ -1,8 +1,9 @@
-//! Singular value decompositions, and the low-rank factors that are cut from them.
+//! Decompositions of matrices, and the low-rank factors that are cut from them.
 //!
 //! They are computed in f64 on one thread: whoever has many matrices gives each thread its own, and no result depends on how many there are.
 
 use faer::{Mat, MatRef};
+use retune_kernels::random;
 
 use crate::error::Error;
 
@@ -46,6 +47,35 @@ impl Svd {
         })
     }
 
+    /// The first `rank` singular values and vectors of a matrix, nearly: a random subspace, turned towards them by `iterations` passes over the
+    /// matrix and its transpose (Halko, Martinsson and Tropp 2011, algorithm 4.4).
+    ///
+    /// # Errors
+    /// As [`Svd::of_matrix`].
+    ///
+    /// # Panics
+    /// When the length does not fit.
+    pub fn randomised(
+        rows: usize,
+        cols: usize,
+        values: &[f32],
+        rank: usize,
+        iterations: usize,
+        seed: u64,
+    ) -> Result<Self, Error> {
+        let matrix = matrix(rows, cols, values);
+        let rank = rank.min(rows).min(cols);
+        let basis = |of: Mat<f64>| of.qr().compute_thin_Q();
+        let start = Mat::from_fn(cols, rank, |i, j| random::normal(seed, (i * rank + j) as u64));
+        let mut left = basis(&matrix * start);
+        for _ in 0..iterations {
+            let right = basis(matrix.transpose() * &left);
+            left = basis(&matrix * right);
+        }
+        let core = Self::of((left.transpose() * &matrix).as_ref())?;
+        Ok(Self { u: left * core.u, v: core.v, singular_values: core.singular_values })
+    }
+
     fn of(matrix: MatRef<'_, f64>) -> Result<Self, Error> {
         let failed = || Error::Decomposition { rows: matrix.nrows(), cols: matrix.ncols() };
         if !matrix.is_all_finite() {
@@ -72,6 +102,27 @@ impl Svd {
         let right = (0..rank * cols).map(|at| scaled(&self.v, at % cols, at / cols));
         (left.collect(), right.collect())
     }
+}
+
+/// The first `rank` columns of Q `[rows, rank]` and rows of R `[rank, cols]`, row-major, of a matrix's QR decomposition. Where the rank is higher
+/// than the matrix's, the rest is zero.
+///
+/// # Errors
+/// Values that are not finite.
+///
+/// # Panics
+/// When the length does not fit.
+pub fn qr_factors(rows: usize, cols: usize, values: &[f32], rank: usize) -> Result<(Vec<f32>, Vec<f32>), Error> {
+    let matrix = matrix(rows, cols, values);
+    if !matrix.is_all_finite() {
+        return Err(Error::Decomposition { rows, cols });
+    }
+    let qr = matrix.qr();
+    let (q, r) = (qr.compute_thin_Q(), qr.thin_R());
+    let most = rows.min(cols);
+    let left = (0..rows * rank).map(|at| if at % rank < most { q[(at / rank, at % rank)] as f32 } else { 0.0 });
+    let right = (0..rank * cols).map(|at| if at / cols < most { r[(at / cols, at % cols)] as f32 } else { 0.0 });
+    Ok((left.collect(), right.collect()))
 }
 
 fn matrix(rows: usize, cols: usize, values: &[f32]) -> Mat<f64> {
@@ -134,6 +185,42 @@ mod tests {
                 let (left, right) = svd.factors(rank);
                 let away = distance(&product(rows, cols, rank, &left, &right), &whole);
                 assert!((away - left_out).abs() < 1e-5 * left_out, "{rank}: {away}, {left_out}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_randomised_decomposition_comes_near_and_nearer_with_iterations() {
+        let (rows, cols, r) = (60, 40, 30);
+        let (left, right) = (values(rows * r, 5), values(r * cols, 6));
+        let whole = product(rows, cols, r, &left, &right);
+        let away = |svd: &Svd| {
+            let (left, right) = svd.factors(8);
+            distance(&product(rows, cols, 8, &left, &right), &whole)
+        };
+        let exact = away(&Svd::of_matrix(rows, cols, &whole).unwrap());
+        let [none, few, many] =
+            [0, 2, 16].map(|n| away(&Svd::randomised(rows, cols, &whole, 8, n, 7).unwrap()) / exact);
+        assert!((1.0 - 1e-6..1.01).contains(&many) && few < none && many <= few, "{none} {few} {many}");
+    }
+
+    #[test]
+    fn the_first_of_q_and_r_leave_a_remainder_that_they_are_orthogonal_to() {
+        for (rows, cols, rank) in [(12, 20, 5), (20, 12, 5), (6, 4, 4), (4, 6, 9)] {
+            let whole = values(rows * cols, 8);
+            let (q, r) = qr_factors(rows, cols, &whole, rank).unwrap();
+            let taken = product(rows, cols, rank, &q, &r);
+            let left: Vec<f32> = whole.iter().zip(&taken).map(|(a, b)| a - b).collect();
+            for k in 0..rank.min(rows).min(cols) {
+                let size: f32 = (0..rows).map(|i| q[i * rank + k].powi(2)).sum();
+                assert!((size - 1.0).abs() < 1e-5);
+                for j in 0..cols {
+                    let dot: f32 = (0..rows).map(|i| q[i * rank + k] * left[i * cols + j]).sum();
+                    assert!(dot.abs() < 1e-5, "{rows} × {cols}: {dot}");
+                }
+            }
+            if rank >= rows.min(cols) {
+                assert!(left.iter().all(|v| v.abs() < 1e-5));
             }
         }
     }

@@ -75,3 +75,11 @@ pub(crate) fn walk(
     }
     overlay
 }
+
+/// Lets a head that is tied to the table be trained with it: one place with two users, both adding to its gradient.
+pub(crate) fn tie_head(overlay: &mut Overlay, spec: &ModelSpec) {
+    if spec.head.tied {
+        let table = overlay.table.clone();
+        overlay.linears.last_mut().into_iter().for_each(|head| head.weight.clone_from(&table));
+    }
+}

@@ -127,10 +127,23 @@ impl Case {
 
     /// A model with a method's first parameters.
     pub fn with_method(name: &str, checkpoint: Checkpoint, method: &dyn Method) -> Self {
-        let overlay = method.lower(&checkpoint.spec, true).unwrap_or_else(|e| panic!("{name}: {e}"));
+        let mut overlay = method.lower(&checkpoint.spec, true).unwrap_or_else(|e| panic!("{name}: {e}"));
         let tokenize = |_: &str| Err(retune_adapter::Error::Base("there is no tokenizer".to_owned()));
-        let params = initial_params(method, &checkpoint.spec, &overlay, &checkpoint, &tokenize, 0);
+        let params = initial_params(method, &checkpoint.spec, &mut overlay, &checkpoint, &tokenize, 0);
         let params = params.unwrap_or_else(|e| panic!("{name}: {e}"));
+        Self::new(name, checkpoint, overlay, params)
+    }
+
+    /// The same with another start, `first`, and these parameters.
+    pub fn with_start(
+        name: &str,
+        checkpoint: Checkpoint,
+        method: &dyn Method,
+        first: &[f32],
+        params: Vec<f32>,
+    ) -> Self {
+        let mut overlay = method.lower(&checkpoint.spec, true).unwrap_or_else(|e| panic!("{name}: {e}"));
+        method.keep_start(&mut overlay, first);
         Self::new(name, checkpoint, overlay, params)
     }
 

@@ -376,7 +376,8 @@ impl RawRunConfig {
                 "Remove the key to use all of the machine",
             )?;
         }
-        let training = training.check(method, &data)?;
+        let rate = adapter.as_ref().map_or(method.learning_rate, |settings| settings.learning_rate());
+        let training = training.check(rate, &data)?;
         Ok(RunConfig { model, output_dir, method, adapter, adapter_init, base, data, training, threads })
     }
 }
@@ -407,9 +408,9 @@ impl TrainingConfig {
         self.learning_rate.unwrap_or(MethodName::default().learning_rate)
     }
 
-    /// Checks ranges and contradictions, and lets the method decide what it has a say in.
-    fn check(self, method: MethodName, data: &DataConfig) -> Result<TrainingConfig, Error> {
-        let learning_rate = self.learning_rate.unwrap_or(method.learning_rate);
+    /// Checks ranges and contradictions, and takes the method's learning rate where none is given.
+    fn check(self, default_rate: f64, data: &DataConfig) -> Result<TrainingConfig, Error> {
+        let learning_rate = self.learning_rate.unwrap_or(default_rate);
         self.check_steps()?;
         self.check_optimizer(learning_rate)?;
         let key = "training.tokens_per_pass";

@@ -18,6 +18,7 @@ use crate::error::Error;
 const NAMES: [&str; 3] = ["parameters", "first_moment", "second_moment"];
 const PROGRESS: &str = "progress";
 const BEST: &str = "best.safetensors";
+const START: &str = "start.safetensors";
 
 /// How far a run has come. No times and no speeds: two runs of the same configuration have the same progress.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -71,6 +72,29 @@ pub fn write(directory: &Path, progress: &Progress, tensors: [&[f32]; 3], keep: 
 pub fn write_best(directory: &Path, progress: &Progress, params: &[f32]) -> Result<(), Error> {
     create(directory)?;
     write_file(&directory.join(BEST), &[(NAMES[0], params)], progress)
+}
+
+/// Writes the first parameters, for a run whose adapter keeps them.
+///
+/// # Errors
+/// As [`write`].
+pub fn write_start(directory: &Path, params: &[f32]) -> Result<(), Error> {
+    create(directory)?;
+    write_file(&directory.join(START), &[(NAMES[0], params)], &Progress::default())
+}
+
+/// Reads the first parameters of a run; nothing where none were written.
+///
+/// # Errors
+/// As [`read`].
+pub fn read_start(directory: &Path, params: &mut [f32]) -> Result<Option<()>, Error> {
+    let path = directory.join(START);
+    if !path.exists() {
+        return Ok(None);
+    }
+    let content = map(&path)?;
+    let file = SafeTensors::deserialize(&content).map_err(|error| damaged(&path, error))?;
+    read_into(&path, &file, NAMES[0], params).map(Some)
 }
 
 fn create(directory: &Path) -> Result<(), Error> {

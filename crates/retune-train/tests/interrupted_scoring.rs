@@ -72,8 +72,8 @@ fn a_run_stopped_anywhere_in_scoring_ends_with_the_same_bytes() {
     let checkpoint = Checkpoint::open(&goldens.join("llama_tied")).unwrap();
     let model = checkpoint.model().unwrap();
     let adapter = LoraConfig { r: 4, ..LoraConfig::default() };
-    let overlay = adapter.lower(&checkpoint.spec, true).unwrap();
-    let first = initial_params(&adapter, &checkpoint.spec, &overlay, &checkpoint, &|_| unreachable!(), 0).unwrap();
+    let mut overlay = adapter.lower(&checkpoint.spec, true).unwrap();
+    let first = initial_params(&adapter, &checkpoint.spec, &mut overlay, &checkpoint, &|_| unreachable!(), 0).unwrap();
     let compute = Compute::default();
     let trained = Trained { model: &model, overlay: &overlay, compute: &compute };
     let (config, train, eval) = (config(), examples(0..4), examples(10..14));

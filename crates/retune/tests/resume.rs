@@ -282,8 +282,10 @@ fn a_full_disk_leaves_no_part_of_a_merged_model_or_of_logits() {
 }
 
 /// The methods with settings of their own, as flags of a run.
-const METHODS: [&[&str]; 8] = [
+const METHODS: [&[&str]; 10] = [
     &["--set", "adapter.use_dora=true"],
+    &["--set", "adapter.init_lora_weights=pissa"],
+    &["--set", "method=partial", "--set", "adapter={norms: true, last_layers: 1}"],
     &["--set", "method=miss", "--set", "adapter={r: 8}"],
     &["--set", "method=ia3", "--set", "adapter=null"],
     &["--set", "method=prompt_tuning", "--set", "adapter={num_virtual_tokens: 5}"],

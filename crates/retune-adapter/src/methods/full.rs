@@ -11,7 +11,7 @@ use serde_json::{Map, Value};
 use crate::error::Error;
 use crate::method::{Method, MethodInfo, Start};
 use crate::targets::BaseModules;
-use crate::walk::walk;
+use crate::walk::{tie_head, walk};
 
 /// Full fine-tuning. It has no settings.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -45,11 +45,7 @@ impl Method for Full {
 
     fn lower(&self, spec: &ModelSpec, _: bool) -> Result<Overlay, Error> {
         let mut overlay = walk(spec, |_, tensor| Some(tensor.to_owned()), |_, _, _| {});
-        if spec.head.tied {
-            // One place with two users, both adding to its gradient.
-            let table = overlay.table.clone();
-            overlay.linears.last_mut().into_iter().for_each(|head| head.weight.clone_from(&table));
-        }
+        tie_head(&mut overlay, spec);
         Ok(overlay)
     }
 

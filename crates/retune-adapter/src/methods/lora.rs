@@ -1,6 +1,8 @@
 //! LoRA (Hu et al. 2021), rsLoRA (Kalajdzievski 2023) and DoRA (Liu et al. 2024) with what PEFT lets them train beside: biases and whole modules.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
+use std::sync::Arc;
 
 use retune_engine::overlay::{Factor, LowRank, OutputScale, Overlay};
 use retune_engine::row_norms::row_norms;
@@ -11,8 +13,8 @@ use serde_json::Value;
 use crate::check::check_against;
 use crate::config::{InitLoraWeights, LoraConfig};
 use crate::error::Error;
-use crate::files::AdapterFile;
-use crate::init::init_lora;
+use crate::files::{AdapterFile, Tensors, tensors_of};
+use crate::init::{self, init_lora};
 use crate::method::{self, Method, MethodInfo, Start};
 use crate::names::{self, Key, Part, trained_biases};
 use crate::peft_config;
@@ -58,6 +60,9 @@ impl Method for LoraConfig {
         start: &Start<'_>,
         params: &mut [f32],
     ) -> Result<(), Error> {
+        if self.init_lora_weights.is_of_the_weight() {
+            return init::of_the_weights(&self.init_lora_weights, spec, overlay, start, params);
+        }
         for (linear, change) in spec.linears().zip(&overlay.linears) {
             let [LowRank { a: Factor::Trained(a), b: Factor::Trained(b), r, .. }] = &change.low_rank[..] else {
                 continue;
@@ -66,15 +71,61 @@ impl Method for LoraConfig {
             let (a, b) = params[a.start..b.end].split_at_mut(a.len());
             init_lora(&linear.name, *r, &self.init_lora_weights, start.seed, a, b);
             if let Some(OutputScale::OverNorm(magnitudes)) = &change.output_scale {
-                let is_table = spec.head.tied && linear.name == spec.head.linear.name;
-                let module = if is_table { &spec.table.name } else { &linear.name };
-                let weight = (start.tensor)(&format!("{module}.weight"))?;
+                let weight = start.weight(spec, linear)?;
                 // The norms as the engine computes them, so that a B of zeros changes nothing.
                 let norms = row_norms(&weight, change, params);
                 params[magnitudes.clone()].copy_from_slice(&norms);
             }
         }
         Ok(())
+    }
+
+    /// The start of what is taken away from the weight stands on it as a second term of the opposite sign.
+    fn keep_start(&self, overlay: &mut Overlay, first: &[f32]) {
+        if !self.keeps_start() {
+            return;
+        }
+        for change in &mut overlay.linears {
+            let [LowRank { a: Factor::Trained(a), b: Factor::Trained(b), r, scale, key, .. }] = &change.low_rank[..]
+            else {
+                continue;
+            };
+            let frozen = |range: &Range<usize>| Factor::Frozen(first[range.clone()].into());
+            let term = LowRank { a: frozen(a), b: frozen(b), r: *r, scale: -scale, dropout: 0.0, key: *key };
+            change.low_rank.push(term);
+        }
+    }
+
+    fn keeps_start(&self) -> bool {
+        self.init_lora_weights.is_of_the_weight()
+    }
+
+    /// Both terms as one of twice the rank, which is plain LoRA on the base as it was.
+    fn exported(&self, overlay: &Overlay, params: &[f32]) -> Option<(Arc<dyn Method>, Tensors)> {
+        if !self.keeps_start() {
+            return None;
+        }
+        let mut tensors = tensors_of(overlay, params);
+        for change in &overlay.linears {
+            let [LowRank { a: Factor::Trained(a), b: Factor::Trained(b), .. }, start] = &change.low_rank[..] else {
+                continue;
+            };
+            for (range, frozen, is_a) in [(a, &start.a, true), (b, &start.b, false)] {
+                let param = overlay.layout.params().iter().find(|param| param.range == *range)?;
+                let (shape, values) = tensors.get_mut(&param.name)?;
+                let frozen = frozen.values(params);
+                if is_a {
+                    values.extend_from_slice(frozen);
+                    shape[0] *= 2;
+                } else {
+                    let rows = values.chunks_exact(shape[1]).zip(frozen.chunks_exact(shape[1]));
+                    *values =
+                        rows.flat_map(|(row, start)| row.iter().copied().chain(start.iter().map(|v| -v))).collect();
+                    shape[1] *= 2;
+                }
+            }
+        }
+        Some((Arc::new(self.at_twice_the_rank()), tensors))
     }
 
     fn start_settings(&self) -> Vec<&'static str> {
@@ -124,6 +175,21 @@ impl Method for LoraConfig {
 
     fn compatibility_notes(&self) -> Vec<String> {
         peft_config::compatibility_notes(self)
+    }
+}
+
+impl LoraConfig {
+    /// The settings that scale a term of twice the rank as these do one of this.
+    fn at_twice_the_rank(&self) -> LoraConfig {
+        let alpha = if self.use_rslora { std::f64::consts::SQRT_2 } else { 2.0 };
+        LoraConfig {
+            r: 2 * self.r,
+            lora_alpha: alpha * self.lora_alpha,
+            rank_pattern: self.rank_pattern.iter().map(|(of, r)| (of.to_owned(), 2 * r)).collect(),
+            alpha_pattern: self.alpha_pattern.iter().map(|(of, value)| (of.to_owned(), alpha * value)).collect(),
+            init_lora_weights: InitLoraWeights::default(),
+            ..self.clone()
+        }
     }
 }
 

@@ -5,5 +5,6 @@ pub mod ia3;
 pub mod lora;
 pub mod miss;
 pub mod p_tuning;
+pub mod partial;
 pub mod prefix_tuning;
 pub mod prompt_tuning;

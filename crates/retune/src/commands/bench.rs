@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use retune_adapter::{AdapterFile, BaseModules, initial_params, tensors_of};
+use retune_adapter::{AdapterFile, BaseModules, initial_params};
 use retune_engine::{Work, profile, work_of_step};
 use retune_formats::safetensors::{Tensor, Values, stage};
 use retune_kernels::peak;
@@ -68,13 +68,12 @@ fn train(args: &BenchTrainArgs) -> Result<()> {
         (args.method.read)(settings(args)?).with_context(|| format!("settings of method {}", args.method.name))?;
     method.check()?;
     let model = checkpoint.model()?;
-    let overlay = method.lower(spec, true)?;
-    let params = initial_params(&*method, spec, &overlay, checkpoint, &|text| base.tokenize(text), 0)?;
+    let mut overlay = method.lower(spec, true)?;
+    let params = initial_params(&*method, spec, &mut overlay, checkpoint, &|text| base.tokenize(text), 0)?;
     if let Some(directory) = &args.save_inputs {
         save_inputs(directory, args, &examples)?;
         if args.method.saves_adapter() {
-            let tensors = tensors_of(&overlay, &params);
-            let file = AdapterFile { method: method.clone(), base_model: Some(args.model.clone()), tensors };
+            let file = AdapterFile::of(&method, Some(args.model.clone()), &overlay, &params);
             file.write(&directory.join("adapter"), &BaseModules::of(spec))?;
         }
     }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow, bail};
-use retune_adapter::{AdapterFile, BaseModules, Full, Method, initial_params, tensors_of};
+use retune_adapter::{AdapterFile, BaseModules, Full, Method, initial_params};
 use retune_engine::calibrate::Choice;
 use retune_engine::compute::Compute;
 use retune_engine::generate::{Generation, Sampling};
@@ -159,6 +159,9 @@ impl Run<'_> {
         self.print_start(&model, &overlay, parameters);
         self.check_memory(&model, &overlay, parameters, self.computes_int8())?;
         let _lock = folder.prepare(&self.record, config, self.args)?;
+        if self.method.keeps_start() && state::list(&folder.checkpoints())?.is_empty() {
+            state::write_start(&folder.checkpoints(), &params)?;
+        }
         let (compute, choices) = self.choose_compute(&model, &overlay, &params)?;
         let int8 = compute.uses_int8();
         if int8 != self.computes_int8() {
@@ -231,7 +234,7 @@ impl Run<'_> {
         let Run { config, base, .. } = self;
         let checkpoint = &base.checkpoint;
         let (spec, seed) = (&checkpoint.spec, config.training.seed);
-        let overlay = match (&config.adapter, &self.initial) {
+        let mut overlay = match (&config.adapter, &self.initial) {
             // What lies on disk is taken as peft takes it.
             (None, Some(file)) => file.lower_for_training(spec)?,
             // The texts begin with the key; its section is known here.
@@ -258,9 +261,33 @@ impl Run<'_> {
                     format!("{} was made with another `adapter` than this run asks for", directory.display())
                 })?
             }
-            _ => initial_params(&*self.method, spec, &overlay, checkpoint, &|text| base.tokenize(text), seed)?,
+            _ => match self.first_params(&overlay)? {
+                Some(first) => {
+                    self.method.keep_start(&mut overlay, &first);
+                    first
+                }
+                None => {
+                    initial_params(&*self.method, spec, &mut overlay, checkpoint, &|text| base.tokenize(text), seed)?
+                }
+            },
         };
         Ok((overlay, params))
+    }
+
+    /// The first parameters of a run that goes on, where its adapter keeps them: on another machine they could be others.
+    fn first_params(&self, overlay: &Overlay) -> Result<Option<Vec<f32>>> {
+        let checkpoints = self.folder.checkpoints();
+        if !self.args.resume || !self.method.keeps_start() || state::list(&checkpoints)?.is_empty() {
+            return Ok(None);
+        }
+        let mut first = vec![0.0; overlay.layout.len()];
+        if state::read_start(&checkpoints, &mut first)?.is_none() {
+            bail!(
+                "start.safetensors is missing in {}: the run's adapter stands on what it started from. Restore it, or start anew with --overwrite",
+                checkpoints.display()
+            );
+        }
+        Ok(Some(first))
     }
 
     /// Whether what was decided when the run began is to be read from this file again.
@@ -463,11 +490,7 @@ impl Run<'_> {
             }
             fs::rename(&partial, &out).with_context(|| format!("cannot write {}", out.display()))?;
         } else {
-            let file = AdapterFile {
-                method: self.method.clone(),
-                base_model: Some(config.model.clone()),
-                tensors: tensors_of(overlay, params),
-            };
+            let file = AdapterFile::of(&self.method, Some(config.model.clone()), overlay, params);
             file.write(&out, &BaseModules::of(&checkpoint.spec))?;
         }
         let provenance = json!({
