@@ -25,7 +25,7 @@ pub fn check_against(
 ) -> Result<Vec<LoraTarget>, Error> {
     config.check()?;
     let targets = select(config, modules)?;
-    let required = required(config, modules, &targets);
+    let required = required(config, modules, &targets)?;
     let mut unexpected = Vec::new();
     let mut saved: Vec<String> = Vec::new();
     for (key, (shape, values)) in &file.tensors {
@@ -67,19 +67,31 @@ pub fn check_against(
 }
 
 /// The tensors that must be there, with their shapes.
-fn required(config: &LoraConfig, modules: &BaseModules<'_>, targets: &[LoraTarget]) -> BTreeMap<String, Vec<usize>> {
+fn required(
+    config: &LoraConfig,
+    modules: &BaseModules<'_>,
+    targets: &[LoraTarget],
+) -> Result<BTreeMap<String, Vec<usize>>, Error> {
     let mut shapes = BTreeMap::new();
     for target in targets {
+        if target.is_table {
+            shapes.insert(names::embedding_a(&target.module), vec![target.r, target.in_features]);
+            shapes.insert(names::embedding_b(&target.module), vec![target.out_features, target.r]);
+            continue;
+        }
         shapes.insert(names::lora_a(&target.module), vec![target.r, target.in_features]);
         shapes.insert(names::lora_b(&target.module), vec![target.out_features, target.r]);
         if config.use_dora {
             shapes.insert(names::lora_magnitude(&target.module), vec![target.out_features]);
         }
     }
+    for (module, ids) in config.token_rows(modules)? {
+        shapes.insert(names::token_rows(module), vec![ids.len(), modules.shape.hidden_size]);
+    }
     for bias in trained_biases(config, modules, targets) {
         shapes.insert(bias.key, vec![bias.len]);
     }
-    shapes
+    Ok(shapes)
 }
 
 /// For a tensor that may be there: its module, and its shape where that is known.
@@ -90,7 +102,7 @@ fn optional(config: &LoraConfig, modules: &BaseModules<'_>, key: &str) -> Option
     if part.key(&module) != key {
         return None; // another spelling than the one that files are read into
     }
-    let linear = modules.iter().find(|linear| linear.name == module);
+    let linear = modules.tables.iter().chain(&modules.linears).find(|linear| linear.name == module);
     let shape = match part {
         Part::Weight | Part::Bias => {
             config.selection().saved_by(&module)?;
@@ -101,7 +113,9 @@ fn optional(config: &LoraConfig, modules: &BaseModules<'_>, key: &str) -> Option
         }
         // The base's own weight beside an adapted head: of use only when it was resized, and then its shape tells.
         Part::BaseWeight => Some(linear?.weight_shape()),
-        Part::LoraA | Part::LoraB | Part::Magnitude => return None,
+        Part::LoraA | Part::LoraB | Part::Magnitude | Part::EmbeddingA | Part::EmbeddingB | Part::TokenRows => {
+            return None;
+        }
     };
     Some((module, shape))
 }
@@ -129,8 +143,8 @@ pub(crate) fn check_values(name: &str, shape: &[usize], values: &[f32]) -> Resul
 
 fn shape_advice(file: &AdapterFile, key: &str, found: &[usize], expected: &[usize]) -> String {
     let rank_axis = match names::parse(key) {
-        Key::Part(_, Part::LoraA) => Some(0),
-        Key::Part(_, Part::LoraB) => Some(1),
+        Key::Part(_, Part::LoraA | Part::EmbeddingA) => Some(0),
+        Key::Part(_, Part::LoraB | Part::EmbeddingB) => Some(1),
         _ => None,
     };
     if let Some(axis) = rank_axis
@@ -156,7 +170,7 @@ fn unexpected_advice(keys: &[&str]) -> &'static str {
             }
             Key::Part(..) | Key::Copy => {}
             Key::Unknown => {
-                return "These are not tensors of a plain LoRA adapter on linear modules (adapted embeddings, biases of B and others are not available yet)";
+                return "These are not tensors of a plain LoRA adapter on linear modules (biases of B and others are not available yet)";
             }
         }
     }

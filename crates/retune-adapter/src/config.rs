@@ -2,6 +2,7 @@
 //! `adapter_config.json` says.
 
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::fmt;
 use std::marker::PhantomData;
 
@@ -46,6 +47,9 @@ pub struct LoraConfig {
     pub alpha_pattern: Patterns<f64>,
     /// Modules trained and saved whole, by the end of their names ("lm_head", "embed_tokens").
     pub modules_to_save: Vec<String>,
+    /// Tokens whose rows of the embedding are trained and saved whole, such as new special tokens: a list of token ids, or a list for each module that has such rows ("embed_tokens", and "lm_head" where it is not tied).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub trainable_token_indices: Option<TokenIndices>,
     /// Which biases of the base model are trained.
     pub bias: Bias,
     /// Scale by lora_alpha / sqrt(r) (rsLoRA, Kalajdzievski 2023).
@@ -55,6 +59,9 @@ pub struct LoraConfig {
     /// Train the lengths of the weight's rows apart from their directions, which A and B turn (DoRA, Liu et al. 2024): slower, and often better at a low rank.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub use_dora: bool,
+    /// B, and with use_dora the lengths, learn at this many times the learning rate of A (LoRA+, Hayou et al. 2024): 16 is usual, with a learning rate half as high.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub loraplus_lr_ratio: Option<f64>,
 }
 
 impl Default for LoraConfig {
@@ -70,10 +77,12 @@ impl Default for LoraConfig {
             rank_pattern: Patterns::default(),
             alpha_pattern: Patterns::default(),
             modules_to_save: Vec::new(),
+            trainable_token_indices: None,
             bias: Bias::None,
             use_rslora: false,
             init_lora_weights: InitLoraWeights::Kaiming,
             use_dora: false,
+            loraplus_lr_ratio: None,
         }
     }
 }
@@ -104,6 +113,12 @@ impl LoraConfig {
             check_alpha("alpha_pattern", alpha)?;
         }
         check_dropout("lora_dropout", self.lora_dropout)?;
+        self.check_tokens()?;
+        if let Some(ratio) = self.loraplus_lr_ratio
+            && !(ratio > 0.0 && ratio.is_finite())
+        {
+            return config_error("loraplus_lr_ratio", format!("{ratio} is out of range; expected above 0, usually 16"));
+        }
         if self.use_dora && self.init_lora_weights.is_of_the_weight() {
             let problem = "such a start takes its part away from the weight whose row norms DoRA keeps, and PEFT's files hold no adapter of both; \
                            use true or \"gaussian\" with use_dora";
@@ -111,6 +126,28 @@ impl LoraConfig {
         }
         self.selection().check()?;
         Ranks::new(self)?;
+        Ok(())
+    }
+}
+
+impl LoraConfig {
+    fn check_tokens(&self) -> Result<(), Error> {
+        const FIELD: &str = "trainable_token_indices";
+        let lists: Vec<&Vec<u32>> = match &self.trainable_token_indices {
+            None => return Ok(()),
+            Some(TokenIndices::List(ids)) => vec![ids],
+            Some(TokenIndices::Map(map)) => map.values().collect(),
+        };
+        if lists.is_empty() || lists.iter().any(|ids| ids.is_empty()) {
+            return config_error(FIELD, "a list is empty; give token ids, or remove it".to_owned());
+        }
+        for ids in lists {
+            let mut sorted = ids.clone();
+            sorted.sort_unstable();
+            if let Some(twice) = sorted.windows(2).find(|pair| pair[0] == pair[1]) {
+                return config_error(FIELD, format!("token {} is named twice; name it once", twice[0]));
+            }
+        }
         Ok(())
     }
 }
@@ -162,6 +199,16 @@ impl ModuleSelection {
         matches!(self, Self::Pattern(text)
             if text.eq_ignore_ascii_case("all-linear") || text.eq_ignore_ascii_case("all_linear"))
     }
+}
+
+/// Tokens, of the token embedding or by module.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(untagged, expecting = "expected a list of token ids, or a map from module names to such lists")]
+pub enum TokenIndices {
+    /// Rows of the token embedding.
+    List(Vec<u32>),
+    /// Rows by the end of a module's name.
+    Map(BTreeMap<String, Vec<u32>>),
 }
 
 /// One value, or a list of them.
@@ -454,6 +501,10 @@ mod tests {
             (json!({"layers_to_transform": [0]}), "layers_to_transform: works only"),
             (json!({"layers_pattern": "h"}), "layers_pattern: works only"),
             (json!({"target_modules": ["q_proj"], "layers_pattern": "h"}), "layers_pattern: has no effect"),
+            (json!({"trainable_token_indices": []}), "trainable_token_indices: a list is empty"),
+            (json!({"trainable_token_indices": {"embed_tokens": [3, 4, 3]}}), "token 3 is named twice"),
+            (json!({"trainable_token_indices": [-1]}), "a list of token ids"),
+            (json!({"loraplus_lr_ratio": 0}), "loraplus_lr_ratio: 0 is out of range"),
             (json!({"init_lora_weights": "loftq"}), "`loftq` is not available yet"),
             (json!({"init_lora_weights": "pissa_niter_x"}), "expected a number of iterations"),
             (json!({"init_lora_weights": "olora", "use_dora": true}), "init_lora_weights: such a start"),
@@ -470,7 +521,7 @@ mod tests {
     fn the_schema_names_every_field() {
         let schema = serde_json::to_value(schemars::schema_for!(LoraConfig)).unwrap();
         let fields = schema["properties"].as_object().unwrap();
-        assert_eq!(fields.len(), 14);
+        assert_eq!(fields.len(), 16);
         assert!(fields.contains_key("target_modules"));
     }
 }

@@ -77,6 +77,7 @@ pub fn modules(deltas: &Deltas) -> BaseModules<'_> {
         out_features: delta.out_features,
         has_bias: false,
         is_output_head: false,
+        is_table: false,
         is_transposed: false,
     });
     BaseModules { linears: linears.collect(), ..BaseModules::default() }

@@ -22,6 +22,21 @@ pub fn lora_magnitude(module: &str) -> String {
     format!("{PREFIX}{module}.lora_magnitude_vector")
 }
 
+/// Key of A of a table, `[r, rows]`.
+pub fn embedding_a(module: &str) -> String {
+    format!("{PREFIX}{module}.lora_embedding_A")
+}
+
+/// Key of B of a table, `[hidden_size, r]`.
+pub fn embedding_b(module: &str) -> String {
+    format!("{PREFIX}{module}.lora_embedding_B")
+}
+
+/// Key of the rows of tokens that are trained, `[tokens, hidden_size]`.
+pub fn token_rows(module: &str) -> String {
+    format!("{PREFIX}{module}.token_adapter.trainable_tokens_delta")
+}
+
 /// Key of the weight of a module that is trained and saved whole.
 pub fn saved_weight(module: &str) -> String {
     format!("{PREFIX}{module}.weight")
@@ -76,6 +91,12 @@ pub enum Part {
     LoraB,
     /// DoRA's lengths of rows, [out].
     Magnitude,
+    /// A of a table, [r, rows].
+    EmbeddingA,
+    /// B of a table, [hidden_size, r].
+    EmbeddingB,
+    /// Rows of tokens, [tokens, hidden_size].
+    TokenRows,
     /// The weight of a module saved whole.
     Weight,
     /// A bias.
@@ -91,6 +112,9 @@ impl Part {
             Self::LoraA => lora_a(module),
             Self::LoraB => lora_b(module),
             Self::Magnitude => lora_magnitude(module),
+            Self::EmbeddingA => embedding_a(module),
+            Self::EmbeddingB => embedding_b(module),
+            Self::TokenRows => token_rows(module),
             Self::Weight => saved_weight(module),
             Self::Bias => trained_bias(module, false),
             Self::BaseWeight => format!("{PREFIX}{module}.base_layer.weight"),
@@ -125,11 +149,18 @@ pub fn parse(key: &str) -> Key {
             return if is_weight { part_of(module, part) } else { Key::Unknown };
         }
     }
-    if let Some(module) = name.strip_suffix(".lora_magnitude_vector") {
-        return part_of(module, Part::Magnitude);
+    for (end, part) in [
+        (".lora_magnitude_vector", Part::Magnitude),
+        (".lora_embedding_A", Part::EmbeddingA),
+        (".lora_embedding_B", Part::EmbeddingB),
+        (".token_adapter.trainable_tokens_delta", Part::TokenRows),
+    ] {
+        if let Some(module) = name.strip_suffix(end) {
+            return part_of(module, part);
+        }
     }
     if name.contains(".lora_") {
-        return Key::Unknown; // of embeddings, of a bias on B
+        return Key::Unknown; // of a bias on B
     }
     if name.contains(".original_module.") || name.contains(".modules_to_save.") {
         // Beside a module saved whole PEFT writes these only for `bias: all`; the module itself is there under its own name.
@@ -193,7 +224,9 @@ mod tests {
             ("base_model.model.a.q.modules_to_save.bias", Key::Copy),
             ("base_model.model.a.q.lora_magnitude_vector", part("a.q", Part::Magnitude)),
             ("base_model.model.a.q.lora_B.bias", Key::Unknown),
-            ("base_model.model.model.embed_tokens.lora_embedding_A", Key::Unknown),
+            ("base_model.model.model.embed_tokens.lora_embedding_A", part("model.embed_tokens", Part::EmbeddingA)),
+            ("model.embed_tokens.lora_embedding_B", part("model.embed_tokens", Part::EmbeddingB)),
+            ("base_model.model.lm_head.token_adapter.trainable_tokens_delta", part("lm_head", Part::TokenRows)),
             ("base_model.model.a.q.lora_A.x.y.weight", Key::Unknown),
             ("prompt_embeddings", Key::Unknown),
             ("base_model.model..weight", Key::Unknown),
@@ -206,7 +239,17 @@ mod tests {
 
     #[test]
     fn what_is_written_is_read_back() {
-        for wanted in [Part::LoraA, Part::LoraB, Part::Magnitude, Part::Weight, Part::Bias, Part::BaseWeight] {
+        for wanted in [
+            Part::LoraA,
+            Part::LoraB,
+            Part::Magnitude,
+            Part::EmbeddingA,
+            Part::EmbeddingB,
+            Part::TokenRows,
+            Part::Weight,
+            Part::Bias,
+            Part::BaseWeight,
+        ] {
             assert_eq!(parse(&wanted.key("model.layers.3.mlp.up_proj")), part("model.layers.3.mlp.up_proj", wanted));
         }
     }

@@ -14,7 +14,7 @@ use crate::selection::Selection;
 use crate::targets::{BaseModules, LoraTarget, last_component};
 
 /// The keys that mean the same here.
-const FIELDS: [&str; 13] = [
+const FIELDS: [&str; 14] = [
     "r",
     "lora_alpha",
     "lora_dropout",
@@ -25,6 +25,7 @@ const FIELDS: [&str; 13] = [
     "rank_pattern",
     "alpha_pattern",
     "modules_to_save",
+    "trainable_token_indices",
     "bias",
     "use_rslora",
     "use_dora",
@@ -203,7 +204,7 @@ pub(crate) fn lora_keys(
     keys.insert("lora_dropout", json!(config.lora_dropout));
     keys.insert("bias", json!(config.bias.as_str()));
     // PEFT wants to be told that the adapted weights are stored as [in, out].
-    let is_transposed = |target: &LoraTarget| modules.is_transposed(&target.module);
+    let is_transposed = |target: &LoraTarget| !target.is_table && modules.is_transposed(&target.module);
     keys.insert("fan_in_fan_out", json!(targets.iter().any(is_transposed)));
     let targets: Vec<&str> = targets.iter().map(|target| target.module.as_str()).collect();
     selection_keys(&config.selection(), &targets, modules, &mut keys)?;
@@ -214,6 +215,9 @@ pub(crate) fn lora_keys(
         let alphas: Map<String, Value> =
             config.alpha_pattern.iter().map(|(pattern, &alpha)| (pattern.to_owned(), number(alpha))).collect();
         keys.insert("alpha_pattern", Value::Object(alphas));
+    }
+    if let Some(tokens) = &config.trainable_token_indices {
+        keys.insert("trainable_token_indices", serde_json::to_value(tokens)?);
     }
     if config.use_rslora {
         keys.insert("use_rslora", json!(true));
@@ -396,7 +400,7 @@ mod tests {
             (json!({"use_qalora": true}), "`use_qalora`: is true"),
             (json!({"lora_bias": true}), "`lora_bias`"),
             (json!({"layer_replication": [[0, 2]]}), "`layer_replication`"),
-            (json!({"trainable_token_indices": [1]}), "`trainable_token_indices`"),
+            (json!({"trainable_token_indices": [1, 1]}), "`trainable_token_indices`: token 1 is named twice"),
             (json!({"a_future_key": "x"}), "`a_future_key`: is \"x\""),
             (json!({"init_lora_weights": "pissa_niter_4"}), "`init_lora_weights`: is \"pissa_niter_4\""),
             (json!({"init_lora_weights": "olora"}), "plain LoRA first"),

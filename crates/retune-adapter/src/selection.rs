@@ -97,7 +97,7 @@ impl Selector {
 impl Names {
     fn matches(&self, module: &LinearModule<'_>) -> Result<bool, Error> {
         match self {
-            Self::AllLinear => Ok(!module.is_output_head),
+            Self::AllLinear => Ok(!module.is_output_head && !module.is_table),
             Self::List(entries) => Ok(entries.iter().any(|entry| is_name_or_end(module.name, entry))),
             Self::Pattern(pattern) => pattern.is_match(module.name),
         }

@@ -23,6 +23,9 @@ pub struct LinearModule<'a> {
     pub has_bias: bool,
     /// Whether it is the output head, which "all-linear" leaves out.
     pub is_output_head: bool,
+    /// Whether it is no linear module but a table of rows, of tokens or positions, which is named to be adapted: its columns are what it
+    /// looks up, its rows what it gives.
+    pub is_table: bool,
     /// Whether files hold its weight as [in_features, out_features] (GPT-2's Conv1D).
     pub is_transposed: bool,
 }
@@ -71,6 +74,10 @@ impl Shape {
 pub struct BaseModules<'a> {
     /// The linear modules, in the order of the forward, the head last.
     pub linears: Vec<LinearModule<'a>>,
+    /// The token embedding, and learned positions where there are any.
+    pub tables: Vec<LinearModule<'a>>,
+    /// Whether the head's weight is the token embedding's.
+    pub is_tied: bool,
     /// The norms that have a bias, and its length.
     pub biased_norms: Vec<(&'a str, usize)>,
     /// The model's family: transformers' `model_type`.
@@ -89,13 +96,40 @@ impl<'a> BaseModules<'a> {
             out_features: linear.rows,
             has_bias: linear.bias,
             is_output_head: linear.name == *head,
+            is_table: false,
             is_transposed: linear.transposed,
+        });
+        let tables = spec.modules().into_iter().filter_map(|module| match module {
+            Module::Embedding { name, rows, cols } => Some(LinearModule {
+                name,
+                in_features: rows,
+                out_features: cols,
+                has_bias: false,
+                is_output_head: false,
+                is_table: true,
+                is_transposed: true,
+            }),
+            _ => None,
         });
         let norms = spec.modules().into_iter().filter_map(|module| match module {
             Module::Norm(norm) if norm.has_bias() => Some((norm.name.as_str(), norm.width)),
             _ => None,
         });
-        Self { linears: linears.collect(), biased_norms: norms.collect(), family: spec.family, shape: Shape::of(spec) }
+        Self {
+            linears: linears.collect(),
+            tables: tables.collect(),
+            is_tied: spec.head.tied,
+            biased_norms: norms.collect(),
+            family: spec.family,
+            shape: Shape::of(spec),
+        }
+    }
+}
+
+impl<'a> BaseModules<'a> {
+    /// Everything that LoRA can adapt.
+    pub fn adaptable(&self) -> Vec<LinearModule<'a>> {
+        self.tables.iter().chain(&self.linears).copied().collect()
     }
 }
 
@@ -127,6 +161,8 @@ pub struct LoraTarget {
     pub in_features: usize,
     /// Rows of the module's weight.
     pub out_features: usize,
+    /// Whether the module is a table of rows.
+    pub is_table: bool,
 }
 
 /// How many modules end in each name ("q_proj", 30), in the order the names first appear.
@@ -177,6 +213,7 @@ impl Ranks {
             scaling: (alpha / divisor) as f32,
             in_features: module.in_features,
             out_features: module.out_features,
+            is_table: module.is_table,
         })
     }
 
@@ -204,7 +241,8 @@ fn first_match<T: Copy>(patterns: &[(Pattern, T)], name: &str) -> Result<Option<
 pub fn resolve(config: &LoraConfig, modules: &BaseModules<'_>) -> Result<Vec<LoraTarget>, Error> {
     config.check()?;
     let ranks = Ranks::new(config)?;
-    let targets = ranks.targets(config.selection().resolve(modules)?)?;
+    let adaptable = modules.adaptable();
+    let targets = ranks.targets(config.selection().resolve(&adaptable)?)?;
     check_patterns_used("rank_pattern", &ranks.ranks, &targets)?;
     check_patterns_used("alpha_pattern", &ranks.alphas, &targets)?;
     check_bias(config, modules, &targets)?;
@@ -215,8 +253,8 @@ pub fn resolve(config: &LoraConfig, modules: &BaseModules<'_>) -> Result<Vec<Lor
 ///
 /// # Errors
 /// [`Error::Pattern`]; [`Error::NoTarget`] when nothing at all is selected.
-pub fn select(config: &LoraConfig, modules: &[LinearModule<'_>]) -> Result<Vec<LoraTarget>, Error> {
-    Ranks::new(config)?.targets(config.selection().select(modules)?)
+pub fn select(config: &LoraConfig, modules: &BaseModules<'_>) -> Result<Vec<LoraTarget>, Error> {
+    Ranks::new(config)?.targets(config.selection().select(&modules.adaptable())?)
 }
 
 fn check_patterns_used<T>(field: &'static str, patterns: &[(Pattern, T)], targets: &[LoraTarget]) -> Result<(), Error> {
@@ -349,7 +387,7 @@ mod tests {
         // The first number counts: a layer's, not an expert's inside it.
         let expert = LinearModule { name: "model.layers.1.experts.0.w1", ..MODULES[0] };
         let moe = config(json!({"target_modules": ["w1"], "layers_to_transform": [1]}));
-        assert_eq!(select(&moe, &[expert]).unwrap().len(), 1);
+        assert_eq!(select(&moe, &BaseModules { linears: vec![expert], ..BaseModules::default() }).unwrap().len(), 1);
     }
 
     #[test]

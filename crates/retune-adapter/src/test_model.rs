@@ -1,9 +1,17 @@
 //! The linear modules of a tiny Llama model, for the tests of this crate.
 
-use crate::targets::{BaseModules, LinearModule, Shape};
+use crate::targets::{BaseModules, LinearModule};
 
 const fn module(name: &'static str, in_features: usize, out_features: usize) -> LinearModule<'static> {
-    LinearModule { name, in_features, out_features, has_bias: false, is_output_head: false, is_transposed: false }
+    LinearModule {
+        name,
+        in_features,
+        out_features,
+        has_bias: false,
+        is_output_head: false,
+        is_table: false,
+        is_transposed: false,
+    }
 }
 
 /// Three layers, hidden size 32, MLP of 48, keys and values of 16, a vocabulary of 64.
@@ -35,21 +43,17 @@ pub(crate) const MODULES: [LinearModule<'static>; 22] = [
         out_features: 64,
         has_bias: false,
         is_output_head: true,
+        is_table: false,
         is_transposed: false,
     },
 ];
 
 pub(crate) fn tiny_llama() -> BaseModules<'static> {
-    BaseModules { linears: MODULES.to_vec(), biased_norms: Vec::new(), family: "llama", shape: Shape::default() }
+    BaseModules { linears: MODULES.to_vec(), family: "llama", ..BaseModules::default() }
 }
 
 /// The same model with a bias on every linear module but the head.
 pub(crate) fn tiny_llama_with_biases() -> BaseModules<'static> {
     let biased = |module: &LinearModule<'static>| LinearModule { has_bias: !module.is_output_head, ..*module };
-    BaseModules {
-        linears: MODULES.iter().map(biased).collect(),
-        biased_norms: Vec::new(),
-        family: "llama",
-        shape: Shape::default(),
-    }
+    BaseModules { linears: MODULES.iter().map(biased).collect(), family: "llama", ..BaseModules::default() }
 }

@@ -1,8 +1,10 @@
 //! From token ids to the first hidden states, and back to the gradients of the tables.
 
+use retune_kernels::gemm::{MatRef, Out, Rhs, Term, gemm};
 use retune_kernels::{F32Panel, embedding, vector};
 
 use crate::linear::Weight;
+use crate::overlay::{Overlay, TableTerm, TokenRows};
 use crate::profile::{Operation, span};
 use crate::run::Run;
 use crate::workspace::Temporary;
@@ -27,6 +29,12 @@ impl<'a> Run<'a> {
     fn look_up(&self, x: &mut [f32], scratch: &mut [f32]) {
         let spec = &self.model.spec;
         embedding::forward(self.table().panel(), 0, &self.pass.ids, x);
+        if let Some(rows) = &self.overlay.table_rows {
+            self.replace_rows(rows, x);
+        }
+        if let Some(term) = &self.overlay.table_term {
+            self.add_term(term, &self.pass.ids, x);
+        }
         if spec.table.scale != 1.0 {
             vector::scale(x, spec.table.scale);
         }
@@ -37,7 +45,47 @@ impl<'a> Run<'a> {
         if let Some(positions) = self.positions() {
             embedding::forward(positions.panel(), 0, &self.pass.positions, scratch);
             vector::add(x, scratch);
+            if let Some(term) = &self.overlay.positions_term {
+                self.add_term(term, &self.pass.positions, x);
+            }
         }
+    }
+
+    /// Puts trained rows in the place of the base's.
+    fn replace_rows(&self, rows: &TokenRows, x: &mut [f32]) {
+        let d = self.model.spec.hidden_size;
+        let trained = &self.params[rows.rows.clone()];
+        for (id, x) in self.pass.ids.iter().zip(x.chunks_exact_mut(d)) {
+            if let Some(k) = rows.ids.iter().position(|of| of == id) {
+                x.copy_from_slice(&trained[k * d..(k + 1) * d]);
+            }
+        }
+    }
+
+    /// The rows of A that a term looks up, `[T, r]`; zeros for tokens that the table does not have.
+    fn term_rows(&self, term: &TableTerm, ids: &[u32]) -> Vec<f32> {
+        let mut rows = vec![0.0; ids.len() * term.r];
+        embedding::forward(&F32Panel::new(&self.params[term.a.clone()], term.r), 0, ids, &mut rows);
+        rows
+    }
+
+    /// Adds a table's low-rank term to what was looked up in it.
+    fn add_term(&self, term: &TableTerm, ids: &[u32], x: &mut [f32]) {
+        let (rows, d, r) = (self.term_rows(term, ids), self.model.spec.hidden_size, term.r);
+        let b = Rhs::View(MatRef::rows(&self.params[term.b.clone()], r).t());
+        gemm(ids.len(), d, &[Term::scaled(r, MatRef::rows(&rows, r), b, term.scale)], Out::add(x, d));
+    }
+
+    /// Adds the gradients of a table's low-rank term.
+    fn term_backward(&self, term: &TableTerm, ids: &[u32], dx: &[f32], grads: &mut [f32]) {
+        let (rows, d, r) = (self.term_rows(term, ids), self.model.spec.hidden_size, term.r);
+        let tokens = ids.len();
+        let b = Term::scaled(tokens, MatRef::rows(dx, d).t(), Rhs::View(MatRef::rows(&rows, r)), term.scale);
+        gemm(d, r, &[b], Out::add(&mut grads[term.b.clone()], r));
+        let mut of_rows = vec![0.0; tokens * r];
+        let b = Rhs::View(MatRef::rows(&self.params[term.b.clone()], r));
+        gemm(tokens, r, &[Term::scaled(d, MatRef::rows(dx, d), b, term.scale)], Out::set(&mut of_rows, r));
+        embedding::backward(0, ids, &of_rows, r, &mut grads[term.a.clone()]);
     }
 
     /// Writes the first hidden states, `x: [T, D]`.
@@ -75,15 +123,30 @@ impl<'a> Run<'a> {
         if let Some(range) = &self.overlay.positions {
             embedding::backward(0, &self.pass.positions, dx, d, &mut grads[range.clone()]);
         }
+        if let Some(term) = &self.overlay.positions_term {
+            self.term_backward(term, &self.pass.positions, dx, grads);
+        }
         if let Some(tokens) = &self.overlay.virtual_tokens {
             embedding::backward(self.model.spec.vocab_size, &self.pass.ids, dx, d, &mut grads[tokens.rows.clone()]);
         }
-        if let Some(range) = &self.overlay.table {
-            let scale = self.model.spec.table.scale;
-            if scale != 1.0 {
-                vector::scale(dx, scale);
-            }
+        let Overlay { table, table_rows, table_term, .. } = self.overlay;
+        let scale = self.model.spec.table.scale;
+        if scale != 1.0 && (table.is_some() || table_rows.is_some() || table_term.is_some()) {
+            vector::scale(dx, scale);
+        }
+        if let Some(range) = table {
             embedding::backward(0, &self.pass.ids, dx, d, &mut grads[range.clone()]);
+        }
+        if let Some(rows) = table_rows {
+            let grads = &mut grads[rows.rows.clone()];
+            for (id, dx) in self.pass.ids.iter().zip(dx.chunks_exact(d)) {
+                if let Some(k) = rows.ids.iter().position(|of| of == id) {
+                    vector::add(&mut grads[k * d..(k + 1) * d], dx);
+                }
+            }
+        }
+        if let Some(term) = table_term {
+            self.term_backward(term, &self.pass.ids, dx, grads);
         }
     }
 }

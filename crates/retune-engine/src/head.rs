@@ -1,12 +1,13 @@
 //! The last norm, the head and its loss over the label tokens, a block of rows at a time, forward and backward.
 
 use retune_kernels::column_scale::Unscaled;
-use retune_kernels::gemm::{Out, Term, gemm};
+use retune_kernels::gemm::{MatRef, Out, Rhs, Term, gemm};
 use retune_kernels::int8::Int8Matrix;
 use retune_kernels::{cross_entropy, embedding, vector};
 
 use crate::linear::{self, Gradient, Input, Keep, To};
 use crate::model::Linear;
+use crate::overlay::TokenRows;
 use crate::pass::Label;
 use crate::profile::{Operation, span};
 use crate::run::Run;
@@ -44,6 +45,7 @@ impl Run<'_> {
         let keep = Keep { u: &mut head.u, unscaled: &mut head.unscaled, rounded: None };
         let to = To::Columns(&mut *logits);
         linear::forward(self.of_head(), &[self.model.head], norm, to, keep, &mut temporary.linear);
+        self.replace_logits(norm, logits);
         if let Some(cap) = self.model.spec.head.soft_cap {
             cross_entropy::soft_cap(logits, cap);
         }
@@ -75,6 +77,7 @@ impl Run<'_> {
                 let to = To::Columns(&mut *logits);
                 let keep = Keep { u: &mut head.u, unscaled: &mut head.unscaled, rounded: None };
                 linear::forward(self.of_head(), &[self.model.head], norm, to, keep, &mut temporary.linear);
+                self.replace_logits(norm, logits);
                 match self.int8_head().filter(|_| backward) {
                     None => {
                         cross_entropy::forward_backward(logits, &head.targets, losses, backward, spec.head.soft_cap)
@@ -95,6 +98,42 @@ impl Run<'_> {
         losses.iter().map(|&l| f64::from(l)).sum()
     }
 
+    /// Puts the logits of trained rows of the head, for its input `norm: [T, D]`, in the place of the base's.
+    fn replace_logits(&self, norm: &[f32], logits: &mut [f32]) {
+        let Some(TokenRows { ids, rows }) = &self.overlay.head_rows else { return };
+        let (d, v, count) = (self.model.spec.hidden_size, self.model.spec.vocab_size, ids.len());
+        let tokens = norm.len() / d;
+        let trained = Rhs::View(MatRef::rows(&self.params[rows.clone()], d).t());
+        let mut own = vec![0.0; tokens * count];
+        gemm(tokens, count, &[Term::new(d, MatRef::rows(norm, d), trained)], Out::set(&mut own, count));
+        let bias = self.model.linear(self.model.head).bias.map(|bias| self.vector(bias));
+        for (logits, own) in logits.chunks_exact_mut(v).zip(own.chunks_exact(count)) {
+            for (&id, own) in ids.iter().zip(own) {
+                logits[id as usize] = own + bias.map_or(0.0, |bias| bias[id as usize]);
+            }
+        }
+    }
+
+    /// Takes the gradients of the logits of trained rows out of `logits: [T, V]`, `[T, count]`; nothing where there are none.
+    fn take_gradients(&self, logits: &mut [f32]) -> Vec<f32> {
+        let Some(TokenRows { ids, .. }) = &self.overlay.head_rows else { return Vec::new() };
+        let rows = logits.chunks_exact_mut(self.model.spec.vocab_size);
+        rows.flat_map(|row| ids.iter().map(|&id| std::mem::take(&mut row[id as usize]))).collect()
+    }
+
+    /// Adds what the gradients of trained rows' logits make of the gradients of these rows and of the head's input.
+    fn rows_backward(&self, own: &[f32], norm: &[f32], dx: Option<&mut [f32]>, grads: &mut [f32]) {
+        let Some(TokenRows { ids, rows }) = &self.overlay.head_rows else { return };
+        let (d, count) = (self.model.spec.hidden_size, ids.len());
+        let tokens = own.len() / count.max(1);
+        let product = Term::new(tokens, MatRef::rows(own, count).t(), Rhs::View(MatRef::rows(norm, d)));
+        gemm(count, d, &[product], Out::add(&mut grads[rows.clone()], d));
+        if let Some(dx) = dx {
+            let trained = Rhs::View(MatRef::rows(&self.params[rows.clone()], d));
+            gemm(tokens, d, &[Term::new(count, MatRef::rows(own, count), trained)], Out::add(dx, d));
+        }
+    }
+
     fn head_backward(&self, grads: &mut [f32], labels: &[Label], head: &mut HeadBuffers, temporary: &mut Temporary) {
         let run = self.of_head();
         let (d, v) = (self.model.spec.hidden_size, self.model.spec.vocab_size);
@@ -107,6 +146,7 @@ impl Run<'_> {
         {
             let _span = span(Operation::Head);
             let logits = &mut logits[..rows * v];
+            let own = self.take_gradients(logits);
             // In 8 bits the label's own gradient, p − 1, is kept apart and exact: beside it small probabilities would round to 0, and where p
             // is close to 1 it would cancel against a rounded weight, the same way at every step.
             let is_measured = self.compute.watch.is_some() && !self.overlay.changes_linear(self.model, self.model.head);
@@ -135,6 +175,7 @@ impl Run<'_> {
                 let weight = self.weight(self.model.head);
                 embedding::add_scaled_rows(weight.panel(), targets, label_gradients, &mut dnorm[..rows * d]);
             }
+            self.rows_backward(&own, &norm[..rows * d], below.then(|| &mut dnorm[..rows * d]), grads);
         }
         if !below {
             return;

@@ -22,6 +22,14 @@ pub struct Overlay {
     pub table: Option<Range<usize>>,
     /// What is changed of learned positions.
     pub positions: Option<Range<usize>>,
+    /// Rows of the token embedding trained in the base's place.
+    pub table_rows: Option<TokenRows>,
+    /// Rows of the head's weight trained in the base's place. The rows of a tied head are the token embedding's where they are to stay so.
+    pub head_rows: Option<TokenRows>,
+    /// What is added to the rows that are looked up in the token embedding; a tied head does not read it.
+    pub table_term: Option<TableTerm>,
+    /// What is added to learned positions.
+    pub positions_term: Option<TableTerm>,
     /// By [`LinearId`]; as many as the model has.
     pub linears: Vec<Change>,
     /// Norm weights and biases trained in the base's place, by [`VectorId`]; as many as the model has.
@@ -30,6 +38,24 @@ pub struct Overlay {
     pub virtual_tokens: Option<VirtualTokens>,
     /// Keys and values of each attention before those of each row's tokens.
     pub prefix: Option<Prefix>,
+}
+
+/// Some rows of a matrix that has one for each token.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TokenRows {
+    /// The tokens, each once.
+    pub ids: Arc<[u32]>,
+    /// Where their rows lie in the flat vector, `[ids.len(), hidden_size]`.
+    pub rows: Range<usize>,
+}
+
+/// The term `scale · A[row]·Bᵀ` on a row that is looked up in a table (Hu et al. 2021): A `[rows of the table, r]`, B `[hidden_size, r]`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TableTerm {
+    pub a: Range<usize>,
+    pub b: Range<usize>,
+    pub r: usize,
+    pub scale: f32,
 }
 
 /// Tokens that are no text (Lester et al. 2021): their rows stand in the place of looked-up and scaled rows of the table. Learned positions
@@ -183,7 +209,8 @@ impl Overlay {
     /// Whether a linear, its bias included, is trained.
     pub fn trains_linear(&self, model: &Model, linear: LinearId) -> bool {
         let bias = model.linear(linear).bias;
-        self.change(linear).is_trained() || bias.is_some_and(|bias| self.trains_vector(bias))
+        let rows = self.head_rows.is_some() && linear == model.head;
+        rows || self.change(linear).is_trained() || bias.is_some_and(|bias| self.trains_vector(bias))
     }
 
     /// Whether a linear, its bias included, is another than the base's.
@@ -213,7 +240,10 @@ impl Overlay {
     /// Whether anything that makes the first hidden states is trained.
     pub(crate) fn trains_embedding(&self, model: &Model) -> bool {
         let norm = model.table_norm.iter().flat_map(|norm| norm.vectors());
-        let rows = [&self.table, &self.positions].into_iter().any(Option::is_some) || self.virtual_tokens.is_some();
+        let rows = [&self.table, &self.positions].into_iter().any(Option::is_some)
+            || [&self.table_term, &self.positions_term].into_iter().any(Option::is_some)
+            || self.table_rows.is_some()
+            || self.virtual_tokens.is_some();
         rows || norm.into_iter().any(|vector| self.trains_vector(vector))
     }
 

@@ -12,6 +12,8 @@ pub struct Param {
     pub range: Range<usize>,
     /// Whether weight decay applies: to matrices, not to norm weights and biases.
     pub decay: bool,
+    /// Factor on the learning rate.
+    pub rate: f64,
     /// The base's tensor whose values it starts from, where it replaces one.
     pub base: Option<String>,
     /// Whether files hold the transpose of what lies in the flat vector.
@@ -65,8 +67,13 @@ impl ParamLayout {
         let range = self.len..self.len + shape.iter().product::<usize>();
         self.len = range.end;
         let decay = shape.len() > 1;
-        self.params.push(Param { name, shape, range: range.clone(), decay, base, transposed });
+        self.params.push(Param { name, shape, range: range.clone(), decay, rate: 1.0, base, transposed });
         range
+    }
+
+    /// Gives the tensors that `of` chooses another factor on the learning rate.
+    pub fn set_rate(&mut self, rate: f64, of: impl Fn(&Param) -> bool) {
+        self.params.iter_mut().filter(|param| of(param)).for_each(|param| param.rate = rate);
     }
 
     /// The tensors, in the order of their places.

@@ -13,7 +13,7 @@ use std::path::Path;
 
 use half::{bf16, f16};
 use rayon::prelude::*;
-use retune_engine::overlay::{Change, Overlay};
+use retune_engine::overlay::{Change, Overlay, TableTerm, TokenRows};
 use retune_engine::spec::{ModelSpec, Module};
 use retune_formats::atomic::{Draft, Staged};
 use retune_formats::safetensors::{Dtype, Header, INDEX, SINGLE};
@@ -25,7 +25,7 @@ use serde_json::{Map, Value, json};
 use crate::checkpoint::{CONFIG, Checkpoint, CheckpointKind};
 use crate::error::Error;
 use crate::families;
-use crate::merge::{merge_bias, merge_rows};
+use crate::merge::{merge_bias, merge_rows, merge_table_rows};
 
 const GENERATION_CONFIG: &str = "generation_config.json";
 
@@ -202,7 +202,10 @@ pub fn scale_note(checkpoint: &Checkpoint, dtype: ExportType) -> Option<String> 
 /// Whether table and head of a tied model differ under an overlay.
 fn unties(spec: &ModelSpec, overlay: &Overlay) -> bool {
     let Some((_, head)) = spec.linears().zip(&overlay.linears).last() else { return false };
-    stands_beside(head) || head.weight != overlay.table
+    stands_beside(head)
+        || head.weight != overlay.table
+        || overlay.head_rows != overlay.table_rows
+        || overlay.table_term.is_some()
 }
 
 /// Whether anything of a change stands beside the weight, not in its place.
@@ -227,6 +230,12 @@ enum Edit<'a> {
         change: &'a Change,
         params: &'a [f32],
     },
+    /// A table in which some rows are others, or to which a low-rank term is added.
+    Table {
+        rows: Option<&'a TokenRows>,
+        term: Option<&'a TableTerm>,
+        params: &'a [f32],
+    },
 }
 
 /// The edits by the names of the tensors.
@@ -242,6 +251,16 @@ fn edits<'a>(spec: &ModelSpec, overlay: &'a Overlay, params: &'a [f32]) -> Edits
     for param in overlay.layout.params() {
         if let Some(base) = &param.base {
             edits.insert(base.clone(), Edit::Replaced(&params[param.range.clone()]));
+        }
+    }
+    let head = &spec.head.linear.name;
+    for (name, rows, term) in [
+        (Some(&spec.table.name), overlay.table_rows.as_ref(), overlay.table_term.as_ref()),
+        (spec.table.positions.as_ref(), None, overlay.positions_term.as_ref()),
+        (Some(head), overlay.head_rows.as_ref(), None),
+    ] {
+        if let Some(name) = name.filter(|_| rows.is_some() || term.is_some()) {
+            edits.insert(weight_of(name), Edit::Table { rows, term, params });
         }
     }
     for (linear, change) in spec.linears().zip(&overlay.linears).filter(|(_, change)| stands_beside(change)) {
@@ -290,6 +309,11 @@ impl Tensor<'_> {
                 self.base.panel_f32(rows.clone(), 0..cols, base);
                 values.copy_from_slice(base);
                 merge_rows(change, params, cols, self.base.rows(), rows, values);
+            }
+            Edit::Table { rows: replaced, term, params } => {
+                self.base.panel_f32(rows.clone(), 0..cols, base);
+                values.copy_from_slice(base);
+                merge_table_rows(replaced, term, params, cols, rows, values);
             }
             Edit::Bias { trained, change, params } => {
                 self.base.panel_f32(rows, 0..cols, base);

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use retune_engine::overlay::{Change, OutputScale};
+use retune_engine::overlay::{Change, OutputScale, TableTerm, TokenRows};
 use retune_kernels::vector;
 
 /// Columns summed at once; they fit a processor's registers.
@@ -54,6 +54,34 @@ pub fn merge_rows(
 pub fn merge_bias(change: &Change, params: &[f32], bias: &mut [f32]) {
     if let Some(OutputScale::Plain(scale)) = &change.output_scale {
         bias.iter_mut().zip(&params[scale.clone()]).for_each(|(value, factor)| *value *= factor);
+    }
+}
+
+/// Turns rows of a table, `[rows.len(), cols]`, into those of one that gives the same rows with nothing on it.
+///
+/// # Panics
+/// When a length does not fit.
+pub fn merge_table_rows(
+    replaced: Option<&TokenRows>,
+    term: Option<&TableTerm>,
+    params: &[f32],
+    cols: usize,
+    rows: Range<usize>,
+    dst: &mut [f32],
+) {
+    let of_rows = rows.zip(dst.chunks_exact_mut(cols.max(1)));
+    for (row, dst) in of_rows {
+        if let Some(TokenRows { ids, rows }) = replaced
+            && let Some(k) = ids.iter().position(|&id| id as usize == row)
+        {
+            dst.copy_from_slice(&params[rows.clone()][k * cols..(k + 1) * cols]);
+        }
+        if let Some(TableTerm { a, b, r, scale }) = term {
+            let (a, b) = (&params[a.clone()][row * r..(row + 1) * r], &params[b.clone()]);
+            for (dst, b) in dst.iter_mut().zip(b.chunks_exact(*r)) {
+                *dst += scale * a.iter().zip(b).map(|(a, b)| a * b).sum::<f32>();
+            }
+        }
     }
 }
 

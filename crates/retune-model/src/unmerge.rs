@@ -16,6 +16,10 @@ pub fn inverse(overlay: &Overlay) -> Result<Overlay, Error> {
     if let Some(tensor) = overlay.layout.params().iter().find_map(|param| param.base.clone()) {
         return Err(Error::Irreversible { tensor });
     }
+    let rows = overlay.table_rows.iter().chain(&overlay.head_rows).next();
+    if let Some(param) = rows.and_then(|rows| overlay.layout.at(rows.rows.start)) {
+        return Err(Error::Irreversible { tensor: param.name.clone() });
+    }
     let scale = |change: &Change| match (&change.input_scale, &change.output_scale) {
         (Some(place), _) | (None, Some(OutputScale::Plain(place) | OutputScale::OverNorm(place))) => Some(place.start),
         (None, None) => None,
@@ -26,6 +30,9 @@ pub fn inverse(overlay: &Overlay) -> Result<Overlay, Error> {
     let mut inverse = overlay.clone();
     for LowRank { scale, .. } in inverse.linears.iter_mut().flat_map(|change| &mut change.low_rank) {
         *scale = -*scale;
+    }
+    for term in [&mut inverse.table_term, &mut inverse.positions_term].into_iter().flatten() {
+        term.scale = -term.scale;
     }
     Ok(inverse)
 }

@@ -137,6 +137,17 @@ fn merged_models_give_the_logits_of_base_and_adapter() {
         ("gemma3_lora_two", 12),
         ("gemma3_wrapped_lora_two", 4),
         ("qwen2_lora_save_bias", 6),
+        // Tables, and rows of them.
+        ("lora_embeddings", 4),
+        ("lora_embeddings_tied", 3),
+        ("gpt2_lora_embeddings", 4),
+        ("bloom_lora_embeddings", 1),
+        ("gemma3_lora_embeddings", 7),
+        ("lora_tokens", 3),
+        ("lora_tokens_untied", 4),
+        ("gpt2_lora_tokens", 3),
+        ("bloom_lora_tokens", 3),
+        ("gemma3_lora_tokens", 7),
     ] {
         let (_dir, checkpoint) = base_of(case);
         let tied = checkpoint.spec.head.tied;
@@ -149,7 +160,7 @@ fn merged_models_give_the_logits_of_base_and_adapter() {
         // Against what was merged there is only the order of the sums.
         let error = relative(&found, &logits(&adapted, &pass));
         assert!(error < 1e-5, "{case}: logits {error} from those of base and adapter");
-        let saved_table = adapted.overlay.table.is_some();
+        let saved_table = adapted.overlay.table.is_some() || adapted.overlay.table_term.is_some();
         assert_eq!(Checkpoint::open(out.path()).unwrap().spec.head.tied, tied && !saved_table, "{case}");
         assert!(report.largest_change > 0.0 && report.largest_change.is_finite(), "{case}: {report:?}");
         assert_eq!((report.changed_modules, report.shards), (modules, 1), "{case}");

@@ -42,22 +42,12 @@ fn cases() -> Vec<String> {
 const STARTS_FROM_WEIGHTS: [&str; 4] = ["lora_olora", "lora_pissa", "lora_pissa_niter_4", "lora_pissa_rs"];
 
 /// What peft can do and is refused here, by name: its goldens wait.
-const NOT_YET: [&str; 17] = [
-    "bloom_lora_embeddings",
-    "bloom_lora_tokens",
+const NOT_YET: [&str; 7] = [
     "dora_embeddings",
-    "gemma3_lora_embeddings",
-    "gemma3_lora_tokens",
     "gpt2_lora_b_bias",
-    "gpt2_lora_embeddings",
-    "gpt2_lora_tokens",
     "lora_b_bias",
     "lora_b_bias_all",
     "lora_b_bias_alone",
-    "lora_embeddings",
-    "lora_embeddings_tied",
-    "lora_tokens",
-    "lora_tokens_untied",
     "miss_biases",
     "miss_mini",
 ];

@@ -83,16 +83,18 @@ impl AdamW {
             gain1: (1.0 - beta1) as f32,
             gain2: (1.0 - beta2) as f32,
             epsilon: epsilon as f32,
-            rate: (learning_rate / (1.0 - beta1.powf(t))) as f32,
+            rate: 0.0,
             second: (1.0 / (1.0 - beta2.powf(t)).sqrt()) as f32,
             keep: 1.0,
             scale,
         };
-        let decayed = (1.0 - learning_rate * weight_decay) as f32;
         let (p, m, v) = (SharedMut::new(parameters), SharedMut::new(&mut self.first), SharedMut::new(&mut self.second));
         let g = SharedMut::new(gradients);
         for param in layout.params() {
-            let factors = Factors { keep: if param.decay { decayed } else { 1.0 }, ..factors };
+            let learning_rate = learning_rate * param.rate;
+            let rate = (learning_rate / (1.0 - beta1.powf(t))) as f32;
+            let keep = if param.decay { (1.0 - learning_rate * weight_decay) as f32 } else { 1.0 };
+            let factors = Factors { rate, keep, ..factors };
             let len = param.range.len();
             parallel::for_each(len.div_ceil(PIECE), |piece| {
                 let start = param.range.start + piece * PIECE;
@@ -126,6 +128,23 @@ mod tests {
                 assert!((p - e).abs() < 2e-6, "{p} instead of {e}");
             }
         }
+    }
+
+    #[test]
+    fn a_tensors_own_rate_is_that_of_a_run_with_it() {
+        let options = AdamWOptions { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.5 };
+        let after = |rate: f64, learning_rate: f64| {
+            let mut layout = ParamLayout::default();
+            layout.add("a".into(), vec![1, 2], None);
+            layout.add("b".into(), vec![2, 1], None);
+            layout.set_rate(rate, |param| param.name == "b");
+            let mut p = [1.0, -2.0, 1.0, -2.0];
+            AdamW::new(options, 4).step(&layout, learning_rate, 1.0, &mut [0.3, -1.5, 0.3, -1.5], &mut p);
+            p
+        };
+        let (plain, faster, all) = (after(1.0, 0.01), after(16.0, 0.01), after(1.0, 0.16));
+        assert_eq!((&faster[..2], &faster[2..]), (&plain[..2], &all[2..]));
+        assert_ne!(plain, all);
     }
 
     #[test]

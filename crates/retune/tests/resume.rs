@@ -282,9 +282,11 @@ fn a_full_disk_leaves_no_part_of_a_merged_model_or_of_logits() {
 }
 
 /// The methods with settings of their own, as flags of a run.
-const METHODS: [&[&str]; 10] = [
+const METHODS: [&[&str]; 12] = [
     &["--set", "adapter.use_dora=true"],
     &["--set", "adapter.init_lora_weights=pissa"],
+    &["--set", "adapter={target_modules: [q_proj], trainable_token_indices: [3, 50], loraplus_lr_ratio: 4}"],
+    &["--set", "adapter={target_modules: [embed_tokens, q_proj]}"],
     &["--set", "method=partial", "--set", "adapter={norms: true, last_layers: 1}"],
     &["--set", "method=miss", "--set", "adapter={r: 8}"],
     &["--set", "method=ia3", "--set", "adapter=null"],

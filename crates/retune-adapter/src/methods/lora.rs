@@ -1,25 +1,29 @@
-//! LoRA (Hu et al. 2021), rsLoRA (Kalajdzievski 2023) and DoRA (Liu et al. 2024) with what PEFT lets them train beside: biases and whole modules.
+//! LoRA (Hu et al. 2021), rsLoRA (Kalajdzievski 2023), LoRA+ (Hayou et al. 2024) and DoRA (Liu et al. 2024) with what PEFT lets them train beside: biases and whole modules.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::sync::Arc;
 
-use retune_engine::overlay::{Factor, LowRank, OutputScale, Overlay};
+use retune_engine::overlay::{Factor, LowRank, OutputScale, Overlay, TableTerm, TokenRows};
 use retune_engine::row_norms::row_norms;
 use retune_engine::spec::ModelSpec;
-use retune_kernels::dropout;
+use retune_kernels::{PanelSource, dropout, random};
 use serde_json::Value;
 
 use crate::check::check_against;
-use crate::config::{InitLoraWeights, LoraConfig};
+use crate::config::{InitLoraWeights, LoraConfig, TokenIndices, config_error};
 use crate::error::Error;
 use crate::files::{AdapterFile, Tensors, tensors_of};
 use crate::init::{self, init_lora};
 use crate::method::{self, Method, MethodInfo, Start};
 use crate::names::{self, Key, Part, trained_biases};
 use crate::peft_config;
+use crate::selection::is_name_or_end;
 use crate::targets::{self, BaseModules, LoraTarget};
 use crate::walk::{Saved, walk};
+
+/// The setting that names rows of tokens.
+const TOKENS: &str = "trainable_token_indices";
 
 pub static INFO: MethodInfo = MethodInfo {
     name: "lora",
@@ -61,8 +65,10 @@ impl Method for LoraConfig {
         params: &mut [f32],
     ) -> Result<(), Error> {
         if self.init_lora_weights.is_of_the_weight() {
+            self.start_tables(spec, overlay, start, params)?;
             return init::of_the_weights(&self.init_lora_weights, spec, overlay, start, params);
         }
+        self.start_tables(spec, overlay, start, params)?;
         for (linear, change) in spec.linears().zip(&overlay.linears) {
             let [LowRank { a: Factor::Trained(a), b: Factor::Trained(b), r, .. }] = &change.low_rank[..] else {
                 continue;
@@ -178,7 +184,124 @@ impl Method for LoraConfig {
     }
 }
 
+/// Lays out low-rank terms on tables, and rows of tokens.
+fn on_tables(
+    config: &LoraConfig,
+    spec: &ModelSpec,
+    targets: &[LoraTarget],
+    overlay: &mut Overlay,
+) -> Result<(), Error> {
+    for target in targets.iter().filter(|target| target.is_table) {
+        if config.use_dora || config.init_lora_weights.is_of_the_weight() {
+            let problem = format!(
+                "names {}, a table of rows, on which neither DoRA nor a start from the weight is available; take it out, or use plain LoRA",
+                target.module
+            );
+            return config_error("target_modules", problem);
+        }
+        let (r, scale) = (target.r, target.scaling);
+        let layout = &mut overlay.layout;
+        let a = layout.add_transposed(names::embedding_a(&target.module), vec![r, target.in_features], None);
+        let b = layout.add(names::embedding_b(&target.module), vec![target.out_features, r], None);
+        let term = Some(TableTerm { a, b, r, scale });
+        if target.module == spec.table.name {
+            overlay.table_term = term;
+        } else {
+            overlay.positions_term = term;
+        }
+    }
+    let modules = BaseModules::of(spec);
+    for (module, ids) in config.token_rows(&modules)? {
+        if let Some(target) = targets.iter().find(|target| target.module == module) {
+            let problem = format!(
+                "names rows of {}, which target_modules adapts as well; take it out of one of them",
+                target.module
+            );
+            return config_error(TOKENS, problem);
+        }
+        if let Some(id) = ids.iter().find(|id| **id as usize >= spec.vocab_size) {
+            let problem = format!("there is no token {id} in a vocabulary of {}; give ids below that", spec.vocab_size);
+            return config_error(TOKENS, problem);
+        }
+        if config.selection().saved_by(module).is_some() {
+            let problem =
+                format!("names rows of {module}, which modules_to_save trains whole; take it out of one of them");
+            return config_error(TOKENS, problem);
+        }
+        let rows = overlay.layout.add(names::token_rows(module), vec![ids.len(), spec.hidden_size], None);
+        let rows = Some(TokenRows { ids: ids.into(), rows });
+        if module == spec.table.name {
+            if spec.head.tied {
+                overlay.head_rows.clone_from(&rows);
+            }
+            overlay.table_rows = rows;
+        } else {
+            overlay.head_rows = rows;
+        }
+    }
+    Ok(())
+}
+
 impl LoraConfig {
+    /// Rows of tokens start as the base's; of tables A is zero and B normal, or both are normal.
+    fn start_tables(
+        &self,
+        spec: &ModelSpec,
+        overlay: &Overlay,
+        start: &Start<'_>,
+        params: &mut [f32],
+    ) -> Result<(), Error> {
+        let head = if spec.head.tied { None } else { overlay.head_rows.as_ref() };
+        let head = head.map(|rows| (rows, &spec.head.linear.name));
+        for (TokenRows { ids, rows }, module) in
+            overlay.table_rows.iter().map(|rows| (rows, &spec.table.name)).chain(head)
+        {
+            let table = (start.tensor)(&format!("{module}.weight"))?;
+            for (&id, row) in ids.iter().zip(params[rows.clone()].chunks_exact_mut(spec.hidden_size)) {
+                table.panel_f32(id as usize..id as usize + 1, 0..spec.hidden_size, row);
+            }
+        }
+        let is_random = self.init_lora_weights == InitLoraWeights::LinearDefault;
+        for term in [&overlay.table_term, &overlay.positions_term].into_iter().flatten() {
+            for (place, is_a) in [(&term.a, true), (&term.b, false)] {
+                let Some(param) = overlay.layout.at(place.start).filter(|_| is_random || !is_a) else { continue };
+                let key = random::derive(random::derive(0, start.seed), random::hash(&param.name));
+                let values = params[place.clone()].iter_mut().enumerate();
+                values.for_each(|(i, value)| *value = random::normal(key, i as u64) as f32);
+            }
+        }
+        Ok(())
+    }
+
+    /// The modules of which rows are trained, by their full names, and the tokens whose rows they are.
+    ///
+    /// # Errors
+    /// A name that is neither the token embedding nor a head of its own.
+    pub(crate) fn token_rows<'m>(&self, modules: &BaseModules<'m>) -> Result<Vec<(&'m str, &[u32])>, Error> {
+        let table = modules.tables.first().map(|table| table.name);
+        let head = modules.linears.last().filter(|module| module.is_output_head).map(|module| module.name);
+        match &self.trainable_token_indices {
+            None => Ok(Vec::new()),
+            Some(TokenIndices::List(ids)) => Ok(table.map(|table| (table, ids.as_slice())).into_iter().collect()),
+            Some(TokenIndices::Map(map)) => map
+                .iter()
+                .map(|(entry, ids)| {
+                    let found = [table, head.filter(|_| !modules.is_tied)].into_iter().flatten();
+                    let found = found.into_iter().find(|name| is_name_or_end(name, entry));
+                    let problem = || {
+                        let tied = if modules.is_tied { ", which the head shares" } else { " and the head" };
+                        format!(
+                            "`{entry}` has no rows of tokens of its own; expected {}{tied}",
+                            table.unwrap_or("the token embedding")
+                        )
+                    };
+                    let name = found.ok_or_else(|| Error::Config { field: TOKENS, problem: problem() })?;
+                    Ok((name, ids.as_slice()))
+                })
+                .collect(),
+        }
+    }
+
     /// The settings that scale a term of twice the rank as these do one of this.
     fn at_twice_the_rank(&self) -> LoraConfig {
         let alpha = if self.use_rslora { std::f64::consts::SQRT_2 } else { 2.0 };
@@ -201,7 +324,7 @@ fn on_targets(config: &LoraConfig, spec: &ModelSpec, targets: &[LoraTarget]) -> 
         trained.map(|bias| bias.key.clone())
     };
     let key = |module: &str, tensor: &str| saved.key(module, tensor).or_else(|| bias(module, tensor));
-    Ok(walk(spec, key, |overlay, id, linear| {
+    let mut overlay = walk(spec, key, |overlay, id, linear| {
         let name = linear.name.as_str();
         let Some(target) = targets.iter().find(|target| target.module == name) else { return };
         let a = Factor::Trained(overlay.layout.add(names::lora_a(name), vec![target.r, linear.cols], None));
@@ -212,5 +335,13 @@ fn on_targets(config: &LoraConfig, spec: &ModelSpec, targets: &[LoraTarget]) -> 
             let magnitudes = overlay.layout.add(names::lora_magnitude(name), vec![linear.rows], None);
             overlay.linears[id.0].output_scale = Some(OutputScale::OverNorm(magnitudes));
         }
-    }))
+    });
+    on_tables(config, spec, targets, &mut overlay)?;
+    if let Some(ratio) = config.loraplus_lr_ratio {
+        // As PEFT's optimizer groups them: B, and every vector, biases among them.
+        overlay.layout.set_rate(ratio, |param| {
+            matches!(names::parse(&param.name), Key::Part(_, Part::LoraB)) || param.shape.len() == 1
+        });
+    }
+    Ok(overlay)
 }
