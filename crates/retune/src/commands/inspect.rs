@@ -173,8 +173,9 @@ fn modules(file: &AdapterFile) -> Map<String, Value> {
     let mut modules = Map::new();
     for (key, name, (shape, values)) in tensors {
         let (module, norm) = match &key {
-            Key::Part(module, Part::LoraA) => (module, "norm_A"),
-            Key::Part(module, Part::LoraB) => (module, "norm_B"),
+            Key::Part(module, Part::LoraA | Part::EmbeddingA) => (module, "norm_A"),
+            Key::Part(module, Part::LoraB | Part::EmbeddingB) => (module, "norm_B"),
+            Key::Part(module, Part::TokenRows) => (module, "norm_rows"),
             Key::Part(module, Part::Magnitude) => (module, "norm_magnitude"),
             Key::Part(module, Part::Weight) => (module, "norm_weight"),
             Key::Part(module, Part::Bias) => (module, "norm_bias"),
