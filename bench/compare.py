@@ -1,7 +1,7 @@
 """Speed and memory of training steps: `retune bench train` and PyTorch + peft in turn, on the same tokens and initial adapter.
 
-    python bench/compare.py --model MODEL.gguf --torch-model DIR [--compute auto,f32] [--method lora | full] [--batch 4]
-                            [--seq 512] [--steps 15]
+    python bench/compare.py --model MODEL.gguf --torch-model DIR [--compute auto,f32] [--method METHOD]
+                            [--settings JSON] [--batch 4] [--seq 512] [--steps 15]
 
 A pair is one run of PyTorch and one of retune for each --compute, each pair starting with another of them. Prints for each
 pair and as a median: tokens a second (median step after three warm-ups), peak resident memory, and retune's values over
@@ -23,16 +23,15 @@ def main():
     options.add_argument("--batch", type=int, default=4, help="sequences of a step")
     options.add_argument("--seq", type=int, default=512, help="tokens of a sequence")
     options.add_argument("--steps", type=int, default=15, help="of which the first three are not counted")
-    options.add_argument("--rank", type=int, default=16)
-    options.add_argument("--targets", default="all-linear", help="all-linear, or name endings separated by commas")
+    options.add_argument("--settings", help="the method's, as JSON (default for lora: r 16 on all linears)")
     args = comparison.parse(options)
 
     with TemporaryDirectory() as inputs:
         retune = ["bench", "train", "--model", args.model, "--method", args.method, "--learning-rate", args.learning_rate,
                   "--batch", args.batch, "--seq", args.seq, "--steps", args.steps,
                   "--data", comparison.DATA / "debian-synopsis.train.jsonl"]
-        if args.method == "lora":
-            retune += ["--rank", args.rank, "--targets", args.targets]
+        if args.settings is not None:
+            retune += ["--settings", args.settings]
 
         def run_retune(compute):  # The inputs are the same in every run; the very first, which is retune's, writes them.
             save = [] if any(Path(inputs).iterdir()) else ["--save-inputs", inputs]

@@ -45,8 +45,8 @@ def parser(doc, pairs):
     options.add_argument("--compute", type=compute_list, default="auto",
                          help="retune's: auto, int8, f32, or several of them separated by commas")
     options.add_argument("--torch-model", required=True, help="PyTorch's: a Hugging Face directory of the same weights")
-    options.add_argument("--method", choices=["lora", "full"], default="lora")
-    options.add_argument("--learning-rate", type=float, help="default: 2e-4 for lora, 2e-5 for full")
+    options.add_argument("--method", default="lora", help="lora, full, or another one of retune's that peft has")
+    options.add_argument("--learning-rate", type=float, help="default: 2e-5 for full, 2e-4 for the others")
     options.add_argument("--pairs", type=int, default=pairs)
     options.add_argument("--compile", action="store_true", help="PyTorch's: torch.compile")
     options.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="PyTorch's")

@@ -14,7 +14,7 @@ def parser(doc):
     """The arguments that both counterparts take."""
     options = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--model", required=True, help="Hugging Face directory")
-    options.add_argument("--method", choices=["lora", "full"], default="lora")
+    options.add_argument("--method", default="lora", help="full, or whatever the initial adapter is of")
     options.add_argument("--learning-rate", type=float, default=2e-4)
     options.add_argument("--threads", type=int, default=os.cpu_count())
     options.add_argument("--compile", action="store_true", help="torch.compile")
@@ -40,7 +40,8 @@ def preload(args):
 def load(args, adapter):
     """The model in training mode (no dropout), its trainable parameters, and AdamW without decay over them."""
     import torch
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+    from peft.utils import load_peft_weights
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -48,8 +49,14 @@ def load(args, adapter):
     torch.set_num_threads(args.threads)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype), attn_implementation="sdpa")
     model.config.use_cache = False
-    if args.method == "lora":
-        model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
+    if args.method != "full":
+        config = PeftConfig.from_pretrained(adapter)
+        if config.is_prompt_learning:  # peft refuses to load one for training
+            config.inference_mode = False
+            model = get_peft_model(model, config)
+            set_peft_model_state_dict(model, load_peft_weights(adapter, device="cpu"))
+        else:
+            model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
     model.train()
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=args.learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=True)

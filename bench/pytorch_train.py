@@ -2,7 +2,7 @@
 
     python bench/pytorch_train.py --model DIR --method lora --inputs DIR --learning-rate 2e-4 [--steps N] [--threads 2]
 
---inputs holds tokens.safetensors (`tokens` int64 [steps, batch, sequence]) and, for lora, adapter/ (a PEFT directory: the
+--inputs holds tokens.safetensors (`tokens` int64 [steps, batch, sequence]) and, but for full, adapter/ (a PEFT directory: the
 initial adapter). Labels on every token, AdamW without decay, no dropout, no clipping unless --max-grad-norm.
 Prints JSON: tokens_per_second (batch x sequence over the median step after 3 warm-ups), peak_rss_bytes, losses,
 trainable_parameters, step_seconds.

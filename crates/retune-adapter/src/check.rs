@@ -81,6 +81,9 @@ fn required(
         }
         shapes.insert(names::lora_a(&target.module), vec![target.r, target.in_features]);
         shapes.insert(names::lora_b(&target.module), vec![target.out_features, target.r]);
+        if config.lora_bias {
+            shapes.insert(names::lora_b_bias(&target.module), vec![target.out_features]);
+        }
         if config.use_dora {
             shapes.insert(names::lora_magnitude(&target.module), vec![target.out_features]);
         }
@@ -113,7 +116,13 @@ fn optional(config: &LoraConfig, modules: &BaseModules<'_>, key: &str) -> Option
         }
         // The base's own weight beside an adapted head: of use only when it was resized, and then its shape tells.
         Part::BaseWeight => Some(linear?.weight_shape()),
-        Part::LoraA | Part::LoraB | Part::Magnitude | Part::EmbeddingA | Part::EmbeddingB | Part::TokenRows => {
+        Part::LoraA
+        | Part::LoraB
+        | Part::LoraBBias
+        | Part::Magnitude
+        | Part::EmbeddingA
+        | Part::EmbeddingB
+        | Part::TokenRows => {
             return None;
         }
     };
@@ -165,12 +174,15 @@ fn unexpected_advice(keys: &[&str]) -> &'static str {
     for key in keys {
         match names::parse(key) {
             Key::Part(_, Part::Weight | Part::Bias) => whole = true,
+            Key::Part(_, Part::LoraBBias) => {
+                return "These are biases of B, and adapter_config.json does not say lora_bias: the two files do not belong together";
+            }
             Key::Part(_, Part::Magnitude) => {
                 return "These are DoRA's, and adapter_config.json does not say use_dora: the two files do not belong together";
             }
             Key::Part(..) | Key::Copy => {}
             Key::Unknown => {
-                return "These are not tensors of a plain LoRA adapter on linear modules (biases of B and others are not available yet)";
+                return "These are not tensors of a LoRA adapter that is known here";
             }
         }
     }

@@ -52,6 +52,9 @@ pub struct LoraConfig {
     pub trainable_token_indices: Option<TokenIndices>,
     /// Which biases of the base model are trained.
     pub bias: Bias,
+    /// Give B a bias, which is scaled as B is; for adapters that were cut out of a fine-tuned model with biases.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub lora_bias: bool,
     /// Scale by lora_alpha / sqrt(r) (rsLoRA, Kalajdzievski 2023).
     pub use_rslora: bool,
     /// How A and B start: true, false, "gaussian", "pissa" (from the weight's largest singular values), "pissa_niter_4" (the same, found fast and nearly) or "olora" (from its QR decomposition).
@@ -79,6 +82,7 @@ impl Default for LoraConfig {
             modules_to_save: Vec::new(),
             trainable_token_indices: None,
             bias: Bias::None,
+            lora_bias: false,
             use_rslora: false,
             init_lora_weights: InitLoraWeights::Kaiming,
             use_dora: false,
@@ -114,6 +118,10 @@ impl LoraConfig {
         }
         check_dropout("lora_dropout", self.lora_dropout)?;
         self.check_tokens()?;
+        if self.lora_bias && (self.use_dora || self.init_lora_weights != InitLoraWeights::Kaiming) {
+            let problem = "is not available with use_dora, nor with another init_lora_weights than true, as in PEFT; remove one of them";
+            return config_error("lora_bias", problem.to_owned());
+        }
         if let Some(ratio) = self.loraplus_lr_ratio
             && !(ratio > 0.0 && ratio.is_finite())
         {
@@ -504,6 +512,7 @@ mod tests {
             (json!({"trainable_token_indices": []}), "trainable_token_indices: a list is empty"),
             (json!({"trainable_token_indices": {"embed_tokens": [3, 4, 3]}}), "token 3 is named twice"),
             (json!({"trainable_token_indices": [-1]}), "a list of token ids"),
+            (json!({"lora_bias": true, "use_dora": true}), "lora_bias: is not available with use_dora"),
             (json!({"loraplus_lr_ratio": 0}), "loraplus_lr_ratio: 0 is out of range"),
             (json!({"init_lora_weights": "loftq"}), "`loftq` is not available yet"),
             (json!({"init_lora_weights": "pissa_niter_x"}), "expected a number of iterations"),
@@ -521,7 +530,7 @@ mod tests {
     fn the_schema_names_every_field() {
         let schema = serde_json::to_value(schemars::schema_for!(LoraConfig)).unwrap();
         let fields = schema["properties"].as_object().unwrap();
-        assert_eq!(fields.len(), 16);
+        assert_eq!(fields.len(), 17);
         assert!(fields.contains_key("target_modules"));
     }
 }

@@ -17,6 +17,11 @@ pub fn lora_b(module: &str) -> String {
     format!("{PREFIX}{module}.lora_B.weight")
 }
 
+/// Key of the bias of B, [out].
+pub fn lora_b_bias(module: &str) -> String {
+    format!("{PREFIX}{module}.lora_B.bias")
+}
+
 /// Key of DoRA's lengths of rows, [out].
 pub fn lora_magnitude(module: &str) -> String {
     format!("{PREFIX}{module}.lora_magnitude_vector")
@@ -89,6 +94,8 @@ pub enum Part {
     LoraA,
     /// B, [out, r].
     LoraB,
+    /// The bias of B, [out].
+    LoraBBias,
     /// DoRA's lengths of rows, [out].
     Magnitude,
     /// A of a table, [r, rows].
@@ -111,6 +118,7 @@ impl Part {
         match self {
             Self::LoraA => lora_a(module),
             Self::LoraB => lora_b(module),
+            Self::LoraBBias => lora_b_bias(module),
             Self::Magnitude => lora_magnitude(module),
             Self::EmbeddingA => embedding_a(module),
             Self::EmbeddingB => embedding_b(module),
@@ -143,10 +151,12 @@ pub(crate) fn plain(key: &str) -> String {
 pub fn parse(key: &str) -> Key {
     let key = plain(key);
     let name = key.strip_prefix(PREFIX).unwrap_or(&key);
-    for (marker, part) in [(".lora_A.", Part::LoraA), (".lora_B.", Part::LoraB)] {
+    for (marker, weight, bias) in [(".lora_A.", Part::LoraA, None), (".lora_B.", Part::LoraB, Some(Part::LoraBBias))] {
         if let Some((module, rest)) = name.rsplit_once(marker) {
-            let is_weight = rest == "weight" || rest.strip_suffix(".weight").is_some_and(is_adapter_name);
-            return if is_weight { part_of(module, part) } else { Key::Unknown };
+            let name = |end| rest.strip_suffix(end).and_then(|name| name.strip_suffix('.'));
+            let is = |end| rest == end || name(end).is_some_and(is_adapter_name);
+            let part = if is("weight") { Some(weight) } else { bias.filter(|_| is("bias")) };
+            return part.map_or(Key::Unknown, |part| part_of(module, part));
         }
     }
     for (end, part) in [
@@ -160,7 +170,7 @@ pub fn parse(key: &str) -> Key {
         }
     }
     if name.contains(".lora_") {
-        return Key::Unknown; // of a bias on B
+        return Key::Unknown;
     }
     if name.contains(".original_module.") || name.contains(".modules_to_save.") {
         // Beside a module saved whole PEFT writes these only for `bias: all`; the module itself is there under its own name.
@@ -223,7 +233,10 @@ mod tests {
             ("base_model.model.a.q.original_module.bias", Key::Copy),
             ("base_model.model.a.q.modules_to_save.bias", Key::Copy),
             ("base_model.model.a.q.lora_magnitude_vector", part("a.q", Part::Magnitude)),
-            ("base_model.model.a.q.lora_B.bias", Key::Unknown),
+            ("base_model.model.a.q.lora_B.bias", part("a.q", Part::LoraBBias)),
+            ("a.q.lora_B.default.bias", part("a.q", Part::LoraBBias)),
+            ("base_model.model.a.q.lora_A.bias", Key::Unknown),
+            ("base_model.model.a.q.lora_A.xweight", Key::Unknown),
             ("base_model.model.model.embed_tokens.lora_embedding_A", part("model.embed_tokens", Part::EmbeddingA)),
             ("model.embed_tokens.lora_embedding_B", part("model.embed_tokens", Part::EmbeddingB)),
             ("base_model.model.lm_head.token_adapter.trainable_tokens_delta", part("lm_head", Part::TokenRows)),
@@ -242,6 +255,7 @@ mod tests {
         for wanted in [
             Part::LoraA,
             Part::LoraB,
+            Part::LoraBBias,
             Part::Magnitude,
             Part::EmbeddingA,
             Part::EmbeddingB,

@@ -14,7 +14,7 @@ use crate::selection::Selection;
 use crate::targets::{BaseModules, LoraTarget, last_component};
 
 /// The keys that mean the same here.
-const FIELDS: [&str; 14] = [
+const FIELDS: [&str; 15] = [
     "r",
     "lora_alpha",
     "lora_dropout",
@@ -27,6 +27,7 @@ const FIELDS: [&str; 14] = [
     "modules_to_save",
     "trainable_token_indices",
     "bias",
+    "lora_bias",
     "use_rslora",
     "use_dora",
 ];
@@ -219,6 +220,9 @@ pub(crate) fn lora_keys(
     if let Some(tokens) = &config.trainable_token_indices {
         keys.insert("trainable_token_indices", serde_json::to_value(tokens)?);
     }
+    if config.lora_bias {
+        keys.insert("lora_bias", json!(true));
+    }
     if config.use_rslora {
         keys.insert("use_rslora", json!(true));
     }
@@ -398,7 +402,7 @@ mod tests {
     fn a_key_that_would_change_the_result_is_refused_by_name() {
         for (value, expected) in [
             (json!({"use_qalora": true}), "`use_qalora`: is true"),
-            (json!({"lora_bias": true}), "`lora_bias`"),
+            (json!({"lora_bias": true, "use_dora": true}), "`lora_bias`: is not available with use_dora"),
             (json!({"layer_replication": [[0, 2]]}), "`layer_replication`"),
             (json!({"trainable_token_indices": [1, 1]}), "`trainable_token_indices`: token 1 is named twice"),
             (json!({"a_future_key": "x"}), "`a_future_key`: is \"x\""),

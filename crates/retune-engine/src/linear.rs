@@ -13,7 +13,7 @@ use retune_kernels::{F32Panel, PanelSource, matvec, vector};
 use retune_quant::Matrix;
 
 use crate::model::LinearId;
-use crate::overlay::{LowRank, MOST_TERMS, OutputScale};
+use crate::overlay::{LowRank, MOST_TERMS, Offset, OutputScale};
 use crate::profile::{Operation, span};
 use crate::run::Run;
 
@@ -32,7 +32,7 @@ pub(crate) struct LinearScratch {
     /// The A of linears that share an input one below the other, or what is added to their gradients.
     stacked: Vec<f32>,
     b_gradient: Vec<f32>,
-    /// A bias times an output scale, or the gradient of what an output is multiplied by.
+    /// A bias times an output scale, an offset times its scale, or the gradient of what an output is multiplied by.
     row: Vec<f32>,
     quantized: [Int8Rows; MOST_INPUTS],
 }
@@ -231,6 +231,12 @@ pub(crate) fn forward(run: Run, group: &[LinearId], x: &[f32], mut to: To, keep:
                 if let Some(bias) = linear.bias {
                     let _span = span(Operation::Linear);
                     vector::add_bias(y, row, tokens, run.vector(bias));
+                }
+                if let Some(Offset { place, scale }) = &change.offset {
+                    let _span = span(Operation::Linear);
+                    let offset = sized(&mut scratch.row, n);
+                    offset.iter_mut().zip(&run.params[place.clone()]).for_each(|(to, value)| *to = scale * value);
+                    vector::add_bias(y, row, tokens, offset);
                 }
             }
         }
@@ -492,7 +498,7 @@ pub(crate) fn parameter_gradients(
     let group = gradient.group;
     let Some(tokens) = group.first().map(|&id| x.len() / run.model.linear(id).cols()) else { return };
     let (width, row) = (run.overlay.ranks(group), gradient.row(tokens));
-    let LinearScratch { dropped, scaled, scaled_gradients, low_rank, stacked, b_gradient, .. } = scratch;
+    let LinearScratch { dropped, scaled, scaled_gradients, low_rank, stacked, b_gradient, row: memory, .. } = scratch;
     let v = MatRef::rows(low_rank, width);
     let terms = terms(run, group);
     // dA += vᵀ·drop(x')
@@ -544,6 +550,12 @@ pub(crate) fn parameter_gradients(
         let bias = linear.bias.filter(|_| !is_outside);
         if let Some(range) = bias.and_then(|bias| run.overlay.vectors[bias.0].clone()) {
             vector::add_column_sums(g, row, tokens, &mut grads[range]);
+        }
+        if let Some(Offset { place, scale }) = &change.offset {
+            let sums = sized(memory, n);
+            sums.fill(0.0);
+            vector::add_column_sums(g, row, tokens, sums);
+            grads[place.clone()].iter_mut().zip(sums).for_each(|(gradient, sum)| *gradient += scale * *sum);
         }
         if let Some(range) = &change.input_scale
             && let Some(before) = scaled_gradients.next()

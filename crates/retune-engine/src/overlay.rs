@@ -89,6 +89,15 @@ pub struct Change {
     /// A factor for each input feature, `[in]`.
     pub input_scale: Option<Range<usize>>,
     pub output_scale: Option<OutputScale>,
+    /// What is added to the output beside the base's bias; not together with an output scale.
+    pub offset: Option<Offset>,
+}
+
+/// A vector `scale · b` that is added to each output, `[out]`, whether the base has a bias or not.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Offset {
+    pub place: Range<usize>,
+    pub scale: f32,
 }
 
 /// The term `scale · drop(x)·Aᵀ·Bᵀ` (Hu et al. 2021): A `[r, in]` and B `[out, r]`.
@@ -162,6 +171,7 @@ impl Change {
         self.weight.is_some()
             || self.input_scale.is_some()
             || self.output_scale.is_some()
+            || self.offset.is_some()
             || self.low_rank.iter().any(is_trained)
     }
 

@@ -104,6 +104,13 @@ pub enum Error {
     )]
     IrreversibleScale { tensor: String },
 
+    /// A bias that the merged model has no place for.
+    #[error(
+        "the adapter adds a bias to {module} (lora_bias), which has none in this model, and a merged one could not hold it: keep the adapter \
+         beside its base, and give both (--adapter)"
+    )]
+    NoBias { module: String },
+
     /// What stands before the tokens, and not on a weight.
     #[error(
         "a soft prompt or a prefix stands before the tokens, and no weight can hold it: keep the adapter beside its base, and give both \

@@ -168,6 +168,10 @@ pub fn write(
     if overlay.virtual_tokens.is_some() || overlay.prefix.is_some() {
         return Err(Error::SoftPrompt);
     }
+    let mut changes = checkpoint.spec.linears().zip(&overlay.linears);
+    if let Some((linear, _)) = changes.find(|(linear, change)| change.offset.is_some() && !linear.bias) {
+        return Err(Error::NoBias { module: linear.name.clone() });
+    }
     let tied = checkpoint.spec.head.tied && !unties(&checkpoint.spec, overlay);
     let tokenizer = checkpoint.tokenizer()?;
     let export = Export {
@@ -210,7 +214,10 @@ fn unties(spec: &ModelSpec, overlay: &Overlay) -> bool {
 
 /// Whether anything of a change stands beside the weight, not in its place.
 fn stands_beside(change: &Change) -> bool {
-    !change.low_rank.is_empty() || change.input_scale.is_some() || change.output_scale.is_some()
+    !change.low_rank.is_empty()
+        || change.input_scale.is_some()
+        || change.output_scale.is_some()
+        || change.offset.is_some()
 }
 
 /// What becomes of a tensor of the base.

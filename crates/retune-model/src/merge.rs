@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use retune_engine::overlay::{Change, OutputScale, TableTerm, TokenRows};
+use retune_engine::overlay::{Change, Offset, OutputScale, TableTerm, TokenRows};
 use retune_kernels::vector;
 
 /// Columns summed at once; they fit a processor's registers.
@@ -54,6 +54,9 @@ pub fn merge_rows(
 pub fn merge_bias(change: &Change, params: &[f32], bias: &mut [f32]) {
     if let Some(OutputScale::Plain(scale)) = &change.output_scale {
         bias.iter_mut().zip(&params[scale.clone()]).for_each(|(value, factor)| *value *= factor);
+    }
+    if let Some(Offset { place, scale }) = &change.offset {
+        bias.iter_mut().zip(&params[place.clone()]).for_each(|(value, offset)| *value += scale * offset);
     }
 }
 

@@ -31,6 +31,9 @@ pub fn inverse(overlay: &Overlay) -> Result<Overlay, Error> {
     for LowRank { scale, .. } in inverse.linears.iter_mut().flat_map(|change| &mut change.low_rank) {
         *scale = -*scale;
     }
+    for offset in inverse.linears.iter_mut().filter_map(|change| change.offset.as_mut()) {
+        offset.scale = -offset.scale;
+    }
     for term in [&mut inverse.table_term, &mut inverse.positions_term].into_iter().flatten() {
         term.scale = -term.scale;
     }

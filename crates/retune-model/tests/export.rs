@@ -137,6 +137,9 @@ fn merged_models_give_the_logits_of_base_and_adapter() {
         ("gemma3_lora_two", 12),
         ("gemma3_wrapped_lora_two", 4),
         ("qwen2_lora_save_bias", 6),
+        ("lora_b_bias", 6),
+        ("lora_b_bias_all", 14),
+        ("gpt2_lora_b_bias", 4),
         // Tables, and rows of them.
         ("lora_embeddings", 4),
         ("lora_embeddings_tied", 3),

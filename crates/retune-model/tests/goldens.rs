@@ -42,15 +42,7 @@ fn cases() -> Vec<String> {
 const STARTS_FROM_WEIGHTS: [&str; 4] = ["lora_olora", "lora_pissa", "lora_pissa_niter_4", "lora_pissa_rs"];
 
 /// What peft can do and is refused here, by name: its goldens wait.
-const NOT_YET: [&str; 7] = [
-    "dora_embeddings",
-    "gpt2_lora_b_bias",
-    "lora_b_bias",
-    "lora_b_bias_all",
-    "lora_b_bias_alone",
-    "miss_biases",
-    "miss_mini",
-];
+const NOT_YET: [&str; 3] = ["dora_embeddings", "miss_biases", "miss_mini"];
 
 fn is_gguf(case: &str) -> bool {
     goldens().join(case).join("model.gguf").exists()

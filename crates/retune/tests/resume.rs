@@ -9,7 +9,7 @@ use std::sync::LazyLock;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use common::{Folder, Output, Random, STEPS, Tree, joined, refused, run};
+use common::{Folder, METHODS, Output, Random, STEPS, Tree, joined, refused, run};
 use serde_json::{Value, json};
 
 const KILLS: usize = 20;
@@ -280,27 +280,6 @@ fn a_full_disk_leaves_no_part_of_a_merged_model_or_of_logits() {
     refused("logits", &in_little_room(&folder, &logits), &["cannot write logits.safetensors", "File too large"]);
     assert!(folder.tree("") == before, "something was left behind");
 }
-
-/// The methods with settings of their own, as flags of a run.
-const METHODS: [&[&str]; 12] = [
-    &["--set", "adapter.use_dora=true"],
-    &["--set", "adapter.init_lora_weights=pissa"],
-    &["--set", "adapter={target_modules: [q_proj], trainable_token_indices: [3, 50], loraplus_lr_ratio: 4}"],
-    &["--set", "adapter={target_modules: [embed_tokens, q_proj]}"],
-    &["--set", "method=partial", "--set", "adapter={norms: true, last_layers: 1}"],
-    &["--set", "method=miss", "--set", "adapter={r: 8}"],
-    &["--set", "method=ia3", "--set", "adapter=null"],
-    &["--set", "method=prompt_tuning", "--set", "adapter={num_virtual_tokens: 5}"],
-    &[
-        "--set",
-        "method=prompt_tuning",
-        "--set",
-        "adapter={num_virtual_tokens: 9, prompt_tuning_init: TEXT, prompt_tuning_init_text: the sand of time}",
-    ],
-    &["--set", "method=p_tuning", "--set", "adapter={num_virtual_tokens: 5}"],
-    &["--set", "method=prefix_tuning", "--set", "adapter={num_virtual_tokens: 5}"],
-    &["--set", "method=prefix_tuning", "--set", "adapter={num_virtual_tokens: 5, prefix_projection: true}"],
-];
 
 #[test]
 fn with_every_method_an_interrupted_run_ends_with_the_bytes_of_one_left_alone() {

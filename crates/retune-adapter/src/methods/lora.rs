@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::sync::Arc;
 
-use retune_engine::overlay::{Factor, LowRank, OutputScale, Overlay, TableTerm, TokenRows};
+use retune_engine::overlay::{Factor, LowRank, Offset, OutputScale, Overlay, TableTerm, TokenRows};
 use retune_engine::row_norms::row_norms;
 use retune_engine::spec::ModelSpec;
 use retune_kernels::{PanelSource, dropout, random};
@@ -28,7 +28,7 @@ const TOKENS: &str = "trainable_token_indices";
 pub static INFO: MethodInfo = MethodInfo {
     name: "lora",
     peft_type: Some("LORA"),
-    what: "low-rank adapters on chosen linear modules (LoRA, rsLoRA, DoRA)",
+    what: "low-rank adapters on chosen linear modules (LoRA, rsLoRA, LoRA+, DoRA, PiSSA, OLoRA)",
     learning_rate: 2e-4,
     read: method::read::<LoraConfig>,
     schema: Some(|generator| generator.subschema_for::<LoraConfig>()),
@@ -192,9 +192,9 @@ fn on_tables(
     overlay: &mut Overlay,
 ) -> Result<(), Error> {
     for target in targets.iter().filter(|target| target.is_table) {
-        if config.use_dora || config.init_lora_weights.is_of_the_weight() {
+        if config.use_dora || config.lora_bias || config.init_lora_weights.is_of_the_weight() {
             let problem = format!(
-                "names {}, a table of rows, on which neither DoRA nor a start from the weight is available; take it out, or use plain LoRA",
+                "names {}, a table of rows, on which DoRA, lora_bias and a start from the weight are not available; take it out, or use plain LoRA",
                 target.module
             );
             return config_error("target_modules", problem);
@@ -331,6 +331,10 @@ fn on_targets(config: &LoraConfig, spec: &ModelSpec, targets: &[LoraTarget]) -> 
         let b = Factor::Trained(overlay.layout.add(names::lora_b(name), vec![linear.rows, target.r], None));
         let (r, scale, dropout) = (target.r, target.scaling, config.lora_dropout as f32);
         overlay.linears[id.0].low_rank.push(LowRank { a, b, r, scale, dropout, key: dropout::module_key(name) });
+        if config.lora_bias {
+            let place = overlay.layout.add(names::lora_b_bias(name), vec![linear.rows], None);
+            overlay.linears[id.0].offset = Some(Offset { place, scale: target.scaling });
+        }
         if config.use_dora {
             let magnitudes = overlay.layout.add(names::lora_magnitude(name), vec![linear.rows], None);
             overlay.linears[id.0].output_scale = Some(OutputScale::OverNorm(magnitudes));

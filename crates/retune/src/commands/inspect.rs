@@ -175,6 +175,7 @@ fn modules(file: &AdapterFile) -> Map<String, Value> {
         let (module, norm) = match &key {
             Key::Part(module, Part::LoraA | Part::EmbeddingA) => (module, "norm_A"),
             Key::Part(module, Part::LoraB | Part::EmbeddingB) => (module, "norm_B"),
+            Key::Part(module, Part::LoraBBias) => (module, "norm_B_bias"),
             Key::Part(module, Part::TokenRows) => (module, "norm_rows"),
             Key::Part(module, Part::Magnitude) => (module, "norm_magnitude"),
             Key::Part(module, Part::Weight) => (module, "norm_weight"),

@@ -20,6 +20,27 @@ pub const ADAPTER: &str = "lora_all_linear/adapter";
 /// Steps of the run in `Folder`.
 pub const STEPS: u64 = 30;
 
+/// The methods with settings of their own, as flags of a run.
+pub const METHODS: [&[&str]; 12] = [
+    &["--set", "adapter.use_dora=true"],
+    &["--set", "adapter.init_lora_weights=pissa"],
+    &["--set", "adapter={target_modules: [q_proj], trainable_token_indices: [3, 50], loraplus_lr_ratio: 4}"],
+    &["--set", "adapter={target_modules: [embed_tokens, q_proj]}"],
+    &["--set", "method=partial", "--set", "adapter={norms: true, last_layers: 1}"],
+    &["--set", "method=miss", "--set", "adapter={r: 8}"],
+    &["--set", "method=ia3", "--set", "adapter=null"],
+    &["--set", "method=prompt_tuning", "--set", "adapter={num_virtual_tokens: 5}"],
+    &[
+        "--set",
+        "method=prompt_tuning",
+        "--set",
+        "adapter={num_virtual_tokens: 9, prompt_tuning_init: TEXT, prompt_tuning_init_text: the sand of time}",
+    ],
+    &["--set", "method=p_tuning", "--set", "adapter={num_virtual_tokens: 5}"],
+    &["--set", "method=prefix_tuning", "--set", "adapter={num_virtual_tokens: 5}"],
+    &["--set", "method=prefix_tuning", "--set", "adapter={num_virtual_tokens: 5, prefix_projection: true}"],
+];
+
 /// The path of a fixture.
 pub fn golden(name: &str) -> String {
     let goldens = Path::new(env!("CARGO_MANIFEST_DIR")).join("../retune-model/tests/goldens");
