@@ -61,6 +61,12 @@ impl Cache {
         }
     }
 
+    /// Forgets what came after the first `count` tokens.
+    fn truncate(&mut self, count: usize) {
+        self.keys.truncate(count * self.layout.row);
+        self.values.truncate(count * self.layout.row);
+    }
+
     /// Tokens held.
     pub fn tokens(&self) -> usize {
         self.keys.len() / self.layout.row
@@ -177,6 +183,29 @@ impl<'a> Generation<'a> {
         }
     }
 
+    /// Reads a text from its beginning. What it has in common at its beginning with what was read before is not read again, as long as the
+    /// caches can go back to there: a window may have let go of what came before, and where a rotation depends on the length a text that
+    /// becomes shorter is rotated otherwise.
+    pub fn read_text(&mut self, ids: &[u32]) {
+        let own = self.prelude.virtual_ids.len().min(self.ids.len());
+        // The last token is read in any case, for the logits of what follows it.
+        let rest = &ids[..ids.len().saturating_sub(1)];
+        let mut common = self.ids[own..].iter().zip(rest).take_while(|(known, id)| known == id).count();
+        if own + common < self.ids.len() {
+            let (prefix, read) = (self.prelude.prefix, self.ids.len());
+            let is_whole = self.cache.iter().all(|cache| cache.tokens() == prefix + read);
+            if is_whole && self.model.spec.ropes.iter().all(|rope| rope.long.is_none()) {
+                self.ids.truncate(own + common);
+                self.cache.iter_mut().for_each(|cache| cache.truncate(prefix + own + common));
+            } else {
+                common = 0;
+                self.ids.clear();
+                self.restart_caches();
+            }
+        }
+        self.read(&ids[common..]);
+    }
+
     /// Keys and values of everything read, as a [`crate::overlay::Prefix`] holds them: that prefix is to what follows what the text read
     /// is. `None` where a window has let go of some.
     pub fn keys_and_values(&self) -> Option<Vec<f32>> {
@@ -242,13 +271,18 @@ impl<'a> Generation<'a> {
         prompt: &[u32],
         max_new_tokens: usize,
         stop: &[u32],
-        mut on_token: impl FnMut(u32) -> bool,
+        on_token: impl FnMut(u32) -> bool,
     ) -> Vec<u32> {
-        let mut generated = Vec::new();
         if prompt.is_empty() {
-            return generated;
+            return Vec::new();
         }
         self.read(prompt);
+        self.go_on(max_new_tokens, stop, on_token)
+    }
+
+    /// Generates what follows the text read, as [`Self::run`] does.
+    pub fn go_on(&mut self, max_new_tokens: usize, stop: &[u32], mut on_token: impl FnMut(u32) -> bool) -> Vec<u32> {
+        let mut generated = Vec::new();
         while generated.len() < max_new_tokens {
             let token = self.next_token();
             if stop.contains(&token) {

@@ -151,3 +151,37 @@ fn a_cache_knows_what_the_whole_text_would() {
         assert_eq!(generated.len(), count);
     }
 }
+
+/// A conversation goes on, is changed at its end, and begins anew: a cache that goes back knows what the whole text would.
+#[test]
+fn a_text_that_begins_like_the_one_before_is_read_from_where_they_part() {
+    let mut long = llama(false);
+    long.ropes[0].long = Some(LongRope { beyond: 16, frequencies: LongFrequencies::Fixed(frequencies(300.0, 8)) });
+    let cases = [
+        Case::bare(&llama(false)),
+        Case::bare(&everything(false)),
+        Case::bare(&long),
+        Case::bare(&llama(false)).with_virtual_tokens(3),
+        Case::bare(&llama(false)).with_prefix(4),
+    ];
+    let first = row(3, 12);
+    let texts = [
+        first.clone(),
+        [&first[..], &row(4, 7)].concat(),
+        [&first[..9], &row(5, 3)].concat(),
+        first[..5].to_vec(),
+        first.clone(),
+        row(6, 20),
+        row(6, 20),
+    ];
+    for case in &cases {
+        let mut kept = generation(case, Sampling::GREEDY);
+        for (number, text) in texts.iter().enumerate() {
+            kept.read_text(text);
+            let mut new = generation(case, Sampling::GREEDY);
+            new.read(text);
+            let answers = [&mut kept, &mut new].map(|generation| generation.go_on(4, &[], |_| true));
+            assert_eq!(answers[0], answers[1], "text {number}");
+        }
+    }
+}
