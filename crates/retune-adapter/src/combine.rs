@@ -12,7 +12,7 @@ use rayon::prelude::*;
 use retune_kernels::random;
 
 use crate::config::{Bias, LoraConfig, MAX_RANK, ModuleSelection};
-use crate::delta::{Deltas, LoraDelta};
+use crate::delta::{Deltas, LoraDelta, plain_lora};
 use crate::error::Error;
 use crate::files::Tensors;
 use crate::names::{self, Key, Part};
@@ -245,7 +245,7 @@ pub fn combine_with(sources: &[Source<'_>], settings: &Settings, masks: &Masks<'
         .par_iter()
         .map(|module| {
             let (delta, exact) = (module.combined(&rule, settings, r, masks)?, module.side_by_side());
-            let norms = [difference(&delta, &exact), exact.norm(), module.size()];
+            let norms = [delta.distance(&exact), exact.norm(), module.size()];
             Ok((delta, norms))
         })
         .collect::<Result<_, Error>>()?;
@@ -385,12 +385,12 @@ impl<'a> Module<'a> {
     fn combined(&self, rule: &Rule, settings: &Settings, r: usize, masks: &Masks<'_>) -> Result<LoraDelta, Error> {
         let cut = |(svd, rank): (Svd, usize)| {
             let (b, a) = svd.factors(rank.min(r));
-            padded(self.delta(rank.min(r), a, b), r)
+            self.delta(rank.min(r), a, b).padded(r)
         };
         match rule.on {
             On::Terms => {
                 let sum = self.side_by_side();
-                if sum.r > r { Ok(cut(self.decomposed(&sum)?)) } else { Ok(padded(sum, r)) }
+                if sum.r > r { Ok(cut(self.decomposed(&sum)?)) } else { Ok(sum.padded(r)) }
             }
             On::Change if rule.prune == Prune::None => Ok(cut(self.decomposed(&self.side_by_side())?)),
             On::Change => {
@@ -409,7 +409,7 @@ impl<'a> Module<'a> {
                 let a = self.apply(rule, settings, MaskOf::A, all_a, &signed, masks);
                 let b = self.apply(rule, settings, MaskOf::B, all_b, &roots, masks);
                 let rank = self.terms.first().map_or(0, |term| term.delta.r);
-                Ok(padded(self.delta(rank, a, b), r))
+                Ok(self.delta(rank, a, b).padded(r))
             }
         }
     }
@@ -473,26 +473,6 @@ fn weighted(values: impl Iterator<Item = f32> + Clone, weights: &[f64], vote: Op
     (sum / count.max(1.0)) as f32
 }
 
-/// The same change at a rank that is not lower.
-fn padded(delta: LoraDelta, r: usize) -> LoraDelta {
-    let LoraDelta { in_features, out_features, scale, .. } = delta;
-    let mut a = delta.a;
-    a.resize(r * in_features, 0.0);
-    let mut b = vec![0.0; out_features * r];
-    for (to, from) in b.chunks_exact_mut(r.max(1)).zip(delta.b.chunks_exact(delta.r.max(1))) {
-        to[..from.len()].copy_from_slice(from);
-    }
-    LoraDelta { r, in_features, out_features, scale, a, b }
-}
-
-/// ‖a − b‖ of two changes of scale 1.
-fn difference(a: &LoraDelta, b: &LoraDelta) -> f64 {
-    let r = a.r + b.r;
-    let side_by_side = a.b.chunks_exact(a.r.max(1)).zip(b.b.chunks_exact(b.r.max(1)));
-    let columns = side_by_side.flat_map(|(a, b)| a.iter().copied().chain(b.iter().map(|value| -value))).collect();
-    LoraDelta { r, a: [&a.a[..], &b.a].concat(), b: columns, ..*a }.norm()
-}
-
 /// Refuses what an adapter holds beside low-rank changes, of which there is no weighted sum in this form.
 ///
 /// # Errors
@@ -517,18 +497,7 @@ pub fn refuse_beside(name: &str, config: &LoraConfig, tensors: &Tensors) -> Resu
 impl Combination {
     /// The configuration and the tensors of the combined adapter, from the configurations of what was combined.
     pub fn adapter(&self, configs: &[&LoraConfig]) -> (LoraConfig, Tensors) {
-        let config = LoraConfig {
-            r: self.r,
-            lora_alpha: self.r as f64,
-            target_modules: ModuleSelection::List(target_modules(configs, &self.deltas)),
-            ..LoraConfig::default()
-        };
-        let mut tensors = Tensors::new();
-        for (module, delta) in &self.deltas {
-            tensors.insert(names::lora_a(module), (vec![delta.r, delta.in_features], delta.a.clone()));
-            tensors.insert(names::lora_b(module), (vec![delta.out_features, delta.r], delta.b.clone()));
-        }
-        (config, tensors)
+        plain_lora(self.r, &self.deltas, target_modules(configs, &self.deltas))
     }
 }
 

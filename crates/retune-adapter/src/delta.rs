@@ -1,8 +1,11 @@
-//! The changes that a LoRA adapter makes to weights, module by module: what is left of it when its configuration has been read.
+//! The low-rank changes that an adapter makes to weights, module by module: what is left of it when its configuration has been read.
 
 use std::collections::BTreeMap;
 
-use crate::config::LoraConfig;
+use retune_engine::overlay::{Change, OutputScale, Overlay};
+use retune_engine::spec::{Linear, ModelSpec};
+
+use crate::config::{LoraConfig, ModuleSelection};
 use crate::error::Error;
 use crate::files::Tensors;
 use crate::names::{self, Key, Part};
@@ -83,6 +86,59 @@ pub fn modules(deltas: &Deltas) -> BaseModules<'_> {
     BaseModules { linears: linears.collect(), ..BaseModules::default() }
 }
 
+/// The changes of the linears under an overlay that consists of low-rank terms alone.
+///
+/// # Errors
+/// What [`refuse_beside_weights`] refuses; a scale of what a linear reads or writes.
+pub fn low_rank(spec: &ModelSpec, overlay: &Overlay, params: &[f32]) -> Result<Deltas, Error> {
+    refuse_beside_weights(spec, overlay)?;
+    let mut deltas = Deltas::new();
+    for (linear, change) in spec.linears().zip(&overlay.linears).filter(|(_, change)| !change.is_empty()) {
+        let Some(delta) = LoraDelta::of_terms(linear, change, params) else {
+            return Err(Error::NotLowRank { what: format!("factors on what {} reads or writes", linear.name) });
+        };
+        deltas.insert(linear.name.clone(), delta);
+    }
+    Ok(deltas)
+}
+
+/// Refuses an overlay that does more than change the weights of linears by what stands beside them.
+///
+/// # Errors
+/// [`Error::NotLowRank`] says what it is.
+pub fn refuse_beside_weights(spec: &ModelSpec, overlay: &Overlay) -> Result<(), Error> {
+    let refused = |what: String| Err(Error::NotLowRank { what });
+    if overlay.virtual_tokens.is_some() || overlay.prefix.is_some() {
+        return refused("a soft prompt or a prefix, which changes no weight".to_owned());
+    }
+    if let Some(tensor) = overlay.layout.params().iter().find_map(|param| param.base.as_ref()) {
+        return refused(format!("{tensor}, trained whole"));
+    }
+    let scales_bias =
+        |linear: &Linear, change: &Change| linear.bias && matches!(change.output_scale, Some(OutputScale::Plain(_)));
+    match spec.linears().zip(&overlay.linears).find(|(linear, change)| scales_bias(linear, change)) {
+        Some((linear, _)) => refused(format!("factors on the bias of {}", linear.name)),
+        None => Ok(()),
+    }
+}
+
+/// The configuration and the tensors of a LoRA adapter that makes these changes, all of rank `r` and scale 1: programs that serve adapters
+/// take one rank and one scale for all modules.
+pub fn plain_lora(r: usize, deltas: &Deltas, target_modules: Vec<String>) -> (LoraConfig, Tensors) {
+    let config = LoraConfig {
+        r,
+        lora_alpha: r as f64,
+        target_modules: ModuleSelection::List(target_modules),
+        ..LoraConfig::default()
+    };
+    let mut tensors = Tensors::new();
+    for (module, delta) in deltas {
+        tensors.insert(names::lora_a(module), (vec![delta.r, delta.in_features], delta.a.clone()));
+        tensors.insert(names::lora_b(module), (vec![delta.out_features, delta.r], delta.b.clone()));
+    }
+    (config, tensors)
+}
+
 fn matrix(name: &str, shape: &[usize], values: &[f32]) -> Result<[usize; 2], Error> {
     let [rows, cols] = match *shape {
         [rows, cols] if rows > 0 && cols > 0 => [rows, cols],
@@ -106,6 +162,55 @@ fn rank_mismatch(name: String, found: &[usize], expected: Vec<usize>) -> Error {
 }
 
 impl LoraDelta {
+    /// The low-rank terms of a change as one of scale 1: A's one below the other, and B's side by side, each with its scale. `None` where there is
+    /// more than such terms.
+    pub fn of_terms(linear: &Linear, change: &Change, params: &[f32]) -> Option<Self> {
+        if change.weight.is_some() || change.input_scale.is_some() || change.output_scale.is_some() {
+            return None;
+        }
+        let (mut a, mut b) = (Vec::new(), Vec::new());
+        for term in &change.low_rank {
+            a.extend_from_slice(term.a.values(params));
+        }
+        for row in 0..linear.rows {
+            for term in &change.low_rank {
+                let values = &term.b.values(params)[row * term.r..(row + 1) * term.r];
+                b.extend(values.iter().map(|value| term.scale * value));
+            }
+        }
+        Some(Self { r: change.rank(), in_features: linear.cols, out_features: linear.rows, scale: 1.0, a, b })
+    }
+
+    /// The same change with a scale of 1.
+    pub fn unscaled(mut self) -> Self {
+        self.b.iter_mut().for_each(|value| *value *= self.scale);
+        self.scale = 1.0;
+        self
+    }
+
+    /// The same change at a rank that is not lower: the new rows of A and columns of B are zero.
+    pub fn padded(self, r: usize) -> Self {
+        let Self { in_features, out_features, scale, .. } = self;
+        let mut a = self.a;
+        a.resize(r * in_features, 0.0);
+        let mut b = vec![0.0; out_features * r];
+        for (to, from) in b.chunks_exact_mut(r.max(1)).zip(self.b.chunks_exact(self.r.max(1))) {
+            to[..from.len()].copy_from_slice(from);
+        }
+        Self { r, in_features, out_features, scale, a, b }
+    }
+
+    /// The Frobenius norm of the difference to another change of the same weight.
+    pub fn distance(&self, other: &Self) -> f64 {
+        let r = self.r + other.r;
+        let rows = self.b.chunks_exact(self.r.max(1)).zip(other.b.chunks_exact(other.r.max(1)));
+        let b = rows.flat_map(|(ours, theirs)| {
+            let theirs = theirs.iter().map(|value| -other.scale * value);
+            ours.iter().map(|value| self.scale * value).chain(theirs)
+        });
+        Self { r, scale: 1.0, a: [&self.a[..], &other.a].concat(), b: b.collect(), ..*self }.norm()
+    }
+
     /// The Frobenius norm of the change, of which no `[out, in]` matrix is made: ‖BA‖² is the sum of (BᵀB)∘(AAᵀ).
     pub fn norm(&self) -> f64 {
         let Self { r, in_features, out_features, ref a, ref b, scale } = *self;

@@ -160,6 +160,14 @@ pub enum Error {
     )]
     NotCombinable { adapter: String, what: String },
 
+    /// More than changes of weights that low-rank terms hold.
+    #[error("it holds {what}: that is no low-rank change of a weight")]
+    NotLowRank { what: String },
+
+    /// How much of a change is to be kept cannot be used.
+    #[error("{setting} is {found}; expected {expected}")]
+    Kept { setting: &'static str, found: f64, expected: String },
+
     /// A matrix without a singular value decomposition.
     #[error(
         "a matrix of {rows} rows and {cols} columns has no singular value decomposition: its values are too large, or too far apart"

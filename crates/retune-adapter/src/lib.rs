@@ -6,6 +6,7 @@
 pub mod check;
 pub mod combine;
 pub mod config;
+pub mod convert;
 pub mod delta;
 mod encoder;
 pub mod error;

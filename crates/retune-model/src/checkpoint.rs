@@ -139,6 +139,16 @@ impl Checkpoint {
         }
     }
 
+    /// The weight of a linear of the spec, `[out, in]`; of a head that is tied to the table that of the table.
+    ///
+    /// # Errors
+    /// A linear that the model does not have.
+    pub fn weight_of(&self, linear: &Linear) -> Result<Matrix, Error> {
+        let is_tied_head = self.spec.head.tied && linear.name == self.spec.head.linear.name;
+        let module = if is_tied_head { &self.spec.table.name } else { &linear.name };
+        self.tensor(&format!("{module}.weight"))
+    }
+
     /// Whether the model has a tensor of this name.
     pub fn has(&self, name: &str) -> bool {
         self.tensors.contains_key(name)

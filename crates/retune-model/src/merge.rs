@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use retune_engine::overlay::{Change, Offset, OutputScale, TableTerm, TokenRows};
 use retune_kernels::vector;
+use retune_quant::Matrix;
 
 /// Columns summed at once; they fit a processor's registers.
 const COLUMNS: usize = 64;
@@ -48,6 +49,15 @@ pub fn merge_rows(
             row.iter_mut().zip(&params[scale.clone()]).for_each(|(value, factor)| *value *= factor);
         }
     }
+}
+
+/// What [`merge_rows`] adds to a linear's whole weight, `[out, in]`.
+pub fn change_of(change: &Change, params: &[f32], weight: &Matrix) -> Vec<f32> {
+    let base = weight.to_f32();
+    let mut merged = base.clone();
+    merge_rows(change, params, weight.cols(), weight.rows(), 0..weight.rows(), &mut merged);
+    merged.iter_mut().zip(&base).for_each(|(value, base)| *value -= base);
+    merged
 }
 
 /// Turns a linear's bias into that of a linear that computes the same with nothing on it: an output scale over a norm leaves it as it is.
