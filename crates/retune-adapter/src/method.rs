@@ -110,6 +110,11 @@ pub trait Method: fmt::Debug + Send + Sync {
         check_all_values(file)
     }
 
+    /// Whether these tensors leave every model as it is, which an adapter does that was not trained.
+    fn changes_nothing(&self, _tensors: &Tensors) -> bool {
+        false
+    }
+
     /// The keys of `adapter_config.json` beside those that every method has.
     ///
     /// # Errors

@@ -13,6 +13,7 @@ use serde_json::{Map, Value, json};
 
 use crate::config::{ModuleSelection, config_error};
 use crate::error::Error;
+use crate::files::Tensors;
 use crate::method::{self, Method, MethodInfo, Start};
 use crate::peft_config::{self, LORA_ONLY};
 use crate::selection::Selection;
@@ -28,6 +29,9 @@ pub static INFO: MethodInfo = MethodInfo {
     schema: Some(|generator| generator.subschema_for::<Ia3Config>()),
     from_peft,
 };
+
+/// What the name of a module's factors ends with in an adapter's file.
+const FACTORS: &str = ".ia3_l";
 
 /// The keys of `adapter_config.json` that mean the same here.
 const FIELDS: [&str; 4] = ["target_modules", "exclude_modules", "feedforward_modules", "modules_to_save"];
@@ -179,7 +183,7 @@ impl Method for Ia3Config {
             |overlay, id, linear| {
                 let Some((name, reads)) = scaled.iter().find(|(name, _)| *name == linear.name) else { return };
                 let shape = if *reads { vec![1, linear.cols] } else { vec![linear.rows, 1] };
-                let place = overlay.layout.add(format!("base_model.model.{name}.ia3_l"), shape, None);
+                let place = overlay.layout.add(format!("base_model.model.{name}{FACTORS}"), shape, None);
                 let change = &mut overlay.linears[id.0];
                 if *reads {
                     change.input_scale = Some(place);
@@ -202,6 +206,13 @@ impl Method for Ia3Config {
             }
         }
         Ok(())
+    }
+
+    fn changes_nothing(&self, tensors: &Tensors) -> bool {
+        let is_one = |(key, (_, values)): (&String, &(Vec<usize>, Vec<f32>))| {
+            key.ends_with(FACTORS) && values.iter().all(|value| *value == 1.0)
+        };
+        !tensors.is_empty() && tensors.iter().all(is_one)
     }
 
     fn peft_config(&self, modules: &BaseModules<'_>) -> Result<BTreeMap<&'static str, Value>, Error> {

@@ -170,6 +170,15 @@ impl Method for LoraConfig {
         check_against(self, file, modules).map(|_| ())
     }
 
+    fn changes_nothing(&self, tensors: &Tensors) -> bool {
+        let is_b = |key: &str| matches!(names::parse(key), Key::Part(_, Part::LoraB));
+        let is_beside =
+            |key: &str| matches!(names::parse(key), Key::Part(_, Part::LoraA | Part::BaseWeight) | Key::Copy);
+        let is_zero = |values: &[f32]| values.iter().all(|value| *value == 0.0);
+        tensors.keys().any(|key| is_b(key))
+            && tensors.iter().all(|(key, (_, values))| is_beside(key) || is_b(key) && is_zero(values))
+    }
+
     fn peft_config(&self, modules: &BaseModules<'_>) -> Result<BTreeMap<&'static str, Value>, Error> {
         let targets = targets::select(self, modules)?;
         Ok(peft_config::lora_keys(self, &targets, modules)?)

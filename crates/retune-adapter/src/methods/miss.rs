@@ -16,7 +16,7 @@ use serde_json::{Map, Value, json};
 use crate::check::check_all_values;
 use crate::config::{ModuleSelection, OneOrMany, check_dropout, check_rank, config_error};
 use crate::error::Error;
-use crate::files::AdapterFile;
+use crate::files::{AdapterFile, Tensors};
 use crate::method::{self, Method, MethodInfo, Start};
 use crate::peft_config::{self, LORA_ONLY, bad};
 use crate::selection::Selection;
@@ -90,9 +90,12 @@ impl MissConfig {
     }
 }
 
+/// What the name of a module's B ends with in an adapter's file.
+const BLOCK: &str = ".miss_block";
+
 /// The key of a module's B.
 fn block(module: &str) -> String {
-    format!("base_model.model.{module}.miss_block")
+    format!("base_model.model.{module}{BLOCK}")
 }
 
 impl MissConfig {
@@ -217,6 +220,13 @@ impl Method for MissConfig {
             }
         }
         check_all_values(file)
+    }
+
+    fn changes_nothing(&self, tensors: &Tensors) -> bool {
+        let is_zero = |(key, (_, values)): (&String, &(Vec<usize>, Vec<f32>))| {
+            key.ends_with(BLOCK) && values.iter().all(|value| *value == 0.0)
+        };
+        !tensors.is_empty() && tensors.iter().all(is_zero)
     }
 
     fn peft_config(&self, modules: &BaseModules<'_>) -> Result<BTreeMap<&'static str, Value>, Error> {
