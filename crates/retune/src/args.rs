@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use retune_adapter::combine::{Kind, MajoritySign};
 use retune_model::export::ExportType;
 use retune_train::data::DataFormat;
@@ -41,12 +41,16 @@ pub enum Command {
     Train(TrainArgs),
     /// Continue a text or answer a message, with or without an adapter
     Generate(GenerateArgs),
+    /// Talk with a model, and change the adapter on it in the middle of the conversation
+    Chat(ChatArgs),
     /// Merge an adapter into its base and write the whole model
     Merge(MergeArgs),
     /// Take an adapter out of a model again that it was merged into
     Unmerge(UnmergeArgs),
     /// Combine adapters, each with a weight, into one
     Combine(CombineArgs),
+    /// Turn an adapter, or the difference of two models, into a plain LoRA adapter
+    Convert(ConvertArgs),
     /// Score a model on a data file: loss and perplexity
     Eval(EvalArgs),
     /// Show what a model or an adapter is made of
@@ -106,6 +110,26 @@ pub struct ModelArgs {
     pub adapter: Option<PathBuf>,
 }
 
+/// How the next token is chosen.
+#[derive(Args)]
+pub struct SamplingArgs {
+    /// 0 always takes the likeliest token; higher values vary more, by --top-p, --top-k and --seed
+    #[arg(long, default_value_t = 0.0, value_name = "T")]
+    pub temperature: f32,
+
+    /// Sample among the likeliest tokens that together have this probability; among all when absent
+    #[arg(long, value_name = "P")]
+    pub top_p: Option<f32>,
+
+    /// Sample among this many of the likeliest tokens; among all when absent or 0
+    #[arg(long, value_name = "K")]
+    pub top_k: Option<usize>,
+
+    /// Seed of the sampling; 0 when absent
+    #[arg(long)]
+    pub seed: Option<u64>,
+}
+
 #[derive(Args)]
 pub struct GenerateArgs {
     #[command(flatten)]
@@ -126,25 +150,68 @@ pub struct GenerateArgs {
     #[arg(long, default_value_t = 256, value_name = "N")]
     pub max_new_tokens: usize,
 
-    /// 0 always takes the likeliest token; higher values vary more, by --top-p, --top-k and --seed
-    #[arg(long, default_value_t = 0.0, value_name = "T")]
-    pub temperature: f32,
-
-    /// Sample among the likeliest tokens that together have this probability; among all when absent
-    #[arg(long, value_name = "P")]
-    pub top_p: Option<f32>,
-
-    /// Sample among this many of the likeliest tokens; among all when absent or 0
-    #[arg(long, value_name = "K")]
-    pub top_k: Option<usize>,
-
-    /// Seed of the sampling; 0 when absent
-    #[arg(long)]
-    pub seed: Option<u64>,
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
 
     /// Print one JSON object instead of streaming
     #[arg(long)]
     pub json: bool,
+}
+
+#[derive(Args)]
+#[command(after_help = "\
+What begins with a slash is for the program, everything else for the model:
+  /adapter               the adapters, and which one answers
+  /adapter b             the adapter b answers from here on; `none` is the base alone
+  /adapter a=0.5 b=0.5   the weighted sum of what a and b change
+  /new                   forget what was said
+  /quit                  leave, as the end of the input does
+
+The base is in memory once. What was said stays when the adapter changes. Adapters of low rank can be weighed: LoRA, rsLoRA and MiSS.
+
+  retune chat --model HuggingFaceTB/SmolLM2-135M-Instruct --adapter a=runs/a/adapter --adapter b=runs/b/adapter")]
+pub struct ChatArgs {
+    /// The base model: a directory, a .gguf file or a Hub id
+    #[arg(long, short, value_name = "MODEL")]
+    pub model: String,
+
+    /// A PEFT adapter directory and a name for it, as often as needed; the first answers until another is asked for
+    #[arg(long = "adapter", short, value_name = "NAME=DIR", value_parser = named)]
+    pub adapters: Vec<NamedAdapter>,
+
+    /// A system message before the conversation
+    #[arg(long)]
+    pub system: Option<String>,
+
+    /// Longest answer, in tokens
+    #[arg(long, default_value_t = 256, value_name = "N")]
+    pub max_new_tokens: usize,
+
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+}
+
+/// An adapter and its name.
+#[derive(Clone, Debug)]
+pub struct NamedAdapter {
+    pub name: String,
+    pub path: PathBuf,
+}
+
+/// The name of the base alone among adapters.
+pub const NO_ADAPTER: &str = "none";
+
+fn named(text: &str) -> Result<NamedAdapter, String> {
+    let wanted = "expected a name and a folder, such as a=runs/a/adapter";
+    let (name, path) = text.split_once('=').ok_or(wanted)?;
+    let is_name = |c: char| c.is_alphanumeric() || "-_.".contains(c);
+    if name.is_empty() || path.is_empty() || !name.chars().all(is_name) {
+        return Err(format!("{wanted}; a name has letters, digits, `-`, `_` and `.`"));
+    }
+    if name == NO_ADAPTER {
+        return Err(format!("`{NO_ADAPTER}` is the base alone: give the adapter another name"));
+    }
+    Ok(NamedAdapter { name: name.to_owned(), path: path.into() })
 }
 
 /// How a model is written.
@@ -254,6 +321,56 @@ fn weighted(text: &str) -> Result<WeightedAdapter, String> {
 }
 
 #[derive(Args)]
+#[command(group(ArgGroup::new("source").required(true).args(["adapter", "merged"])), after_help = "\
+A plain LoRA is what programs load that know nothing else: one rank and one scale for all modules, no DoRA, no rsLoRA, no biases. LoRA, \
+rsLoRA and MiSS become one without loss. What DoRA, (IA)3 or a merged model change has no low rank: give --rank or --energy, and see \
+what is lost. The error is ‖kept - change‖ / ‖change‖, of each module and of all together.
+
+  retune convert runs/rslora/adapter --to lora --out runs/plain
+  retune convert runs/dora/adapter --to lora --model HuggingFaceTB/SmolLM2-135M-Instruct --energy 0.9 --out runs/plain
+  retune convert --merged runs/merged --model HuggingFaceTB/SmolLM2-135M-Instruct --to lora --rank 16 --out runs/plain")]
+pub struct ConvertArgs {
+    /// The PEFT adapter directory to convert
+    #[arg(value_name = "ADAPTER")]
+    pub adapter: Option<PathBuf>,
+
+    /// A model whose difference to --model is converted, in the place of an adapter
+    #[arg(long, value_name = "MODEL", requires = "model")]
+    pub merged: Option<String>,
+
+    /// The base: needed for --merged and for all adapters but LoRA's
+    #[arg(long, short, value_name = "MODEL")]
+    pub model: Option<String>,
+
+    /// What to convert to
+    #[arg(long, value_enum)]
+    pub to: ConvertTo,
+
+    /// Cut each change to this rank
+    #[arg(long, value_name = "R", conflicts_with = "energy")]
+    pub rank: Option<usize>,
+
+    /// Cut each change to the least rank that keeps this share of its energy (of the sum of its squared singular values), above 0 and up to 1
+    #[arg(long, value_name = "SHARE")]
+    pub energy: Option<f64>,
+
+    /// Where the converted adapter goes: a folder that does not exist yet or is empty
+    #[arg(long, short, value_name = "DIR")]
+    pub out: PathBuf,
+
+    /// Print one JSON object instead of text
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// What an adapter can be converted to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ConvertTo {
+    /// LoRA with one rank and one scale, as every program that loads adapters takes it
+    Lora,
+}
+
+#[derive(Args)]
 pub struct EvalArgs {
     #[command(flatten)]
     pub model: ModelArgs,
@@ -296,7 +413,7 @@ pub struct InspectArgs {
     /// A model directory, a .gguf file, a Hub id, or an adapter directory
     pub path: String,
 
-    /// The base of an adapter: shows how large each change is beside the weight it changes
+    /// The base of an adapter: shows how large each change is beside the weight it changes, and of a soft prompt the nearest words
     #[arg(long, short, value_name = "MODEL")]
     pub model: Option<String>,
 

@@ -51,6 +51,15 @@ pub fn resolve(model: &str) -> Result<PathBuf> {
     resolve_in(&cache_dir()?, model)
 }
 
+/// What a model is called where nobody has this machine: its Hub id, or the last part of its path.
+pub fn public_name(model: &str) -> String {
+    let path = Path::new(model);
+    match ModelId::parse(model).filter(|_| !path.exists()) {
+        Some(id) => id.repository,
+        None => path.file_name().map_or_else(|| model.to_owned(), |name| name.to_string_lossy().into_owned()),
+    }
+}
+
 /// As [`resolve`], but fetches an id that is not in the cache.
 ///
 /// # Errors

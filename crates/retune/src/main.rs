@@ -4,6 +4,7 @@
 mod output;
 
 mod args;
+mod card;
 mod commands;
 mod compute;
 mod fetch;
@@ -63,9 +64,11 @@ fn run(cli: &Cli) -> Result<End> {
     let command = || match &cli.command {
         Command::Train(args) => commands::train::run(args, cli.threads),
         Command::Generate(args) => commands::generate::run(args).map(done),
+        Command::Chat(args) => commands::chat::run(args).map(done),
         Command::Merge(args) => commands::merge::run(args).map(done),
         Command::Unmerge(args) => commands::unmerge::run(args).map(done),
         Command::Combine(args) => commands::combine::run(args).map(done),
+        Command::Convert(args) => commands::convert::run(args).map(done),
         Command::Eval(args) => commands::eval::run(args).map(done),
         Command::Inspect(args) => commands::inspect::run(args).map(done),
         Command::Data(args) => commands::data::run(args).map(done),

@@ -4,6 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::Result;
+use retune_adapter::Method;
 use retune_engine::calibrate::Choice;
 use retune_train::data::{Names, read_rows};
 use retune_train::run_config::RunConfig;
@@ -11,13 +12,19 @@ use retune_train::state::Progress;
 use serde_json::{Value, json};
 
 use crate::args::RunFile;
+use crate::card::Card;
 use crate::commands::print_json;
 use crate::compute;
 use crate::memory::{self, human};
+use crate::run_data::RunData;
 
 /// What there is to say of a run that has ended.
 pub struct Report<'a> {
     pub config: &'a RunConfig,
+    pub method: &'a dyn Method,
+    pub data: &'a RunData,
+    /// Whether an earlier part of the run is not in the time.
+    pub resumed: bool,
     /// Number of trained parameters.
     pub trained: usize,
     pub progress: &'a Progress,
@@ -88,6 +95,63 @@ impl Report<'_> {
             }
         }
         Ok(())
+    }
+
+    /// Writes the model card beside an adapter, with what is known of the run.
+    ///
+    /// # Errors
+    /// What the system refuses.
+    pub fn write_card(&self) -> Result<()> {
+        if !self.config.method.saves_adapter() {
+            return Ok(());
+        }
+        let Self { config, data, progress, .. } = self;
+        let (training, train) = (&config.training, &data.train.report);
+        let file = |path: &Path| path.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
+        let mut rows = vec![
+            ("trained parameters", self.trained.to_string()),
+            ("data", format!("`{}`", file(&config.data.train))),
+            (
+                "rows",
+                format!("{} with {} tokens, {} of them trained", train.examples, train.tokens, train.trained_tokens),
+            ),
+            (
+                "steps",
+                format!(
+                    "{} of {} rows",
+                    progress.total_steps,
+                    training.batch_size * training.gradient_accumulation_steps
+                ),
+            ),
+            ("tokens trained on", progress.tokens.to_string()),
+            (
+                "learning rate",
+                format!(
+                    "{} at most ({})",
+                    training.peak_learning_rate(),
+                    json!(training.lr_scheduler_type).as_str().unwrap_or_default()
+                ),
+            ),
+            ("seed", training.seed.to_string()),
+        ];
+        if let (Some(eval), Some(before), Some(after)) = (&data.eval, progress.initial_loss, progress.best_loss) {
+            let of = match &config.data.eval {
+                Some(path) => format!("`{}`, {} rows", file(path), eval.report.examples),
+                None => format!("{} rows", eval.report.examples),
+            };
+            rows.push(("held out", of));
+            rows.push(("held-out loss before", format!("{before:.4}")));
+            rows.push(("held-out loss after", format!("{after:.4}, at step {}", progress.best_step)));
+        }
+        let arithmetic = compute::summary(self.choices);
+        rows.push(("the base's products", arithmetic["arithmetic"].as_str().unwrap_or_default().to_owned()));
+        let part = if self.resumed { ", since the run was last resumed" } else { "" };
+        rows.push(("seconds", format!("{:.0}{part}", self.seconds)));
+        if let Some(peak) = memory::peak_resident() {
+            rows.push(("peak memory", human(peak)));
+        }
+        let summary = format!("It was trained on `{}`, with the settings below.", file(&config.data.train));
+        Card { method: self.method, base_model: Some(&config.model), summary, rows }.write(self.result)
     }
 
     /// What the first held-out row asks, or the first row: something to try the result with, no longer than a line.

@@ -10,6 +10,7 @@ use retune_train::run_config::RunConfig;
 use serde_json::Value;
 
 use crate::args::TrainArgs;
+use crate::card;
 
 /// The key of run.json under which a hash of the base's configuration stands.
 pub const CONFIG_HASH: &str = "base_config_hash";
@@ -135,6 +136,9 @@ impl RunFolder {
                     folder.display()
                 );
             }
+        }
+        if let Some(card) = folders.iter().find_map(|folder| card::edited(folder)) {
+            bail!("{} was edited, and --overwrite would delete it: move it, or set another output_dir", card.display());
         }
         self.remove_leftovers();
         for folder in folders.iter().filter(|folder| folder.exists()) {

@@ -38,7 +38,7 @@ fn recorded(folder: &Folder) -> Value {
 fn unfinished() -> (Folder, common::Tree) {
     let folder = Folder::with_run();
     folder.succeeds(&joined(&[&TRAIN, &INT8]));
-    let adapter = folder.tree("out/adapter");
+    let adapter = folder.adapter();
     fs::remove_file(folder.path(LAST_CHECKPOINT)).unwrap();
     (folder, adapter)
 }
@@ -99,7 +99,7 @@ fn a_resumed_run_in_int8_gives_the_same_bytes() {
     let (folder, adapter) = unfinished();
     let calibration = folder.read(CALIBRATION);
     resumed(&folder);
-    assert!(folder.tree("out/adapter") == adapter);
+    assert!(folder.adapter() == adapter);
     assert!(folder.read(CALIBRATION) == calibration);
 }
 
@@ -112,7 +112,7 @@ fn a_resumed_run_computes_as_its_file_says() {
     assert!(stderr.contains("in 14 of 15 linears") && stderr.contains(LINEAR), "{stderr}");
     assert_eq!(recorded(&folder), summary(&[LINEAR]));
     let weights = Path::new("adapter_model.safetensors");
-    assert!(folder.tree("out/adapter").get(weights) != adapter.get(weights), "it computed as before");
+    assert!(folder.adapter().get(weights) != adapter.get(weights), "it computed as before");
     assert!(folder.read(CALIBRATION) == changed, "the file was written anew");
 }
 
@@ -126,7 +126,7 @@ fn a_run_with_checkpoints_does_not_go_on_without_what_says_how_it_computes() {
         folder.write(file, content);
     }
     resumed(&folder);
-    assert!(folder.tree("out/adapter") == adapter);
+    assert!(folder.adapter() == adapter);
 }
 
 #[test]
@@ -160,7 +160,7 @@ fn a_run_does_not_go_on_in_other_pieces_or_with_other_instructions() {
         assert!(output.stderr.contains(&words), "{}", output.stderr);
     }
     resumed(&folder);
-    assert!(folder.tree("out/adapter") == adapter);
+    assert!(folder.adapter() == adapter);
 }
 
 #[test]
@@ -201,7 +201,7 @@ fn a_damaged_calibration_is_refused_with_what_to_do() {
     refuses(&unsmoothed, &[CALIBRATION, "damaged", "are said to have some"]);
     folder.write(CALIBRATION, whole);
     resumed(&folder);
-    assert!(folder.tree("out/adapter") == adapter);
+    assert!(folder.adapter() == adapter);
 }
 
 #[test]

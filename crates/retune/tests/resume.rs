@@ -24,12 +24,12 @@ fn undisturbed(threads: usize) -> (Tree, Duration) {
     let took = start.elapsed();
     assert_eq!(output.code, Some(0), "{}", output.stderr);
     check_metrics(&folder);
-    (folder.tree("out/adapter"), took)
+    (folder.adapter(), took)
 }
 
 /// Asserts that a run has ended as one that was left alone does.
 fn check_finished(folder: &Folder) {
-    let (found, expected) = (folder.tree("out/adapter"), &UNDISTURBED.0);
+    let (found, expected) = (folder.adapter(), &UNDISTURBED.0);
     let names: Vec<_> = found.keys().map(|path| path.to_str().unwrap()).collect();
     assert_eq!(names, ["adapter_config.json", "adapter_model.safetensors", "retune.json"]);
     for (path, bytes) in &found {
@@ -292,7 +292,7 @@ fn with_every_method_an_interrupted_run_ends_with_the_bytes_of_one_left_alone() 
         if output.code != Some(0) {
             folder.succeeds(&joined(&[&["train", "run.yaml", "--resume"], &short]));
         }
-        assert!(folder.tree("out/adapter") == alone.tree("out/adapter"), "{method:?}");
+        assert!(folder.adapter() == alone.adapter(), "{method:?}");
         // What was written is read and used.
         let model = common::golden(common::MODEL);
         let adapter = ["--model", &model, "--adapter", "out/adapter"];

@@ -13,6 +13,7 @@ use serde_json::{Map, Value, json};
 
 use super::print_json;
 use crate::args::{CombineArgs, WeightedAdapter};
+use crate::card::Card;
 use crate::session;
 
 /// An adapter that was read.
@@ -51,10 +52,22 @@ pub fn run(args: &CombineArgs) -> Result<()> {
     let summary = summary(args, &parts, &combination);
     record.insert("combined".to_owned(), summary.clone());
     atomic::write(&args.out.join(session::PROVENANCE), format!("{:#}\n", Value::Object(record)).as_bytes())?;
+    let of = |part: &Part<'_>| {
+        format!("{} of `{}`", part.args.weight, part.args.path.file_name().unwrap_or_default().to_string_lossy())
+    };
+    let rows = vec![
+        ("combined of", parts.iter().map(of).collect::<Vec<_>>().join(", ")),
+        ("kind", kind(args)),
+        ("difference to the weighted sum of the changes", format!("{:.3}", combination.difference)),
+    ];
+    let summary_of_card = "It was made of several adapters by `retune combine`.".to_owned();
+    Card { method: &*file.method, base_model: file.base_model.as_deref(), summary: summary_of_card, rows }
+        .write(&args.out)?;
     if args.json { print_json(&summary) } else { print(args, &parts, &combination) }
 }
 
-fn refuse_occupied(out: &Path) -> Result<()> {
+/// Refuses a folder that holds something.
+pub(super) fn refuse_occupied(out: &Path) -> Result<()> {
     if fs::read_dir(out).is_ok_and(|mut entries| entries.next().is_some()) {
         bail!("{} is not empty: give another --out, or remove this one first", out.display());
     }

@@ -10,20 +10,12 @@ use retune_text::tokenizer::Tokenizer;
 use serde_json::json;
 
 use super::{print_json, text_or_stdin};
-use crate::args::GenerateArgs;
+use crate::args::{GenerateArgs, SamplingArgs};
 use crate::session::Session;
 
 /// Streams the answer to standard output.
 pub fn run(args: &GenerateArgs) -> Result<()> {
-    if args.temperature < 0.0 || !args.temperature.is_finite() {
-        bail!("--temperature is {}; expected 0 (greedy) or more", args.temperature);
-    }
-    if let Some(top_p) = args.top_p
-        && !(top_p > 0.0 && top_p <= 1.0)
-    {
-        bail!("--top-p is {top_p}; expected more than 0 and at most 1");
-    }
-    refuse_without_sampling(args)?;
+    let sampling = args.sampling.checked()?;
     let session = Session::open(&args.model)?;
     let tokenizer = session.base.tokenizer()?;
     if args.system.is_some() && tokenizer.chat_template().is_none() {
@@ -52,27 +44,10 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
             args.max_new_tokens
         );
     }
-    let sampling = Sampling {
-        temperature: args.temperature,
-        top_p: args.top_p.unwrap_or(1.0),
-        top_k: args.top_k.unwrap_or(0),
-        seed: args.seed.unwrap_or(0),
-    };
     let mut generation = Generation::new(&session.model, &session.overlay, &session.params, sampling);
     let start = Instant::now();
-    let mut stream = tokenizer.decode_stream();
-    let mut stdout = std::io::stdout();
-    let mut failed = None;
-    let mut print = |text: Option<String>| {
-        let Some(text) = text.filter(|_| !args.json) else { return true };
-        let written = stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush());
-        written.map_err(|error| failed = Some(error)).is_ok()
-    };
-    let ids = generation.run(&prompt, args.max_new_tokens, tokenizer.eos_token_ids(), |id| print(stream.push(id)));
-    print(stream.finish());
-    if let Some(error) = failed {
-        return Err(error).context("cannot write to standard output");
-    }
+    generation.read(&prompt);
+    let ids = answer(&mut generation, tokenizer, args.max_new_tokens, !args.json)?;
     if args.json {
         let seconds = start.elapsed().as_secs_f64();
         print_json(&json!({
@@ -89,17 +64,54 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
     Ok(())
 }
 
-/// Refuses what would be of no effect: greedy generation looks at neither of these.
-fn refuse_without_sampling(args: &GenerateArgs) -> Result<()> {
-    let given = [("--top-p", args.top_p.is_some()), ("--top-k", args.top_k.is_some()), ("--seed", args.seed.is_some())];
-    let given: Vec<&str> = given.into_iter().filter(|(_, given)| *given).map(|(flag, _)| flag).collect();
-    if args.temperature == 0.0 && !given.is_empty() {
-        bail!(
-            "{} given with --temperature 0, which always takes the likeliest token; sampling needs --temperature above 0",
-            given.join(", ")
-        );
+/// Generates what follows the text read, and streams it to standard output where it is to be shown.
+pub(super) fn answer(
+    generation: &mut Generation<'_>,
+    tokenizer: &Tokenizer,
+    max_new_tokens: usize,
+    is_shown: bool,
+) -> Result<Vec<u32>> {
+    let mut stream = tokenizer.decode_stream();
+    let mut stdout = std::io::stdout();
+    let mut failed = None;
+    let mut print = |text: Option<String>| {
+        let Some(text) = text.filter(|_| is_shown) else { return true };
+        let written = stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush());
+        written.map_err(|error| failed = Some(error)).is_ok()
+    };
+    let ids = generation.go_on(max_new_tokens, tokenizer.eos_token_ids(), |id| print(stream.push(id)));
+    print(stream.finish());
+    match failed {
+        Some(error) => Err(error).context("cannot write to standard output"),
+        None => Ok(ids),
     }
-    Ok(())
+}
+
+impl SamplingArgs {
+    /// What they say.
+    ///
+    /// # Errors
+    /// A value out of its range, or without effect: greedy generation looks at none but the temperature.
+    pub fn checked(&self) -> Result<Sampling> {
+        let Self { temperature, top_p, top_k, seed } = *self;
+        if temperature < 0.0 || !temperature.is_finite() {
+            bail!("--temperature is {temperature}; expected 0 (greedy) or more");
+        }
+        if let Some(top_p) = top_p
+            && !(top_p > 0.0 && top_p <= 1.0)
+        {
+            bail!("--top-p is {top_p}; expected more than 0 and at most 1");
+        }
+        let given = [("--top-p", top_p.is_some()), ("--top-k", top_k.is_some()), ("--seed", seed.is_some())];
+        let given: Vec<&str> = given.into_iter().filter(|(_, given)| *given).map(|(flag, _)| flag).collect();
+        if temperature == 0.0 && !given.is_empty() {
+            bail!(
+                "{} given with --temperature 0, which always takes the likeliest token; sampling needs --temperature above 0",
+                given.join(", ")
+            );
+        }
+        Ok(Sampling { temperature, top_p: top_p.unwrap_or(1.0), top_k: top_k.unwrap_or(0), seed: seed.unwrap_or(0) })
+    }
 }
 
 /// The ids of a conversation of one message that awaits its answer.

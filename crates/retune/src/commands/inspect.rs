@@ -136,10 +136,19 @@ fn adapter(path: &Path, base: Option<&Checkpoint>) -> Result<Value> {
             Err(error) => notes.push(error.to_string()),
         }
     }
-    // A trained bias or a module saved whole differs from the base's, whatever B is.
-    let unchanged = |module: &Value| module["norm_B"].as_f64() == Some(0.0) && module.get("norm_bias").is_none();
-    if !modules.is_empty() && modules.values().all(unchanged) {
-        notes.push("every B is zero: this adapter changes nothing yet".to_owned());
+    if file.method.changes_nothing(&file.tensors) {
+        notes.push("everything in it is as it is before training: this adapter changes nothing yet".to_owned());
+    }
+    let mut nearest = Value::Null;
+    if let Some(base) = base {
+        match on_base(&file, base, &mut modules) {
+            Ok((more, tokens)) => {
+                notes.extend(more);
+                nearest = tokens;
+            }
+            // An adapter that does not fit is looked at all the same.
+            Err(error) => notes.push(format!("{error:#}")),
+        }
     }
     let mut value = json!({
         "adapter": path.display().to_string(),
@@ -150,6 +159,7 @@ fn adapter(path: &Path, base: Option<&Checkpoint>) -> Result<Value> {
         "parameters": file.tensors.values().map(|(_, values)| values.len()).sum::<usize>(),
         "size": size,
         "notes": notes,
+        "virtual_tokens": nearest,
         "modules": modules,
     });
     if let Some(value) = value.as_object_mut() {
@@ -163,6 +173,25 @@ fn adapter(path: &Path, base: Option<&Checkpoint>) -> Result<Value> {
         }
     }
     Ok(value)
+}
+
+/// What there is to say of an adapter on its base, beyond what is said of LoRA's A and B; of a soft prompt the nearest tokens of the vocabulary.
+fn on_base(file: &AdapterFile, base: &Checkpoint, modules: &mut Map<String, Value>) -> Result<(Vec<String>, Value)> {
+    if file.method.lora().is_some_and(|config| !config.use_dora) {
+        return Ok(Default::default());
+    }
+    let overlay = file.lower(&base.spec)?;
+    let params = file.params(&overlay)?;
+    let notes = changes::describe_weights(base, &overlay, &params, modules)?;
+    let Some(rows) = &overlay.virtual_tokens else { return Ok((notes, Value::Null)) };
+    let tokenizer = base.tokenizer().ok();
+    let token = |(id, cosine)| {
+        let text = tokenizer.as_ref().map(|tokenizer| tokenizer.decode(&[id], false));
+        json!({ "token": id, "text": text, "cosine": cosine })
+    };
+    let nearest = changes::nearest_tokens(base, &params[rows.rows.clone()])?;
+    let numbered = nearest.into_iter().enumerate().map(|(number, nearest)| ((number + 1).to_string(), token(nearest)));
+    Ok((notes, numbered.collect()))
 }
 
 /// Rank and norms of each module that the file has tensors of; a tensor that is no part of a LoRA adapter stands under its own name.

@@ -2,7 +2,9 @@
 
 pub mod bench;
 mod changes;
+pub mod chat;
 pub mod combine;
+pub mod convert;
 pub mod data;
 pub mod eval;
 pub mod fetch;

@@ -214,6 +214,9 @@ impl Run<'_> {
         let samples = self.samples(&model, &overlay, &params, eval)?;
         let report = Report {
             config,
+            method: &*self.method,
+            data,
+            resumed: self.args.resume,
             trained: parameters,
             progress: &progress,
             result: &out,
@@ -221,6 +224,7 @@ impl Run<'_> {
             choices: &choices,
             seconds: self.start.elapsed().as_secs_f64(),
         };
+        report.write_card()?;
         if self.args.json {
             report.print_json()?
         } else {

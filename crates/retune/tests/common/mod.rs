@@ -138,6 +138,13 @@ impl Folder {
         tree
     }
 
+    /// The files of the run's adapter, but for the model card, which says how long the run took.
+    pub fn adapter(&self) -> Tree {
+        let mut tree = self.tree("out/adapter");
+        assert!(tree.remove(Path::new("README.md")).is_some(), "there is no model card");
+        tree
+    }
+
     /// The program in this folder, without a network and without other programs.
     pub fn command_on(&self, threads: usize, args: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_retune"));
@@ -206,6 +213,14 @@ pub fn with_header(bytes: &[u8], change: impl FnOnce(&mut Value)) -> Vec<u8> {
     change(&mut header);
     let header = header.to_string();
     [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), data].concat()
+}
+
+/// Where the values of a tensor begin in a safetensors file.
+pub fn offset(bytes: &[u8], name: &str) -> usize {
+    let (length, rest) = bytes.split_first_chunk::<8>().unwrap();
+    let length = u64::from_le_bytes(*length) as usize;
+    let header: Value = serde_json::from_slice(&rest[..length]).unwrap();
+    8 + length + header[name]["data_offsets"][0].as_u64().unwrap() as usize
 }
 
 /// Rows of about 110 tokens, no two the same.
