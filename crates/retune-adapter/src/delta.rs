@@ -1,6 +1,7 @@
 //! The low-rank changes that an adapter makes to weights, module by module: what is left of it when its configuration has been read.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use retune_engine::overlay::{Change, OutputScale, Overlay};
 use retune_engine::spec::{Linear, ModelSpec};
@@ -111,8 +112,13 @@ pub fn refuse_beside_weights(spec: &ModelSpec, overlay: &Overlay) -> Result<(), 
     if overlay.virtual_tokens.is_some() || overlay.prefix.is_some() {
         return refused("a soft prompt or a prefix, which changes no weight".to_owned());
     }
-    if let Some(tensor) = overlay.layout.params().iter().find_map(|param| param.base.as_ref()) {
-        return refused(format!("{tensor}, trained whole"));
+    let of_linear = |range: &Range<usize>| {
+        overlay.table.as_ref() != Some(range)
+            && overlay.linears.iter().any(|change| change.weight.as_ref() == Some(range))
+    };
+    let whole = overlay.layout.params().iter().find(|param| param.base.is_some() && !of_linear(&param.range));
+    if let Some(tensor) = whole.and_then(|param| param.base.as_ref()) {
+        return refused(format!("{tensor}, which was trained in the base's place and is no weight of a linear"));
     }
     let scales_bias =
         |linear: &Linear, change: &Change| linear.bias && matches!(change.output_scale, Some(OutputScale::Plain(_)));

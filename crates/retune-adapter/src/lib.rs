@@ -29,7 +29,7 @@ pub use delta::{Deltas, LoraDelta, deltas};
 pub use error::Error;
 pub use files::{AdapterFile, Tensors, tensors_of};
 pub use init::init_lora;
-pub use method::{METHODS, Method, MethodInfo, by_name, initial_params};
+pub use method::{METHODS, Method, MethodInfo, Texts, by_name, initial_params};
 pub use methods::full::Full;
 pub use selection::Selection;
 pub use targets::{BaseModules, LinearModule, LoraTarget, count_matches, resolve, select};

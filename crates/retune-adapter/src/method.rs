@@ -138,9 +138,19 @@ pub struct Start<'a> {
     pub seed: u64,
     /// A tensor of the base, by its name.
     pub tensor: &'a dyn Fn(&str) -> Result<Matrix, Error>,
-    /// The token ids of a text, with those that the tokenizer puts around it.
-    pub tokenize: &'a dyn Fn(&str) -> Result<Vec<u32>, Error>,
+    pub texts: &'a Texts<'a>,
 }
+
+/// What a method can know of a text that it starts from.
+pub struct Texts<'a> {
+    /// Its token ids, with those that the tokenizer puts around it.
+    pub tokenize: &'a dyn Fn(&str) -> Result<Vec<u32>, Error>,
+    /// The keys and values that the base has of tokens, as [`retune_engine::overlay::Prefix`] holds them.
+    pub keys_and_values: &'a KeysAndValues<'a>,
+}
+
+/// Keys and values of tokens.
+pub type KeysAndValues<'a> = dyn Fn(&[u32]) -> Result<Vec<f32>, Error> + 'a;
 
 impl Start<'_> {
     /// The weight of one of the spec's linears; of a tied head the table's.
@@ -188,6 +198,11 @@ impl fmt::Debug for MethodInfo {
 }
 
 impl MethodInfo {
+    /// Whether PEFT loads its adapters.
+    pub fn is_of_peft(&self) -> bool {
+        self.peft_type.is_some_and(|name| !name.starts_with("RETUNE_"))
+    }
+
     /// Whether its result is an adapter, and not a model of its own.
     pub fn saves_adapter(&self) -> bool {
         self.peft_type.is_some()
@@ -220,13 +235,13 @@ pub(crate) fn read<M: Method + DeserializeOwned + 'static>(value: Value) -> Resu
 /// for the rest. What of them stays a part of the adapter is taken up into the overlay.
 ///
 /// # Errors
-/// A tensor that cannot be read; a text that cannot be tokenized.
+/// A tensor that cannot be read; a text that cannot be tokenized, or whose keys the base does not keep.
 pub fn initial_params<W: Weights>(
     method: &dyn Method,
     spec: &ModelSpec,
     overlay: &mut Overlay,
     weights: &W,
-    tokenize: &dyn Fn(&str) -> Result<Vec<u32>, Error>,
+    texts: &Texts<'_>,
     seed: u64,
 ) -> Result<Vec<f32>, Error>
 where
@@ -239,7 +254,7 @@ where
         let matrix = tensor(name)?;
         matrix.panel_f32(0..matrix.rows(), 0..matrix.cols(), &mut params[param.range.clone()]);
     }
-    method.initialise(spec, overlay, &Start { seed, tensor: &tensor, tokenize }, &mut params)?;
+    method.initialise(spec, overlay, &Start { seed, tensor: &tensor, texts }, &mut params)?;
     method.keep_start(overlay, &params);
     Ok(params)
 }

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use retune_adapter::{AdapterFile, Full, Method, initial_params};
+use retune_adapter::{AdapterFile, Full, Method, Texts, initial_params};
 use retune_engine::compute::Compute;
 use retune_engine::model::{LinearId, Model, Weights};
 use retune_engine::overlay::Overlay;
@@ -128,8 +128,9 @@ impl Case {
     /// A model with a method's first parameters.
     pub fn with_method(name: &str, checkpoint: Checkpoint, method: &dyn Method) -> Self {
         let mut overlay = method.lower(&checkpoint.spec, true).unwrap_or_else(|e| panic!("{name}: {e}"));
-        let tokenize = |_: &str| Err(retune_adapter::Error::Base("there is no tokenizer".to_owned()));
-        let params = initial_params(method, &checkpoint.spec, &mut overlay, &checkpoint, &tokenize, 0);
+        let none = || retune_adapter::Error::Base("there is no tokenizer".to_owned());
+        let texts = Texts { tokenize: &|_| Err(none()), keys_and_values: &|_| Err(none()) };
+        let params = initial_params(method, &checkpoint.spec, &mut overlay, &checkpoint, &texts, 0);
         let params = params.unwrap_or_else(|e| panic!("{name}: {e}"));
         Self::new(name, checkpoint, overlay, params)
     }

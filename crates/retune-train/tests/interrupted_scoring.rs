@@ -4,7 +4,7 @@ use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use retune_adapter::{LoraConfig, Method, initial_params};
+use retune_adapter::{LoraConfig, Method, Texts, initial_params};
 use retune_engine::compute::Compute;
 use retune_model::checkpoint::Checkpoint;
 use retune_train::Error;
@@ -73,7 +73,8 @@ fn a_run_stopped_anywhere_in_scoring_ends_with_the_same_bytes() {
     let model = checkpoint.model().unwrap();
     let adapter = LoraConfig { r: 4, ..LoraConfig::default() };
     let mut overlay = adapter.lower(&checkpoint.spec, true).unwrap();
-    let first = initial_params(&adapter, &checkpoint.spec, &mut overlay, &checkpoint, &|_| unreachable!(), 0).unwrap();
+    let texts = Texts { tokenize: &|_| unreachable!(), keys_and_values: &|_| unreachable!() };
+    let first = initial_params(&adapter, &checkpoint.spec, &mut overlay, &checkpoint, &texts, 0).unwrap();
     let compute = Compute::default();
     let trained = Trained { model: &model, overlay: &overlay, compute: &compute };
     let (config, train, eval) = (config(), examples(0..4), examples(10..14));

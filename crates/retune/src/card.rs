@@ -50,14 +50,19 @@ impl Card<'_> {
         if let Some(base) = &base {
             text += &format!("base_model: {}\n", scalar(base));
         }
-        text += "library_name: peft\npipeline_tag: text-generation\ntags:\n";
+        let is_of_peft = self.method.info().is_of_peft();
+        text += &format!("library_name: {}\n", if is_of_peft { "peft" } else { "retune" });
+        text += "pipeline_tag: text-generation\ntags:\n";
         for tag in &tags {
             text += &format!("- {}\n", scalar(tag));
         }
         let of = base.as_ref().map_or_else(String::new, |base| format!(" for {base}"));
         text += &format!("---\n\n# An adapter{of}\n\n{}\n\n", self.summary);
-        text +=
-            "The files are PEFT's: `PeftModel.from_pretrained` loads this folder on its base.\n\n| | |\n|---|---|\n";
+        text += match is_of_peft {
+            true => "The files are PEFT's: `PeftModel.from_pretrained` loads this folder on its base.\n\n",
+            false => "PEFT knows no such adapter: `retune` loads this folder on its base, and merges it.\n\n",
+        };
+        text += "| | |\n|---|---|\n";
         let mut row = |what: &str, value: &str| text += &format!("| {what} | {} |\n", value.replace('|', "\\|"));
         row("method", self.method.info().name);
         let settings = self.method.settings()?;

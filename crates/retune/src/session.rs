@@ -5,6 +5,7 @@ use std::sync::OnceLock;
 
 use anyhow::{Context, Error, Result, bail};
 use retune_adapter::AdapterFile;
+use retune_engine::generate::{Generation, Sampling};
 use retune_engine::model::Model;
 use retune_engine::overlay::Overlay;
 use retune_engine::spec::ModelSpec;
@@ -58,6 +59,22 @@ impl Base {
     pub fn tokenize(&self, text: &str) -> Result<Vec<u32>, retune_adapter::Error> {
         let failed = |error: Error| retune_adapter::Error::Base(format!("{error:#}"));
         self.tokenizer().map_err(failed)?.encode_with_special_tokens(text).map_err(|error| failed(error.into()))
+    }
+
+    /// The keys and values that the model has of tokens, for a method that starts from them.
+    ///
+    /// # Errors
+    /// More tokens than a window of the model keeps.
+    pub fn keys_and_values(model: &Model, ids: &[u32]) -> Result<Vec<f32>, retune_adapter::Error> {
+        let nothing = Overlay::empty(model);
+        let mut generation = Generation::new(model, &nothing, &[], Sampling::GREEDY);
+        generation.read(ids);
+        generation.keys_and_values().ok_or_else(|| {
+            let count = ids.len();
+            retune_adapter::Error::Base(format!(
+                "a window of the model has let go of the first of {count} tokens, whose keys a prefix would start from: lower num_virtual_tokens"
+            ))
+        })
     }
 
     /// As [`Checkpoint::check_finite`], but reads the weights only if they have changed since it last did.

@@ -369,7 +369,7 @@ fn what_has_a_low_rank_becomes_a_plain_lora_without_loss() {
 
 #[test]
 fn what_has_none_is_cut_and_the_error_is_that_of_what_is_lost() {
-    for name in ["dora", "ia3", "miss"] {
+    for name in ["dora", "ia3", "ia3_save_head", "miss"] {
         let of = |more: &[&str], error| converts(name, more, error);
         // All of it: the model is 32 wide.
         let all = of(&["--energy", "1"], 1e-3);
@@ -385,6 +385,65 @@ fn what_has_none_is_cut_and_the_error_is_that_of_what_is_lost() {
         let whole = (sum(&away) / sum(&|module| norm(module).powi(2))).sqrt();
         assert!((whole - one_error).abs() < 1e-9, "{name}: {whole} and {one_error}");
     }
+}
+
+#[test]
+fn weights_that_were_trained_in_their_place_are_cut_as_well() {
+    let folder = Folder::with_run();
+    let model = golden(MODEL);
+    let short =
+        ["--set", "training.max_steps=3", "--set", "training.save_steps=3", "--set", "training.learning_rate=0.01"];
+    let train = |name: &str, what: &str| {
+        let (output, settings) = (format!("output_dir={name}"), format!("adapter={what}"));
+        let args = ["train", "run.yaml", "--set", "method=partial", "--set", &settings, "--set", &output];
+        folder.succeeds(&joined(&[&args, &short]));
+    };
+    train("part", "{modules: [down_proj]}");
+    let card = String::from_utf8(folder.read("part/adapter/README.md")).unwrap();
+    assert!(card.contains("library_name: retune") && !card.contains("PeftModel"), "{card}");
+    let args = ["convert", "part/adapter", "--model", &model, "--to", "lora", "--out", "plain"];
+    folder.succeeds(&joined(&[&args, &["--energy", "1"]]));
+    let [before, after] = ["part/adapter", "plain"].map(|of| logits(&folder, &["--model", &model, "--adapter", of]));
+    assert!(largest(&before, &after) < 1e-4 && largest(&before, &logits(&folder, &["--model", &model])) > 1e-2);
+    train("norms", "{norms: true}");
+    let args = ["convert", "norms/adapter", "--model", &model, "--to", "lora", "--rank", "4", "--out", "x"];
+    folder.refuses(&args, &["trained in the base's place and is no weight of a linear"]);
+}
+
+/// A prefix that starts from a text is that text before every row, repeated or cut to as many tokens as the prefix has.
+#[test]
+fn a_prefix_that_starts_from_a_text_begins_as_the_text() {
+    let folder = Folder::with_run();
+    let model = golden(MODEL);
+    let ids = folder.succeeds(&["tokenize", "--model", &model, "--json", "the sand of time"]).json()["ids"].clone();
+    let ids: Vec<u64> = ids.as_array().unwrap().iter().map(|id| id.as_u64().unwrap()).collect();
+    let row = "86,259,286,67,267,278";
+    for count in [ids.len(), 2 * ids.len() + 3, 4] {
+        let name = format!("prefix{count}");
+        let start =
+            format!("adapter={{num_virtual_tokens: {count}, prefix_init: text, prefix_init_text: the sand of time}}");
+        untrained(&folder, &name, &["--set", "method=prefix_tuning", "--set", &start]);
+        let text: Vec<String> = ids.iter().cycle().take(count).map(u64::to_string).collect();
+        let of = |tokens: &str, more: &[&str]| {
+            let args = ["logits", "--model", &model, "--tokens", tokens, "--out", "logits.safetensors"];
+            folder.succeeds(&joined(&[&args, more]));
+            tensor(&folder.read("logits.safetensors"), "logits")
+        };
+        let whole = of(&format!("{},{row}", text.join(",")), &[]);
+        let after = of(row, &["--adapter", &format!("{name}/adapter")]);
+        assert!(largest(&whole[whole.len() - after.len()..], &after) < 1e-4, "{count}");
+        assert!(largest(&of(row, &[]), &after) > 0.01, "{count}");
+    }
+    let refuses = |settings: &str, words: &[&str]| {
+        let settings = format!("adapter={settings}");
+        folder.refuses(&["train", "run.yaml", "--set", "method=prefix_tuning", "--set", &settings], words);
+    };
+    refuses("{prefix_init: text}", &["adapter.prefix_init_text", "is missing or empty"]);
+    refuses("{prefix_init_text: a}", &["adapter.prefix_init_text", "no effect without prefix_init text"]);
+    refuses(
+        "{prefix_init: text, prefix_init_text: a, prefix_projection: true}",
+        &["adapter.prefix_init", "remove one"],
+    );
 }
 
 #[test]
@@ -442,6 +501,7 @@ fn what_a_plain_lora_cannot_hold_is_refused() {
     refuses("dora", Some("llama_tied"), &[], &["any rank up to", "--energy"]);
     refuses("prompt", Some("llama_tied"), &[], &["soft prompt", "changes no weight"]);
     refuses("prefix", Some("llama_tied"), &[], &["soft prompt", "changes no weight"]);
+    refuses("ia3_save_head", Some("llama_untied_mha"), &[], &["any rank up to"]);
     refuses("lora_save_head", None, &[], &["modules that were trained whole"]);
     refuses("ia3_biases", Some("llama_bias"), &["--rank", "4"], &["factors on the bias of"]);
     refuses("lora_rs", None, &["--energy", "1.5"], &["share of the energy is 1.5"]);

@@ -43,6 +43,8 @@ pub enum PrefixInit {
     Random,
     /// Zeros: every query gives them a part of its attention, and they give back nothing.
     Zero,
+    /// Those that the model has of `prefix_init_text`: it begins as if the text stood before every row.
+    Text,
 }
 
 /// A prefix and how it starts.
@@ -51,8 +53,10 @@ pub enum PrefixInit {
 pub struct PrefixTuningConfig {
     /// Keys and values of each attention.
     pub num_virtual_tokens: usize,
-    /// How they start: random or zero. Not with `prefix_projection`, whose network starts at random.
+    /// How they start: random, zero, or text, which learns best. Not with `prefix_projection`, whose network starts at random.
     pub prefix_init: PrefixInit,
+    /// The text whose keys and values they start from, such as the instruction. One of fewer tokens than `num_virtual_tokens` is repeated, one of more is cut. Only with `prefix_init` text.
+    pub prefix_init_text: Option<String>,
     /// Whether a small network computes them in training, so that they move together.
     pub prefix_projection: bool,
     /// Width of that network's inner layer; that of a layer's keys when absent. Only with `prefix_projection`.
@@ -64,6 +68,7 @@ impl Default for PrefixTuningConfig {
         Self {
             num_virtual_tokens: 20,
             prefix_init: PrefixInit::default(),
+            prefix_init_text: None,
             prefix_projection: false,
             encoder_hidden_size: None,
         }
@@ -92,10 +97,21 @@ impl Method for PrefixTuningConfig {
     }
 
     fn check(&self) -> Result<(), Error> {
-        if self.prefix_projection && self.prefix_init == PrefixInit::Zero {
-            let problem =
-                "zero has no effect with prefix_projection, whose network starts at random; remove one of them";
+        if self.prefix_projection && self.prefix_init != PrefixInit::Random {
+            let problem = "has no effect with prefix_projection, whose network starts at random; remove one of them";
             return config_error("prefix_init", problem.to_owned());
+        }
+        let text = self.prefix_init_text.as_deref().is_some_and(|text| !text.is_empty());
+        match (self.prefix_init == PrefixInit::Text, text) {
+            (true, false) => {
+                let problem = "is missing or empty; give the text whose keys and values the prefix starts from, such as the instruction";
+                return config_error("prefix_init_text", problem.to_owned());
+            }
+            (false, true) => {
+                let problem = "has no effect without prefix_init text; set that, or remove the text";
+                return config_error("prefix_init_text", problem.to_owned());
+            }
+            _ => {}
         }
         if self.encoder_hidden_size.is_some() && !self.prefix_projection {
             let problem = "has no effect without prefix_projection; set that, or remove it".to_owned();
@@ -122,10 +138,23 @@ impl Method for PrefixTuningConfig {
     fn initialise(&self, spec: &ModelSpec, _: &Overlay, start: &Start<'_>, params: &mut [f32]) -> Result<(), Error> {
         if let Some((map, latent)) = self.reparameterisation(spec, start.seed) {
             map.forward(&latent, params);
-        } else if self.prefix_init == PrefixInit::Random {
-            let key = random::derive(random::derive(0, start.seed), random::hash(ROWS));
-            let values = params.iter_mut().enumerate();
-            values.for_each(|(i, v)| *v = (random::normal(key, i as u64) * DEVIATION) as f32);
+            return Ok(());
+        }
+        match self.prefix_init {
+            PrefixInit::Zero => {}
+            PrefixInit::Random => {
+                let key = random::derive(random::derive(0, start.seed), random::hash(ROWS));
+                let values = params.iter_mut().enumerate();
+                values.for_each(|(i, v)| *v = (random::normal(key, i as u64) * DEVIATION) as f32);
+            }
+            PrefixInit::Text => {
+                let text = (start.texts.tokenize)(self.prefix_init_text.as_deref().unwrap_or_default())?;
+                if text.is_empty() {
+                    return config_error("prefix_init_text", "has no tokens; give another text".to_owned());
+                }
+                let ids: Vec<u32> = text.into_iter().cycle().take(self.num_virtual_tokens).collect();
+                params.copy_from_slice(&(start.texts.keys_and_values)(&ids)?);
+            }
         }
         Ok(())
     }

@@ -161,7 +161,7 @@ impl Method for PromptTuningConfig {
                 drawn.map(|id| id as u32).collect()
             }
             PromptTuningInit::Text => {
-                let text = (start.tokenize)(self.prompt_tuning_init_text.as_deref().unwrap_or_default())?;
+                let text = (start.texts.tokenize)(self.prompt_tuning_init_text.as_deref().unwrap_or_default())?;
                 if text.is_empty() {
                     return config_error("prompt_tuning_init_text", "has no tokens; give another text".to_owned());
                 }

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use retune_adapter::{AdapterFile, BaseModules, initial_params};
+use retune_adapter::{AdapterFile, BaseModules, Texts, initial_params};
 use retune_engine::{Work, profile, work_of_step};
 use retune_formats::safetensors::{Tensor, Values, stage};
 use retune_kernels::peak;
@@ -69,7 +69,9 @@ fn train(args: &BenchTrainArgs) -> Result<()> {
     method.check()?;
     let model = checkpoint.model()?;
     let mut overlay = method.lower(spec, true)?;
-    let params = initial_params(&*method, spec, &mut overlay, checkpoint, &|text| base.tokenize(text), 0)?;
+    let texts =
+        Texts { tokenize: &|text| base.tokenize(text), keys_and_values: &|ids| Base::keys_and_values(&model, ids) };
+    let params = initial_params(&*method, spec, &mut overlay, checkpoint, &texts, 0)?;
     if let Some(directory) = &args.save_inputs {
         save_inputs(directory, args, &examples)?;
         if args.method.saves_adapter() {

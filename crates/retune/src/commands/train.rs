@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow, bail};
-use retune_adapter::{AdapterFile, BaseModules, Full, Method, initial_params};
+use retune_adapter::{AdapterFile, BaseModules, Full, Method, Texts, initial_params};
 use retune_engine::calibrate::Choice;
 use retune_engine::compute::Compute;
 use retune_engine::generate::{Generation, Sampling};
@@ -143,7 +143,7 @@ impl Run<'_> {
     fn train(&self) -> Result<End> {
         let Run { config, folder, data, .. } = self;
         let model = self.base.checkpoint.model()?;
-        let (overlay, params) = self.overlay()?;
+        let (overlay, params) = self.overlay(&model)?;
         let mut latent = self.method.reparameterisation(&model.spec, config.training.seed);
         if latent.is_some() && self.initial.is_some() {
             bail!(
@@ -234,7 +234,7 @@ impl Run<'_> {
     }
 
     /// What is to be trained on the model, and its first parameters.
-    fn overlay(&self) -> Result<(Overlay, Vec<f32>)> {
+    fn overlay(&self, model: &Model) -> Result<(Overlay, Vec<f32>)> {
         let Run { config, base, .. } = self;
         let checkpoint = &base.checkpoint;
         let (spec, seed) = (&checkpoint.spec, config.training.seed);
@@ -271,7 +271,11 @@ impl Run<'_> {
                     first
                 }
                 None => {
-                    initial_params(&*self.method, spec, &mut overlay, checkpoint, &|text| base.tokenize(text), seed)?
+                    let texts = Texts {
+                        tokenize: &|text| base.tokenize(text),
+                        keys_and_values: &|ids| Base::keys_and_values(model, ids),
+                    };
+                    initial_params(&*self.method, spec, &mut overlay, checkpoint, &texts, seed)?
                 }
             },
         };

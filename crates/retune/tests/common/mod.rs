@@ -21,7 +21,7 @@ pub const ADAPTER: &str = "lora_all_linear/adapter";
 pub const STEPS: u64 = 30;
 
 /// The methods with settings of their own, as flags of a run.
-pub const METHODS: [&[&str]; 12] = [
+pub const METHODS: [&[&str]; 13] = [
     &["--set", "adapter.use_dora=true"],
     &["--set", "adapter.init_lora_weights=pissa"],
     &["--set", "adapter={target_modules: [q_proj], trainable_token_indices: [3, 50], loraplus_lr_ratio: 4}"],
@@ -38,6 +38,12 @@ pub const METHODS: [&[&str]; 12] = [
     ],
     &["--set", "method=p_tuning", "--set", "adapter={num_virtual_tokens: 5}"],
     &["--set", "method=prefix_tuning", "--set", "adapter={num_virtual_tokens: 5}"],
+    &[
+        "--set",
+        "method=prefix_tuning",
+        "--set",
+        "adapter={num_virtual_tokens: 9, prefix_init: text, prefix_init_text: the sand of time}",
+    ],
     &["--set", "method=prefix_tuning", "--set", "adapter={num_virtual_tokens: 5, prefix_projection: true}"],
 ];
 
