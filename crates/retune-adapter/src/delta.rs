@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-use retune_engine::overlay::{Change, OutputScale, Overlay};
+use retune_engine::overlay::{Change, LowRank, OutputScale, Overlay};
 use retune_engine::spec::{Linear, ModelSpec};
 
 use crate::config::{LoraConfig, ModuleSelection};
@@ -108,15 +108,31 @@ pub fn low_rank(spec: &ModelSpec, overlay: &Overlay, params: &[f32]) -> Result<D
 /// # Errors
 /// [`Error::NotLowRank`] says what it is.
 pub fn refuse_beside_weights(spec: &ModelSpec, overlay: &Overlay) -> Result<(), Error> {
+    // By name, so that whoever adds something to an overlay decides here.
+    let Overlay {
+        layout,
+        table,
+        positions: _,
+        table_rows,
+        head_rows,
+        table_term,
+        positions_term,
+        linears,
+        vectors: _,
+        virtual_tokens,
+        prefix,
+    } = overlay;
     let refused = |what: String| Err(Error::NotLowRank { what });
-    if overlay.virtual_tokens.is_some() || overlay.prefix.is_some() {
+    if virtual_tokens.is_some() || prefix.is_some() {
         return refused("a soft prompt or a prefix, which changes no weight".to_owned());
     }
-    let of_linear = |range: &Range<usize>| {
-        overlay.table.as_ref() != Some(range)
-            && overlay.linears.iter().any(|change| change.weight.as_ref() == Some(range))
+    if table_rows.is_some() || head_rows.is_some() || table_term.is_some() || positions_term.is_some() {
+        return refused("rows of a table, which is no linear".to_owned());
+    }
+    let is_linear = |range: &Range<usize>| {
+        table.as_ref() != Some(range) && linears.iter().any(|change| change.weight.as_ref() == Some(range))
     };
-    let whole = overlay.layout.params().iter().find(|param| param.base.is_some() && !of_linear(&param.range));
+    let whole = layout.params().iter().find(|param| param.base.is_some() && !is_linear(&param.range));
     if let Some(tensor) = whole.and_then(|param| param.base.as_ref()) {
         return refused(format!("{tensor}, which was trained in the base's place and is no weight of a linear"));
     }
@@ -174,17 +190,25 @@ impl LoraDelta {
         if change.weight.is_some() || change.input_scale.is_some() || change.output_scale.is_some() {
             return None;
         }
-        let (mut a, mut b) = (Vec::new(), Vec::new());
+        let (mut all_a, mut all_b) = (Vec::new(), Vec::new());
         for term in &change.low_rank {
-            a.extend_from_slice(term.a.values(params));
+            all_a.extend_from_slice(term.a.values(params));
         }
         for row in 0..linear.rows {
-            for term in &change.low_rank {
-                let values = &term.b.values(params)[row * term.r..(row + 1) * term.r];
-                b.extend(values.iter().map(|value| term.scale * value));
+            // Dropout belongs to training.
+            for LowRank { a: _, b, r, scale, dropout: _, key: _ } in &change.low_rank {
+                let values = &b.values(params)[row * r..(row + 1) * r];
+                all_b.extend(values.iter().map(|value| scale * value));
             }
         }
-        Some(Self { r: change.rank(), in_features: linear.cols, out_features: linear.rows, scale: 1.0, a, b })
+        Some(Self {
+            r: change.rank(),
+            in_features: linear.cols,
+            out_features: linear.rows,
+            scale: 1.0,
+            a: all_a,
+            b: all_b,
+        })
     }
 
     /// The same change with a scale of 1.

@@ -444,6 +444,11 @@ fn a_prefix_that_starts_from_a_text_begins_as_the_text() {
         "{prefix_init: text, prefix_init_text: a, prefix_projection: true}",
         &["adapter.prefix_init", "remove one"],
     );
+    // Where a window forgets the beginning of so long a text, there are no keys to start from.
+    let window = format!("model={}", golden("gguf_phi3_window/model.gguf"));
+    let start = "adapter={num_virtual_tokens: 600, prefix_init: text, prefix_init_text: the sand of time}";
+    let args = ["train", "run.yaml", "--set", &window, "--set", "method=prefix_tuning", "--set", start];
+    folder.refuses(&args, &["a window of the model has let go of the first of 600 tokens", "num_virtual_tokens"]);
 }
 
 #[test]

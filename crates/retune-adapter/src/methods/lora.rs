@@ -171,12 +171,15 @@ impl Method for LoraConfig {
     }
 
     fn changes_nothing(&self, tensors: &Tensors) -> bool {
-        let is_b = |key: &str| matches!(names::parse(key), Key::Part(_, Part::LoraB));
-        let is_beside =
-            |key: &str| matches!(names::parse(key), Key::Part(_, Part::LoraA | Part::BaseWeight) | Key::Copy);
         let is_zero = |values: &[f32]| values.iter().all(|value| *value == 0.0);
-        tensors.keys().any(|key| is_b(key))
-            && tensors.iter().all(|(key, (_, values))| is_beside(key) || is_b(key) && is_zero(values))
+        // A term is nothing where the factor that starts as zero is zero.
+        let is_nothing = |(key, (_, values)): (&String, &(Vec<usize>, Vec<f32>))| match names::parse(key) {
+            Key::Part(_, Part::LoraB | Part::EmbeddingA) => is_zero(values),
+            Key::Part(_, Part::LoraA | Part::EmbeddingB | Part::BaseWeight) | Key::Copy => true,
+            Key::Part(..) | Key::Unknown => false,
+        };
+        let is_factor = |key: &String| matches!(names::parse(key), Key::Part(_, Part::LoraB | Part::EmbeddingA));
+        tensors.keys().any(is_factor) && tensors.iter().all(is_nothing)
     }
 
     fn peft_config(&self, modules: &BaseModules<'_>) -> Result<BTreeMap<&'static str, Value>, Error> {

@@ -126,8 +126,11 @@ fn adapter(path: &Path, base: Option<&Checkpoint>) -> Result<Value> {
     let mut modules = modules(&file);
     let mut notes = file.method.compatibility_notes();
     if let Some(config) = file.method.lora().filter(|config| !config.use_dora) {
+        let is_of_table = |key: &String| matches!(names::parse(key), Key::Part(_, Part::EmbeddingA | Part::TokenRows));
+        let is_beside = !config.modules_to_save.is_empty() || config.bias != Bias::None;
+        let is_beside = is_beside || file.tensors.keys().any(is_of_table);
         match deltas(config, &file.tensors) {
-            Ok(deltas) if deltas.is_empty() && config.modules_to_save.is_empty() && config.bias == Bias::None => {
+            Ok(deltas) if deltas.is_empty() && !is_beside => {
                 notes.push(
                     "no tensor is an A or a B under the names that PEFT gives: this adapter changes nothing".to_owned(),
                 );
