@@ -138,10 +138,12 @@ pub fn refuse_beside_weights(spec: &ModelSpec, overlay: &Overlay) -> Result<(), 
     }
     let scales_bias =
         |linear: &Linear, change: &Change| linear.bias && matches!(change.output_scale, Some(OutputScale::Plain(_)));
-    match spec.linears().zip(&overlay.linears).find(|(linear, change)| scales_bias(linear, change)) {
-        Some((linear, _)) => refused(format!("factors on the bias of {}", linear.name)),
-        None => Ok(()),
-    }
+    let beside_weight = spec.linears().zip(linears).find_map(|(linear, change)| {
+        let name = &linear.name;
+        let factors = || scales_bias(linear, change).then(|| format!("factors on the bias of {name}"));
+        change.offset.as_ref().map(|_| format!("a bias beside {name}")).or_else(factors)
+    });
+    beside_weight.map_or(Ok(()), refused)
 }
 
 /// The configuration and the tensors of a LoRA adapter that makes these changes, all of rank `r` and scale 1: programs that serve adapters
@@ -187,16 +189,16 @@ impl LoraDelta {
     /// The low-rank terms of a change as one of scale 1: A's one below the other, and B's side by side, each with its scale. `None` where there is
     /// more than such terms.
     pub fn of_terms(linear: &Linear, change: &Change, params: &[f32]) -> Option<Self> {
-        if change.weight.is_some() || change.input_scale.is_some() || change.output_scale.is_some() {
+        let Change { weight: None, low_rank, input_scale: None, output_scale: None, offset: None } = change else {
             return None;
-        }
+        };
         let (mut all_a, mut all_b) = (Vec::new(), Vec::new());
-        for term in &change.low_rank {
+        for term in low_rank {
             all_a.extend_from_slice(term.a.values(params));
         }
         for row in 0..linear.rows {
             // Dropout belongs to training.
-            for LowRank { a: _, b, r, scale, dropout: _, key: _ } in &change.low_rank {
+            for LowRank { a: _, b, r, scale, dropout: _, key: _ } in low_rank {
                 let values = &b.values(params)[row * r..(row + 1) * r];
                 all_b.extend(values.iter().map(|value| scale * value));
             }

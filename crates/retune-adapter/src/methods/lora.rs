@@ -174,7 +174,7 @@ impl Method for LoraConfig {
         let is_zero = |values: &[f32]| values.iter().all(|value| *value == 0.0);
         // A term is nothing where the factor that starts as zero is zero.
         let is_nothing = |(key, (_, values)): (&String, &(Vec<usize>, Vec<f32>))| match names::parse(key) {
-            Key::Part(_, Part::LoraB | Part::EmbeddingA) => is_zero(values),
+            Key::Part(_, Part::LoraB | Part::LoraBBias | Part::EmbeddingA) => is_zero(values),
             Key::Part(_, Part::LoraA | Part::EmbeddingB | Part::BaseWeight) | Key::Copy => true,
             Key::Part(..) | Key::Unknown => false,
         };
