@@ -186,8 +186,8 @@ fn rank_mismatch(name: String, found: &[usize], expected: Vec<usize>) -> Error {
 }
 
 impl LoraDelta {
-    /// The low-rank terms of a change as one of scale 1: A's one below the other, and B's side by side, each with its scale. `None` where there is
-    /// more than such terms.
+    /// The low-rank terms of a change as one of scale 1: A's one below the other, and B's side by side, each with its scale. `None` where
+    /// there is more than such terms.
     pub fn of_terms(linear: &Linear, change: &Change, params: &[f32]) -> Option<Self> {
         let Change { weight: None, low_rank, input_scale: None, output_scale: None, offset: None } = change else {
             return None;

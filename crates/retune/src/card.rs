@@ -63,7 +63,10 @@ impl Card<'_> {
             false => "PEFT knows no such adapter: `retune` loads this folder on its base, and merges it.\n\n",
         };
         text += "| | |\n|---|---|\n";
-        let mut row = |what: &str, value: &str| text += &format!("| {what} | {} |\n", value.replace('|', "\\|"));
+        let mut row = |what: &str, value: &str| {
+            let value = value.replace('|', "\\|").replace(['\n', '\r'], " ");
+            text += &format!("| {what} | {value} |\n");
+        };
         row("method", self.method.info().name);
         let settings = self.method.settings()?;
         for (key, value) in settings.as_object().into_iter().flatten().filter(|(_, value)| says(value)) {

@@ -53,7 +53,7 @@ pub enum PrefixInit {
 pub struct PrefixTuningConfig {
     /// Keys and values of each attention.
     pub num_virtual_tokens: usize,
-    /// How they start: random, zero, or text, which learns best. Not with `prefix_projection`, whose network starts at random.
+    /// How they start: random, zero, or text, the best of them in PEFT's own benchmark. Not with `prefix_projection`, whose network starts at random.
     pub prefix_init: PrefixInit,
     /// The text whose keys and values they start from, such as the instruction. One of fewer tokens than `num_virtual_tokens` is repeated, one of more is cut. Only with `prefix_init` text.
     pub prefix_init_text: Option<String>,

@@ -1,7 +1,7 @@
 //! `retune chat`: a conversation with a model whose adapter can change in the middle of it.
 //!
-//! Each adapter has a generation of its own, with a cache of what it has read so far: the next message finds there what the adapter has read before, and
-//! reads what is new to it. Switching reads nothing.
+//! Each adapter has a generation of its own, with a cache of what it has read so far: with the next message it reads what is new to it.
+//! Switching reads nothing.
 
 use std::io::{self, BufRead, IsTerminal};
 use std::sync::Arc;
