@@ -7,7 +7,7 @@ use retune_adapter::METHODS;
 use retune_model::families::FAMILIES;
 
 /// The crates in the order of ARCHITECTURE.md's map: each may import those before it.
-const ORDER: [&str; 10] = [
+const ORDER: [&str; 11] = [
     "retune-kernels",
     "retune-quant",
     "retune-engine",
@@ -16,6 +16,7 @@ const ORDER: [&str; 10] = [
     "retune-model",
     "retune-adapter",
     "retune-train",
+    "retune-eval",
     "retune-testing",
     "retune",
 ];

@@ -7,7 +7,7 @@ use retune_engine::compute::Compute;
 use retune_engine::model::Model;
 use retune_engine::overlay::Overlay;
 use retune_engine::params::{ParamLayout, Reparameterisation};
-use retune_engine::pass::{Pass, PassSize, Prelude};
+use retune_engine::pass::{Pass, PassSize, Prelude, Sequence};
 use retune_engine::row_norms::RowNorms;
 use retune_engine::workspace::Workspace;
 use retune_engine::{Run, Saving, Step};
@@ -580,8 +580,18 @@ fn any_share_a_prefix(prelude: &Prelude, examples: &[Example]) -> bool {
     sorted.windows(2).any(|pair| shares(pair[0], pair[1]) || shares(pair[1], pair[0]))
 }
 
-/// The summed loss over the label tokens of `examples`, and their number, pass by pass in `pass`. `done` is told the number of examples
-/// scored so far.
+/// The loss of one row.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct RowLoss {
+    /// The row's number in its file.
+    pub row: usize,
+    /// Summed over its label tokens, in nats.
+    pub loss: f64,
+    pub label_tokens: usize,
+}
+
+/// The summed loss over the label tokens of `examples`, and their number, pass by pass in `pass`. `done` is told the loss of each row of a
+/// pass, in the order of the examples, and says whether to go on to the next.
 ///
 /// # Errors
 /// A loss that is not finite, with its row.
@@ -592,7 +602,7 @@ pub fn held_out_loss(
     tokens_per_pass: usize,
     pass: &mut Pass,
     workspace: &mut Workspace,
-    mut done: impl FnMut(usize),
+    mut done: impl FnMut(&[RowLoss]) -> bool,
 ) -> Result<(f64, usize), Error> {
     let norms = RowNorms::of(scored.model, scored.overlay, params);
     let rows: Vec<usize> = (0..examples.len()).collect();
@@ -601,7 +611,14 @@ pub fn held_out_loss(
         next = fill_pass(pass, examples, &rows, next, tokens_per_pass);
         sum += loss_of_pass(scored.run(params, &norms, pass), workspace)?;
         labels += pass.labels.len();
-        done(next);
+        let of_row = |sequence: &Sequence| {
+            let losses = &workspace.losses[sequence.labels.clone()];
+            let loss = losses.iter().map(|&loss| f64::from(loss)).sum();
+            RowLoss { row: sequence.row as usize, loss, label_tokens: losses.len() }
+        };
+        if !done(&pass.sequences.iter().map(of_row).collect::<Vec<_>>()) {
+            break;
+        }
     }
     Ok((sum, labels))
 }

@@ -173,7 +173,7 @@ fn what_is_trained_saved_and_taken_up_is_what_the_values_are_computed_from() {
     // Held-out rows are scored with the values computed from it.
     let mut pass = Pass::new(case.overlay.prelude(&case.model.spec), false);
     let mut workspace = Workspace::new(&case.model, Saving::None);
-    let scored = held_out_loss(trained, &flat, &eval, 100, &mut pass, &mut workspace, |_| ()).unwrap();
+    let scored = held_out_loss(trained, &flat, &eval, 100, &mut pass, &mut workspace, |_| true).unwrap();
     let evaluation = trainer.score_untrained(&StopAfter(9, 0)).unwrap().unwrap();
     assert!((evaluation.loss - scored.0 / scored.1 as f64).abs() < 1e-6);
 

@@ -121,7 +121,7 @@ fn a_held_out_loss_that_is_not_finite_is_traced_to_its_row() {
     case.params[element] = f32::NAN;
     let (compute, mut workspace) = (Compute::default(), Workspace::new(&case.model, Saving::None));
     let scored = Trained { model: &case.model, overlay: &case.overlay, compute: &compute };
-    let error = held_out_loss(scored, &case.params, &examples(), 64, &mut Pass::default(), &mut workspace, |_| {});
+    let error = held_out_loss(scored, &case.params, &examples(), 64, &mut Pass::default(), &mut workspace, |_| true);
     let error = error.unwrap_err();
     assert!(matches!(error, Error::NonFiniteEvaluation { row: 45 }), "{error}");
     let text = error.to_string();

@@ -69,7 +69,7 @@ fn run(cli: &Cli) -> Result<End> {
         Command::Unmerge(args) => commands::unmerge::run(args).map(done),
         Command::Combine(args) => commands::combine::run(args).map(done),
         Command::Convert(args) => commands::convert::run(args).map(done),
-        Command::Eval(args) => commands::eval::run(args).map(done),
+        Command::Eval(args) => commands::eval::run(args),
         Command::Inspect(args) => commands::inspect::run(args).map(done),
         Command::Data(args) => commands::data::run(args).map(done),
         Command::Fetch(args) => commands::fetch::run(args).map(done),
@@ -77,6 +77,7 @@ fn run(cli: &Cli) -> Result<End> {
         Command::Logits(args) => commands::logits::run(args).map(done),
         Command::Bench(command) => commands::bench::run(command).map(done),
         Command::Schema => commands::schema::run().map(done),
+        Command::Score(args) => commands::score::run(args).map(done),
     };
     pool.install(|| parallel::awake(command))
 }

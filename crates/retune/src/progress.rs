@@ -4,6 +4,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -18,15 +19,20 @@ use crate::memory;
 /// Set by Ctrl-C.
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
-/// Makes the first Ctrl-C stop the run after its current step or its current pass over held-out rows, and a second one at once.
+/// Makes the first Ctrl-C stop the run after its current step or what it computes now of held-out rows, and a second one at once.
 pub fn watch_interrupts() -> anyhow::Result<()> {
     ctrlc::set_handler(|| {
         if INTERRUPTED.swap(true, Ordering::SeqCst) {
             std::process::exit(130);
         }
-        note!("\nstopping after what is computed now, with everything saved (Ctrl-C again stops at once)");
+        note!("\nstopping after what is computed now, with everything so far kept (Ctrl-C again stops at once)");
     })?;
     Ok(())
+}
+
+/// Whether Ctrl-C was pressed.
+pub fn interrupted() -> bool {
+    INTERRUPTED.load(Ordering::SeqCst)
 }
 
 /// Lines between two reports where there is no terminal to draw a bar on.
@@ -151,7 +157,53 @@ impl Observer for Progress {
     }
 
     fn interrupted(&self) -> bool {
-        INTERRUPTED.load(Ordering::SeqCst)
+        interrupted()
+    }
+}
+
+/// Between two reports where there is no terminal to draw a bar on.
+const REPORTED_EVERY: Duration = Duration::from_secs(5);
+
+/// Shows how many rows are done, and how long the others will take.
+pub struct RowProgress {
+    bar: Option<ProgressBar>,
+    what: &'static str,
+    rows: usize,
+    start: Instant,
+    reported: Option<Instant>,
+}
+
+impl RowProgress {
+    /// `what` is what is done to rows: "scored".
+    pub fn new(what: &'static str, rows: usize) -> Self {
+        let bar = std::io::stderr().is_terminal().then(|| {
+            let bar = ProgressBar::new(rows as u64);
+            let style = ProgressStyle::with_template("{wide_bar} {msg} {pos}/{len} rows, {eta} left");
+            bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+            bar.set_message(what);
+            bar
+        });
+        Self { bar, what, rows, start: Instant::now(), reported: None }
+    }
+
+    /// So many rows are done.
+    pub fn set(&mut self, done: usize) {
+        if let Some(bar) = &self.bar {
+            return bar.set_position(done as u64);
+        }
+        if done < self.rows && self.reported.is_none_or(|at| at.elapsed() >= REPORTED_EVERY) {
+            let left = self.start.elapsed().as_secs_f64() / done.max(1) as f64 * (self.rows - done) as f64;
+            note!("{} {done}/{} rows, {left:.0} s left", self.what, self.rows);
+            self.reported = Some(Instant::now());
+        }
+    }
+}
+
+impl Drop for RowProgress {
+    fn drop(&mut self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
     }
 }
 

@@ -228,7 +228,7 @@ impl RowText {
     }
 
     /// The answers of the row; none of a text, which is learnt whole.
-    pub(super) fn answers(&self) -> Vec<&str> {
+    pub fn answers(&self) -> Vec<&str> {
         match self {
             RowText::Chat(messages) => {
                 let answers = messages.iter().filter(|message| message.role == "assistant");
@@ -239,6 +239,32 @@ impl RowText {
             }
             RowText::Text(_) => Vec::new(),
         }
+    }
+
+    /// The row with another last answer, in the place of the words of its own, and nothing after it; `None` of a row without answers.
+    pub fn with_answer(&self, answer: &str) -> Option<RowText> {
+        let instead_of = |own: &str| match own.split_once(own.trim()) {
+            Some((before, after)) => format!("{before}{answer}{after}"),
+            None => answer.to_owned(),
+        };
+        Some(match self {
+            RowText::Chat(messages) => {
+                let last = messages.iter().rposition(|message| message.role == "assistant")?;
+                let mut turns = messages.get(..=last)?.to_vec();
+                let turn = turns.last_mut()?;
+                turn.content = instead_of(&turn.content);
+                RowText::Chat(turns)
+            }
+            RowText::PromptCompletion { prompt, completion } => {
+                RowText::PromptCompletion { prompt: prompt.clone(), completion: instead_of(completion) }
+            }
+            RowText::Instruction { instruction, input, output } => RowText::Instruction {
+                instruction: instruction.clone(),
+                input: input.clone(),
+                output: instead_of(output),
+            },
+            RowText::Text(_) => return None,
+        })
     }
 
     /// What the last answer answers, in pieces; `None` where nobody asks anything.
@@ -267,12 +293,7 @@ impl RowText {
 /// the line. They call settings as `names` says.
 pub fn read_rows(path: &Path, format: DataFormat, columns: &ColumnMap, names: &Names) -> Result<DataFile, Error> {
     let reader = Reader { path, columns, names };
-    let extension = path.extension().and_then(|extension| extension.to_str()).unwrap_or_default();
-    let records = match extension.to_ascii_lowercase().as_str() {
-        "jsonl" | "ndjson" | "json" => reader.json(&read_text(path)?)?,
-        "csv" => reader.csv(&read_text(path)?)?,
-        _ => return Err(Error::FileKind { path: path.to_owned() }),
-    };
+    let records = reader.records()?;
     let first = records.first().ok_or_else(|| Error::NoRows { path: path.to_owned() })?;
     let detected = match format.chosen() {
         Some(format) => format,
@@ -288,6 +309,26 @@ pub fn read_rows(path: &Path, format: DataFormat, columns: &ColumnMap, names: &N
         Ok(Row { index, line: record.line, text })
     });
     Ok(DataFile { path: path.to_owned(), format: detected, rows: rows.collect::<Result<_, Error>>()? })
+}
+
+/// The texts in columns of a `.jsonl`, `.json` or `.csv` file, row by row; of numbers and truth values what the file says.
+///
+/// # Errors
+/// As [`read_rows`].
+pub fn read_columns<const N: usize>(path: &Path, columns: [&str; N]) -> Result<Vec<[String; N]>, Error> {
+    let reader = Reader { path, columns: &ColumnMap::default(), names: &Names::KEYS };
+    let records = reader.records()?;
+    if records.is_empty() {
+        return Err(Error::NoRows { path: path.to_owned() });
+    }
+    let row = |record: &Record| {
+        let mut texts = columns.map(|_| String::new());
+        for (text, column) in texts.iter_mut().zip(columns) {
+            *text = reader.any_text(record, column)?;
+        }
+        Ok(texts)
+    };
+    records.iter().map(row).collect()
 }
 
 /// A row as the file has it.
@@ -322,6 +363,16 @@ pub(crate) fn read_text(path: &Path) -> Result<String, Error> {
 }
 
 impl Reader<'_> {
+    /// The rows of the file.
+    fn records(&self) -> Result<Vec<Record>, Error> {
+        let extension = self.path.extension().and_then(|extension| extension.to_str()).unwrap_or_default();
+        match extension.to_ascii_lowercase().as_str() {
+            "jsonl" | "ndjson" | "json" => self.json(&read_text(self.path)?),
+            "csv" => self.csv(&read_text(self.path)?),
+            _ => Err(Error::FileKind { path: self.path.to_owned() }),
+        }
+    }
+
     fn json(&self, text: &str) -> Result<Vec<Record>, Error> {
         if text.trim_start().starts_with('[') { self.json_array(text) } else { self.json_lines(text) }
     }
@@ -491,6 +542,10 @@ impl Reader<'_> {
             }
             None => "Every row needs it".to_owned(),
         };
+        self.missing_column(record, column, advice)
+    }
+
+    fn missing_column(&self, record: &Record, column: &str, advice: String) -> Error {
         Error::MissingColumn {
             path: self.path.to_owned(),
             line: record.line,
@@ -510,6 +565,20 @@ impl Reader<'_> {
             other => {
                 let name = self.columns.name(column).to_owned();
                 Err(self.column_type(record, name, describe(other), "a text, in quotation marks"))
+            }
+        }
+    }
+
+    /// A column of this name as text, whatever single value it holds.
+    fn any_text(&self, record: &Record, column: &str) -> Result<String, Error> {
+        match record.fields.get(column) {
+            Some(Value::String(text)) => Ok(text.clone()),
+            Some(value @ (Value::Number(_) | Value::Bool(_))) => Ok(value.to_string()),
+            Some(other) => Err(self.column_type(record, column.to_owned(), describe(other), "a text or a number")),
+            None => {
+                let nearest = nearest(column, record.fields.keys().map(String::as_str));
+                let advice = nearest.map_or_else(String::new, |(found, _)| format!("Did you mean {found:?}?"));
+                Err(self.missing_column(record, column, advice))
             }
         }
     }
@@ -607,6 +676,23 @@ mod tests {
         let questions = rows.map(|row| row.question().unwrap_or_default());
         assert_eq!(questions, ["u", "do in", "do ", "x ", "t"]);
         assert_eq!(RowText::Chat(vec![message("system", "s")]).question(), None);
+    }
+
+    #[test]
+    fn another_answer_stands_where_the_last_one_stood() {
+        let turns = [("user", "u"), ("assistant", "a"), ("user", "v"), ("assistant", " b\n"), ("user", "w")];
+        let chat = RowText::Chat(turns.map(|(role, content)| message(role, content)).to_vec());
+        let RowText::Chat(changed) = chat.with_answer("yes").unwrap() else { panic!("no conversation") };
+        let contents: Vec<_> = changed.iter().map(|turn| turn.content.as_str()).collect();
+        assert_eq!(contents, ["u", "a", "v", " yes\n"], "the white space is part of what the model learnt");
+        let pair = |completion: &str| RowText::PromptCompletion { prompt: "x".into(), completion: completion.into() };
+        assert_eq!(pair(" y z").with_answer("no"), Some(pair(" no")));
+        assert_eq!(pair(" ").with_answer("no"), Some(pair("no ")));
+        let instruction =
+            |output: &str| RowText::Instruction { instruction: "do".into(), input: "in".into(), output: output.into() };
+        assert_eq!(instruction("done").with_answer("no"), Some(instruction("no")));
+        assert_eq!(RowText::Text("t".into()).with_answer("no"), None);
+        assert_eq!(RowText::Chat(vec![message("user", "u")]).with_answer("no"), None);
     }
 
     #[test]

@@ -88,6 +88,8 @@ type Labelled = (Vec<u32>, Vec<bool>);
 pub struct Encoder<'a> {
     tokenizer: &'a Tokenizer,
     options: EncodeOptions,
+    /// Answers that a conversation begins with which are no targets.
+    given_answers: usize,
     /// The token that ends a plain text.
     eos: u32,
 }
@@ -97,7 +99,12 @@ impl<'a> Encoder<'a> {
     /// A tokenizer without a token that ends generation.
     pub fn new(tokenizer: &'a Tokenizer, options: EncodeOptions) -> Result<Self, Error> {
         let eos = *tokenizer.eos_token_ids().first().ok_or(Error::NoEosToken)?;
-        Ok(Encoder { tokenizer, options, eos })
+        Ok(Encoder { tokenizer, options, given_answers: 0, eos })
+    }
+
+    /// The same, for conversations whose first answers, `count` of them, are given: they are no targets.
+    pub fn after_answers(self, count: usize) -> Self {
+        Encoder { given_answers: count, ..self }
     }
 
     pub fn tokenizer(&self) -> &'a Tokenizer {
@@ -172,7 +179,8 @@ impl<'a> Encoder<'a> {
         let (mut ids, ranges) = self.tokenizer.encode_with_offsets(&text)?;
         let mut trained = vec![false; ids.len()];
         let mut end = 0;
-        for (turn, _) in turns.iter().enumerate().filter(|(_, message)| is_answer(message)) {
+        let answers = turns.iter().enumerate().filter(|(_, message)| is_answer(message));
+        for (turn, _) in answers.skip(self.given_answers) {
             let span = answer_span(turns, turn, &text, |messages, opened| Ok(template.render(messages, opened)?))?;
             let tokens: Vec<usize> = (0..ids.len()).filter(|&token| overlap(ranges.get(token), &span)).collect();
             let eos = |token: &usize| ids.get(*token).is_some_and(|id| self.tokenizer.eos_token_ids().contains(id));
@@ -251,7 +259,8 @@ fn overlap(range: Option<&Range<usize>>, span: &Range<usize>) -> bool {
     range.is_some_and(|range| range.start < span.end && (range.end > span.start || range.start >= span.start))
 }
 
-fn instruction_messages(instruction: &str, input: &str, output: &str) -> [Message; 2] {
+/// The conversation that an instruction with its answer is.
+pub fn instruction_messages(instruction: &str, input: &str, output: &str) -> [Message; 2] {
     let message = |role: &str, content: String| Message { role: role.to_owned(), content };
     let user = if input.is_empty() { instruction.to_owned() } else { format!("{instruction}\n\n{input}") };
     [message("user", user), message("assistant", output.to_owned())]
@@ -393,6 +402,22 @@ mod tests {
         let text = |input: &str| shown(&base_model, &whole(&base_model, OPTIONS, &instruction(input)));
         assert_eq!(text(""), "<s>### Instruction:\ndo\n\n### Response:\n«done</s>»");
         assert_eq!(text("in"), "<s>### Instruction:\ndo\n\n### Input:\nin\n\n### Response:\n«done</s>»");
+    }
+
+    #[test]
+    fn given_answers_are_no_targets() {
+        let tokenizer = tokenizer();
+        let turns = chat(&[("user", "u"), ("assistant", "a"), ("user", "v"), ("assistant", "b")]);
+        let given = |count| {
+            let encoder = Encoder::new(&tokenizer, OPTIONS).unwrap().after_answers(count);
+            encoder.encode_whole(&turns).map(|example| shown(&tokenizer, &example)).unwrap()
+        };
+        let (open, close) = ("<|im_start|>assistant\n", "<|im_end|>");
+        let user = |text: &str| format!("<|im_start|>user\n{text}{close}\n");
+        let expected = format!("{}{open}a{close}\n{}{open}«b{close}»", user("u"), user("v"));
+        assert_eq!(given(1), expected);
+        assert_eq!(given(0).replace(['«', '»'], ""), expected.replace(['«', '»'], ""));
+        assert!(given(0).contains("«a"), "{}", given(0));
     }
 
     #[test]

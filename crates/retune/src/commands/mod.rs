@@ -13,6 +13,7 @@ pub mod inspect;
 pub mod logits;
 pub mod merge;
 pub mod schema;
+pub mod score;
 pub mod tokenize;
 pub mod train;
 pub mod unmerge;

@@ -1,0 +1,13 @@
+//! How good a model's answers are, and the scores that papers report.
+//!
+//! Of texts beside their references: `rouge.rs` has ROUGE and `porter.rs` its stemmer, `squad.rs` the exact match and the token F1 of SQuAD, `labels.rs`
+//! accuracy and macro-F1. Of rows of data: `questions.rs` says what they ask, `shots.rs` puts examples before them, `answers.rs` answers them.
+
+pub mod answers;
+mod counts;
+pub mod labels;
+mod porter;
+pub mod questions;
+pub mod rouge;
+pub mod shots;
+pub mod squad;
