@@ -32,6 +32,10 @@ const FIELDS: [&str; 15] = [
     "use_dora",
 ];
 
+/// PEFT's names of what a decoder does, and what an encoder and a decoder do.
+const CAUSAL_LM: &str = "CAUSAL_LM";
+const SEQ_2_SEQ_LM: &str = "SEQ_2_SEQ_LM";
+
 /// What the servers in use say of every other method.
 pub(crate) const LORA_ONLY: &str = "vLLM and mistral.rs take LoRA adapters only";
 
@@ -70,9 +74,10 @@ pub(crate) fn parse(path: &Path, value: Value) -> Result<(Arc<dyn Method>, Optio
     };
     match map.remove("task_type") {
         None | Some(Value::Null) => {}
-        Some(Value::String(task)) if task == "CAUSAL_LM" => {}
+        Some(Value::String(task)) if task == CAUSAL_LM || task == SEQ_2_SEQ_LM => {}
         Some(other) => {
-            return Err(bad(path, "task_type", &format!("is {other}; only CAUSAL_LM adapters can be loaded")));
+            let expected = format!("only {CAUSAL_LM} and {SEQ_2_SEQ_LM} adapters can be loaded");
+            return Err(bad(path, "task_type", &format!("is {other}; {expected}")));
         }
     }
     let base_model = match map.remove("base_model_name_or_path") {
@@ -185,7 +190,7 @@ pub(crate) fn to_json(
 ) -> Result<String, Error> {
     let mut keys = method.peft_config(modules)?;
     keys.insert("peft_type", json!(method.info().peft_type));
-    keys.insert("task_type", json!("CAUSAL_LM"));
+    keys.insert("task_type", json!(if modules.shape.has_encoder { SEQ_2_SEQ_LM } else { CAUSAL_LM }));
     keys.insert("base_model_name_or_path", json!(base_model));
     keys.insert("inference_mode", json!(true));
     let mut text = serde_json::to_string_pretty(&keys)?;

@@ -2,7 +2,7 @@
 
 use std::ops::Deref;
 
-use retune_engine::spec::{Attention, ModelSpec, Module, SubLayer};
+use retune_engine::spec::{Attention, ModelSpec, Module, Stack, SubLayer};
 
 use crate::config::{Bias, LoraConfig};
 use crate::error::Error;
@@ -50,13 +50,15 @@ pub struct Shape {
     /// Its heads of keys and values.
     pub key_value_heads: usize,
     pub head_dim: usize,
-    /// Attentions of the model.
+    /// Layers of the model, of its encoder where it has one.
     pub layers: usize,
+    /// Whether an encoder reads what is answered.
+    pub has_encoder: bool,
 }
 
 impl Shape {
     fn of(spec: &ModelSpec) -> Self {
-        let attentions = || spec.sub_layers().filter_map(SubLayer::attention);
+        let attentions = || spec.stacks().take(1).flat_map(Stack::sub_layers).filter_map(SubLayer::attention);
         let first = attentions().next();
         let first = |of: fn(&Attention) -> usize| first.map_or(0, of);
         Self {
@@ -65,6 +67,7 @@ impl Shape {
             key_value_heads: first(|attention| attention.keys),
             head_dim: first(|attention| attention.head_dim),
             layers: attentions().count(),
+            has_encoder: spec.encoder.is_some(),
         }
     }
 }

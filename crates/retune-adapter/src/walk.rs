@@ -49,7 +49,7 @@ pub(crate) fn walk(
     let (mut linear, mut vector) = (0, 0);
     for module in spec.modules() {
         for (tensor, shape) in module.tensors() {
-            let is_matrix = shape.len() == 2;
+            let is_matrix = module.is_matrix(&shape);
             if let Some(key) = key(module.name(), &tensor) {
                 let is_transposed = matches!(module, Module::Linear(of) if of.transposed && is_matrix);
                 let range = match is_transposed {

@@ -103,9 +103,6 @@ impl<'a> Run<'a> {
 
     /// Adds the gradients of the tables, their norm and virtual tokens to `grads`, for the gradient of the first hidden states in `t.dx`.
     pub(crate) fn embed_backward(&self, grads: &mut [f32], t: &mut Temporary) {
-        if !self.overlay.trains_embedding(self.model) {
-            return;
-        }
         let _span = span(Operation::Embedding);
         let d = self.model.spec.hidden_size;
         let len = self.pass.tokens() * d;

@@ -109,10 +109,12 @@ pub struct Generation<'a> {
     workspace: Workspace,
     cache: Vec<Cache>,
     pass: Pass,
+    /// What the encoder is to read with the next tokens.
+    source: Option<Box<Pass>>,
     logits: Vec<f32>,
     order: Vec<u32>,
     prelude: Prelude,
-    /// Everything read so far, virtual tokens first.
+    /// Everything read so far but for the source, virtual tokens first.
     ids: Vec<u32>,
     drawn: u64,
 }
@@ -128,8 +130,9 @@ impl<'a> Generation<'a> {
             compute: Compute::default(),
             sampling,
             workspace: Workspace::new(model, Saving::None),
-            cache: model.sub_layers.iter().filter_map(|s| s.attention()).map(Cache::new).collect(),
+            cache: attentions(model).map(Cache::new).collect(),
             pass: Pass::default(),
+            source: None,
             logits: vec![0.0; model.spec.vocab_size],
             order: Vec::new(),
             prelude: overlay.prelude(&model.spec),
@@ -142,16 +145,25 @@ impl<'a> Generation<'a> {
 
     /// Leaves in the caches what stands before the first token.
     fn restart_caches(&mut self) {
-        let attentions = self.model.sub_layers.iter().filter_map(|s| s.attention());
-        for (cache, attention) in self.cache.iter_mut().zip(attentions) {
-            cache.restart(attention.prefix(self.overlay, self.params), self.prelude.prefix);
+        for (cache, attention) in self.cache.iter_mut().zip(attentions(self.model)) {
+            cache.restart(attention.prefix(self.model, self.overlay, self.params), self.prelude.prefix);
         }
+    }
+
+    /// Gives the encoder the text that is to be answered, and forgets all that was read before.
+    pub fn read_source(&mut self, ids: &[u32]) {
+        self.ids.clear();
+        self.restart_caches();
+        let prelude = Prelude { virtual_ids: self.prelude.virtual_ids.clone(), ..Prelude::default() };
+        let mut source = Pass::new(prelude, false);
+        source.push(0, ids, &[]);
+        self.source = Some(Box::new(source));
     }
 
     /// Reads tokens: the prompt, or the token generated last.
     pub fn read(&mut self, ids: &[u32]) {
         let mut first = self.ids.len();
-        if first == 0 {
+        if first == 0 && self.prelude.decoder_start.is_none() {
             self.ids.extend(self.prelude.virtual_ids.clone());
         }
         self.ids.extend_from_slice(ids);
@@ -167,6 +179,7 @@ impl<'a> Generation<'a> {
         let chunk = if long.is_empty() { PROMPT_CHUNK } else { usize::MAX };
         for chunk in self.ids[first..].chunks(chunk) {
             self.pass.clear();
+            self.pass.source = self.source.take();
             self.pass.push(0, chunk, &[]);
             self.pass.positions.iter_mut().for_each(|p| *p += (prefix + first) as u32);
             first += chunk.len();
@@ -185,8 +198,12 @@ impl<'a> Generation<'a> {
 
     /// Reads a text from its beginning. What it has in common at its beginning with what was read before is not read again, as long as the
     /// caches can go back to there: a window may have let go of what came before, and where a rotation depends on the length a text that
-    /// becomes shorter is rotated otherwise.
+    /// becomes shorter is rotated otherwise. An encoder reads it whole, and the decoder its start.
     pub fn read_text(&mut self, ids: &[u32]) {
+        if let Some(start) = self.prelude.decoder_start {
+            self.read_source(ids);
+            return self.read(&[start]);
+        }
         let own = self.prelude.virtual_ids.len().min(self.ids.len());
         // The last token is read in any case, for the logits of what follows it.
         let rest = &ids[..ids.len().saturating_sub(1)];
@@ -206,14 +223,15 @@ impl<'a> Generation<'a> {
         self.read(&ids[common..]);
     }
 
-    /// Keys and values of everything read, as a [`crate::overlay::Prefix`] holds them: that prefix is to what follows what the text read
-    /// is. `None` where a window has let go of some.
+    /// Keys and values of everything that the decoder read, as a [`crate::overlay::Prefix`] holds them: that prefix is to what follows what
+    /// the text read is. `None` where a window has let go of some.
     pub fn keys_and_values(&self) -> Option<Vec<f32>> {
         let count = self.prelude.prefix + self.ids.len();
         let row = self.model.spec.key_value_width();
         let mut all = vec![0.0; count * row];
         let mut column = 0;
-        for cache in &self.cache {
+        let caches = self.cache.iter().zip(attentions(self.model));
+        for (cache, _) in caches.filter(|(_, attention)| attention.number.is_some()) {
             if cache.tokens() != count {
                 return None;
             }
@@ -264,8 +282,8 @@ impl<'a> Generation<'a> {
         self.order[self.order.len() - 1]
     }
 
-    /// Reads `prompt`, then generates up to `max_new_tokens` tokens, until one of `stop` comes (which is not returned) or `on_token`, called
-    /// with each, says false.
+    /// Reads `prompt`, the encoder's source where there is one, then generates up to `max_new_tokens` tokens, until one of `stop` comes (which
+    /// is not returned) or `on_token`, called with each, says false.
     pub fn run(
         &mut self,
         prompt: &[u32],
@@ -276,7 +294,10 @@ impl<'a> Generation<'a> {
         if prompt.is_empty() {
             return Vec::new();
         }
-        self.read(prompt);
+        match self.prelude.decoder_start {
+            None => self.read(prompt),
+            Some(_) => self.read_text(prompt),
+        }
         self.go_on(max_new_tokens, stop, on_token)
     }
 
@@ -296,6 +317,11 @@ impl<'a> Generation<'a> {
         }
         generated
     }
+}
+
+/// The attentions of the decoder, each of which has a cache.
+fn attentions(model: &Model) -> impl Iterator<Item = &Attention> {
+    model.decoder.sub_layers.iter().filter_map(|s| s.attention())
 }
 
 /// The uniform number in [0, 1) at a place of a seed's stream.

@@ -24,7 +24,17 @@ impl Run<'_> {
             let at = token as usize * d;
             row.copy_from_slice(&x[at..at + d]);
         }
-        self.model.norm.forward(*self, &head.rows[..rows * d], &mut head.norm[..rows * d]);
+        let norm = &mut head.norm[..rows * d];
+        self.model.decoder.norm.forward(*self, &head.rows[..rows * d], norm);
+        self.scale_hidden(norm);
+    }
+
+    /// Multiplies normalised hidden states, or their gradient, by the head's factor.
+    fn scale_hidden(&self, x: &mut [f32]) {
+        let scale = self.model.spec.head.scale;
+        if scale != 1.0 {
+            vector::scale(x, scale);
+        }
     }
 
     /// Makes room for what the head keeps of `rows` rows for its backward.
@@ -35,10 +45,10 @@ impl Run<'_> {
 
     /// Writes the logits `[tokens.len(), V]` of tokens of the pass whose layers were run last without backward.
     pub(crate) fn last_logits(&self, tokens: &[u32], workspace: &mut Workspace, logits: &mut [f32]) {
-        let last = workspace.input(self.model, self.model.sub_layers.len(), false);
-        let Workspace { x, temporary, head, .. } = workspace;
+        let Workspace { saving, decoder, temporary, head, .. } = workspace;
+        let last = decoder.last(&self.model.decoder, *saving, false);
         let rows = tokens.len();
-        self.gather_normalised(tokens.iter().copied(), rows, &x[last], head);
+        self.gather_normalised(tokens.iter().copied(), rows, last, head);
         self.grow_kept(rows, head);
         let _span = span(Operation::Head);
         let norm = &head.norm[..rows * self.model.spec.hidden_size];
@@ -57,16 +67,16 @@ impl Run<'_> {
         let (pass, spec) = (self.pass, &self.model.spec);
         let (d, v) = (spec.hidden_size, spec.vocab_size);
         let backward = grads.is_some();
-        let last = workspace.input(self.model, self.model.sub_layers.len(), backward);
         let block = Workspace::head_rows(self.model, self.compute.head_in_int8(self.model), pass.labels.len());
-        let Workspace { x, temporary, head, losses, .. } = workspace;
+        let Workspace { saving, decoder, temporary, head, losses, .. } = workspace;
+        let last = decoder.last(&self.model.decoder, *saving, backward);
         losses.resize(pass.labels.len(), 0.0);
         if backward {
             temporary.dx[..pass.tokens() * d].fill(0.0);
         }
         for (labels, losses) in pass.labels.chunks(block).zip(losses.chunks_mut(block)) {
             let rows = labels.len();
-            self.gather_normalised(labels.iter().map(|l| l.token), rows, &x[last], head);
+            self.gather_normalised(labels.iter().map(|l| l.token), rows, last, head);
             grow(&mut head.logits, block * v);
             self.grow_kept(block, head);
             head.targets.clear();
@@ -138,8 +148,8 @@ impl Run<'_> {
         let run = self.of_head();
         let (d, v) = (self.model.spec.hidden_size, self.model.spec.vocab_size);
         let rows = labels.len();
-        let trains_norm = self.model.norm.vectors().any(|vector| self.overlay.trains_vector(vector));
-        let below = trains_norm || self.overlay.lowest_sub_layer(self.model).is_some();
+        let stack = &self.model.decoder;
+        let below = self.overlay.trains_norm(&stack.norm) || self.overlay.lowest_sub_layer(self.model, stack).is_some();
         grow(&mut head.dnorm, rows * d);
         grow(&mut head.drows, rows * d);
         let HeadBuffers { rows: inputs, norm, dnorm, drows, logits, targets, label_gradients, u, unscaled } = head;
@@ -183,7 +193,8 @@ impl Run<'_> {
         let _span = span(Operation::Norm);
         let drows = &mut drows[..rows * d];
         drows.fill(0.0);
-        self.model.norm.backward(*self, &inputs[..rows * d], &dnorm[..rows * d], drows, grads);
+        self.scale_hidden(&mut dnorm[..rows * d]);
+        self.model.decoder.norm.backward(*self, &inputs[..rows * d], &dnorm[..rows * d], drows, grads);
         for (label, row) in labels.iter().zip(drows.chunks_exact(d)) {
             let at = label.token as usize * d;
             // Several rows may read a token they share.

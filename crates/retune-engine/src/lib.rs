@@ -6,6 +6,7 @@
 
 pub mod calibrate;
 pub mod compute;
+mod distances;
 mod embed;
 pub mod generate;
 mod head;
@@ -25,6 +26,6 @@ mod sub_layer;
 mod work;
 pub mod workspace;
 
-pub use run::{Run, Step};
+pub use run::{NonFinite, Run, Step};
 pub use saved::Saving;
 pub use work::{Work, work_of_step};

@@ -34,14 +34,42 @@ pub struct Model {
     /// Learned positions, `[context, hidden_size]`.
     pub(crate) positions: Option<Matrix>,
     pub(crate) table_norm: Option<Norm>,
-    /// All sub-layers in the order of the forward.
-    pub(crate) sub_layers: Vec<SubLayer>,
-    pub(crate) norm: Norm,
+    pub(crate) encoder: Option<Stack>,
+    pub(crate) decoder: Stack,
     pub(crate) head: LinearId,
     pub(crate) linears: Vec<Linear>,
-    /// Norm weights and biases, decoded.
+    /// Norm weights, biases and biases by distance, decoded.
     pub(crate) vectors: Vec<Vec<f32>>,
+    /// Where the keys and the values of a prefix lie in rows that hold those of all attentions, for each of them.
+    pub(crate) prefix_places: Vec<[HeadLayout; 2]>,
     names: Vec<String>,
+}
+
+/// Sub-layers one after the other, ready to run.
+pub(crate) struct Stack {
+    /// In the order of the forward.
+    pub sub_layers: Vec<SubLayer>,
+    pub norm: Norm,
+    /// The biases of attentions that take theirs from buckets.
+    pub buckets: Option<Buckets>,
+}
+
+/// Biases by distance and their table `[count, heads]`.
+pub(crate) struct Buckets {
+    pub table: VectorId,
+    pub spec: spec::Buckets,
+}
+
+impl Stack {
+    /// Number of blocks.
+    pub fn blocks(&self) -> usize {
+        self.sub_layers.last().map_or(0, |s| s.block + 1)
+    }
+
+    /// Sub-layers of the largest block.
+    pub fn places(&self) -> usize {
+        self.sub_layers.iter().map(|s| s.place + 1).max().unwrap_or(0)
+    }
 }
 
 /// A frozen linear.
@@ -104,17 +132,28 @@ pub(crate) enum Middle {
 
 /// An attention with the places of its heads in the inputs' output.
 pub(crate) struct Attention {
-    pub scores: Scores,
+    pub scores: Scores<'static>,
     pub q: HeadLayout,
     pub k: HeadLayout,
     pub v: HeadLayout,
-    /// Where the keys and the values of a prefix lie in rows that hold those of all attentions.
-    pub prefix: [HeadLayout; 2],
+    /// Where keys and values come from, if not from the inputs.
+    pub memory: Option<Memory>,
+    /// Its number among the attentions that a prefix precedes, in [`Model::prefix_places`].
+    pub number: Option<usize>,
+    /// The biases by distance, from the stack's buckets.
+    pub buckets: Option<VectorId>,
     pub qk_norm: Option<[Norm; 2]>,
     /// The spec's rotation that queries and keys are turned by.
     pub rope: Option<usize>,
     /// Factor on queries after that.
     pub query_scale: Option<QueryScale>,
+}
+
+/// The linears that make keys and values of the encoder's output; `k` and `v` say where in their output these lie.
+pub(crate) struct Memory {
+    pub linears: Vec<LinearId>,
+    /// Elements from one row of their outputs, side by side, to the next.
+    pub row: usize,
 }
 
 impl SubLayer {
@@ -142,6 +181,16 @@ impl SubLayer {
             Middle::Activation { .. } => None,
         }
     }
+
+    /// What it makes of the encoder's output, if it looks at that.
+    pub fn memory(&self) -> Option<&Memory> {
+        self.attention()?.memory.as_ref()
+    }
+
+    /// The linears that read the encoder's output.
+    pub fn memory_linears(&self) -> &[LinearId] {
+        self.memory().map_or(&[], |memory| &memory.linears)
+    }
 }
 
 /// A row a cache line longer where rows would lie a multiple of half a page apart: all rows of a tile would fall into the same few sets of
@@ -158,7 +207,12 @@ struct Builder<'a, W> {
     linears: Vec<Linear>,
     vectors: Vec<Vec<f32>>,
     names: Vec<String>,
-    /// Elements of a row that holds the keys and values of all attentions, and where those of the next attention begin in it.
+    /// The biases by distance of the stack that is being built.
+    buckets: Option<VectorId>,
+    /// Whether a prefix precedes that stack's attentions.
+    takes_prefix: bool,
+    prefix_places: Vec<[HeadLayout; 2]>,
+    /// Elements of a row that holds the keys and values of all of them, and where those of the next begin in it.
     key_value_width: usize,
     next_key: usize,
 }
@@ -196,6 +250,7 @@ impl<W: Weights> Builder<'_, W> {
         let mut inner = padded(s.inner());
         let middle = match &s.mix {
             Mix::Attention(attention) => Middle::Attention(Box::new(self.attention(attention, inner)?)),
+            Mix::Cross(cross) => Middle::Attention(Box::new(self.cross_attention(cross, inner)?)),
             Mix::Activation { function, gated: true } => {
                 Middle::Activation { function: *function, gated: true, width: s.inner() / 2 }
             }
@@ -218,28 +273,60 @@ impl<W: Weights> Builder<'_, W> {
             }
             Order::Heads => [0, 1, 2].map(|part| layout(a.queries, part * d, 3 * d)),
         };
-        let in_prefix = |first| HeadLayout { row: self.key_value_width, ..layout(a.keys, first, d) };
-        let prefix = [0, a.keys * d].map(|first| in_prefix(self.next_key + first));
-        self.next_key += a.key_value_width();
+        let number = self.takes_prefix.then_some(self.prefix_places.len());
+        if self.takes_prefix {
+            let in_prefix = |first| HeadLayout { row: self.key_value_width, ..layout(a.keys, first, d) };
+            self.prefix_places.push([0, a.keys * d].map(|first| in_prefix(self.next_key + first)));
+            self.next_key += a.key_value_width();
+        }
         let qk_norm = match &a.qk_norm {
             Some([q, k]) => Some([self.norm(q)?, self.norm(k)?]),
             None => None,
         };
-        let (rope, slopes) = match a.positions {
-            Positions::None => (None, None),
-            Positions::Rope(rope) => (Some(rope), None),
-            Positions::Alibi => (None, Some(attention::alibi_slopes(a.queries).into())),
+        let rope = if let Positions::Rope(rope) = a.positions { Some(rope) } else { None };
+        let buckets = self.buckets.filter(|_| a.positions == Positions::Buckets);
+        let slopes = (a.positions == Positions::Alibi).then(|| attention::alibi_slopes(a.queries).into());
+        let (causal, window, soft_cap) = (a.causal, a.window, a.soft_cap);
+        let scores = Scores { causal, window, soft_cap, slopes, ..Scores::new(a.queries, a.keys, d, a.scale) };
+        Ok(Attention { scores, q, k, v, memory: None, number, buckets, qk_norm, rope, query_scale: a.query_scale })
+    }
+
+    fn cross_attention(&mut self, a: &spec::CrossAttention, inner: usize) -> Result<Attention, W::Error> {
+        let (heads, head_dim) = (a.heads, a.head_dim);
+        let width = heads * head_dim;
+        let row = padded(2 * width);
+        let layout = |row, first| HeadLayout { row, first, head: head_dim, heads, head_dim };
+        let mut linears = Vec::with_capacity(a.memory.len());
+        for linear in &a.memory {
+            linears.push(self.stored_linear(linear)?);
+        }
+        Ok(Attention {
+            scores: Scores { causal: false, ..Scores::new(heads, heads, head_dim, a.scale) },
+            q: layout(inner, 0),
+            k: layout(row, 0),
+            v: layout(row, width),
+            memory: Some(Memory { linears, row }),
+            number: None,
+            buckets: None,
+            qk_norm: None,
+            rope: None,
+            query_scale: None,
+        })
+    }
+
+    fn stack(&mut self, stack: &spec::Stack, takes_prefix: bool) -> Result<Stack, W::Error> {
+        let buckets = match &stack.buckets {
+            Some(spec) => Some(Buckets { table: self.vector(format!("{}.weight", spec.name))?, spec: spec.clone() }),
+            None => None,
         };
-        let scores = Scores {
-            queries: a.queries,
-            keys: a.keys,
-            head_dim: d,
-            window: a.window,
-            scale: a.scale,
-            soft_cap: a.soft_cap,
-            slopes,
-        };
-        Ok(Attention { scores, q, k, v, prefix, qk_norm, rope, query_scale: a.query_scale })
+        (self.buckets, self.takes_prefix) = (buckets.as_ref().map(|buckets| buckets.table), takes_prefix);
+        let mut sub_layers = Vec::new();
+        for (block, of_block) in stack.blocks.iter().enumerate() {
+            for (place, sub_layer) in of_block.sub_layers.iter().enumerate() {
+                sub_layers.push(self.sub_layer(block, place, sub_layer)?);
+            }
+        }
+        Ok(Stack { sub_layers, norm: self.norm(&stack.norm)?, buckets })
     }
 }
 
@@ -254,6 +341,9 @@ impl Model {
             linears: Vec::new(),
             vectors: Vec::new(),
             names: Vec::new(),
+            buckets: None,
+            takes_prefix: false,
+            prefix_places: Vec::new(),
             key_value_width: spec.key_value_width(),
             next_key: 0,
         };
@@ -263,21 +353,26 @@ impl Model {
             None => None,
         };
         let table_norm = spec.table.norm.as_ref().map(|norm| b.norm(norm)).transpose()?;
-        let mut sub_layers = Vec::new();
-        for (block, of_block) in spec.blocks.iter().enumerate() {
-            for (place, sub_layer) in of_block.sub_layers.iter().enumerate() {
-                sub_layers.push(b.sub_layer(block, place, sub_layer)?);
-            }
-        }
-        let norm = b.norm(&spec.norm)?;
+        let encoder = spec.encoder.as_ref().map(|encoder| b.stack(&encoder.stack, false)).transpose()?;
+        let decoder = b.stack(&spec.decoder, true)?;
         let head = match spec.head.tied {
             true => b.linear(&spec.head.linear, table.clone())?,
             false => b.stored_linear(&spec.head.linear)?,
         };
         // The gradient of the logits is a vocabulary of small probabilities.
         b.linears[head.0].gradient_rounding = Rounding::Stochastic;
-        let Builder { linears, vectors, names, .. } = b;
-        Ok(Self { spec, table, positions, table_norm, sub_layers, norm, head, linears, vectors, names })
+        let Builder { linears, vectors, prefix_places, names, .. } = b;
+        Ok(Self { spec, table, positions, table_norm, encoder, decoder, head, linears, vectors, prefix_places, names })
+    }
+
+    /// The encoder, if there is one, and the decoder.
+    pub(crate) fn stacks(&self) -> impl Iterator<Item = &Stack> {
+        self.encoder.iter().chain([&self.decoder])
+    }
+
+    /// All sub-layers in the order of the forward.
+    pub(crate) fn sub_layers(&self) -> impl Iterator<Item = &SubLayer> {
+        self.stacks().flat_map(|stack| &stack.sub_layers)
     }
 
     /// A linear by its number.

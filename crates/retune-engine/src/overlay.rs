@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use arrayvec::ArrayVec;
 
-use crate::model::{LinearId, Model, SubLayer, VectorId, padded};
+use crate::model::{LinearId, Model, Norm, Stack, SubLayer, VectorId, padded};
 use crate::params::ParamLayout;
 use crate::pass::Prelude;
 use crate::spec::ModelSpec;
@@ -32,9 +32,9 @@ pub struct Overlay {
     pub positions_term: Option<TableTerm>,
     /// By [`LinearId`]; as many as the model has.
     pub linears: Vec<Change>,
-    /// Norm weights and biases trained in the base's place, by [`VectorId`]; as many as the model has.
+    /// Norm weights, biases and biases by distance trained in the base's place, by [`VectorId`]; as many as the model has.
     pub vectors: Vec<Option<Range<usize>>>,
-    /// Inputs of the first block before those of each row's tokens.
+    /// Inputs of the first block before those of each row's tokens; the encoder's, where there is one.
     pub virtual_tokens: Option<VirtualTokens>,
     /// Keys and values of each attention before those of each row's tokens.
     pub prefix: Option<Prefix>,
@@ -68,13 +68,17 @@ pub struct VirtualTokens {
 }
 
 /// Keys and values that every query of a row may look at (Li and Liang 2021). They are taken as they are, neither normalised nor rotated.
-/// They stand at the positions `0..count`, by which a window and a bias by distance count them.
+/// They stand at the positions `0..count`, by which a window and a bias by distance count them. Attentions of an encoder and those to its
+/// output have none.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Prefix {
     /// Where they lie in the flat vector: `[count, W]`, W being [`ModelSpec::key_value_width`]. A row has the attentions one after the other,
     /// of each its keys, head by head, and then its values.
     pub values: Range<usize>,
     pub count: usize,
+    /// For each attention in turn the number of the one in whose place its keys and values lie: two may read the same. Each has its own
+    /// where this is empty.
+    pub places: Vec<usize>,
 }
 
 /// Most low-rank terms on one linear.
@@ -197,7 +201,8 @@ impl Overlay {
         let first = spec.vocab_size as u32;
         let virtual_ids = self.virtual_tokens.as_ref().map(|tokens| first..first + tokens.count as u32);
         let prefix = self.prefix.as_ref().map_or(0, |prefix| prefix.count);
-        Prelude { virtual_ids: virtual_ids.unwrap_or_default(), prefix }
+        let decoder_start = spec.encoder.as_ref().map(|encoder| encoder.decoder_start);
+        Prelude { virtual_ids: virtual_ids.unwrap_or_default(), prefix, decoder_start }
     }
 
     /// The most tokens a row of a model of this spec may have, after what this puts before it; no limit but sense where positions are not
@@ -234,35 +239,53 @@ impl Overlay {
             || sub_layer.inputs.iter().any(|&linear| self.trains_linear(model, linear))
     }
 
-    /// Whether a sub-layer's mix reads anything trained that is not computed from the sub-layer's input.
-    pub(crate) fn trains_mix(&self, sub_layer: &SubLayer) -> bool {
-        self.prefix.is_some() && sub_layer.attention().is_some()
+    /// Whether a sub-layer's mix reads anything trained that is not computed from the sub-layer's input: a prefix, biases by distance, what
+    /// linears make of the encoder's output, and that output itself.
+    pub(crate) fn trains_mix(&self, model: &Model, sub_layer: &SubLayer) -> bool {
+        let Some(attention) = sub_layer.attention() else { return false };
+        (self.prefix.is_some() && attention.number.is_some())
+            || attention.buckets.is_some_and(|buckets| self.trains_vector(buckets))
+            || (attention.memory.is_some() && self.trains_encoder(model))
+            || sub_layer.memory_linears().iter().any(|&linear| self.trains_linear(model, linear))
+    }
+
+    /// Whether anything that makes the encoder's output is trained.
+    pub(crate) fn trains_encoder(&self, model: &Model) -> bool {
+        model.encoder.as_ref().is_some_and(|encoder| {
+            self.trains_norm(&encoder.norm) || self.lowest_sub_layer(model, encoder).is_some()
+        })
+    }
+
+    /// Whether a norm is trained.
+    pub(crate) fn trains_norm(&self, norm: &Norm) -> bool {
+        norm.vectors().any(|vector| self.trains_vector(vector))
     }
 
     /// Whether anything of a sub-layer is trained.
     pub(crate) fn trains_sub_layer(&self, model: &Model, sub_layer: &SubLayer) -> bool {
         self.trains_inputs(model, sub_layer)
-            || self.trains_mix(sub_layer)
+            || self.trains_mix(model, sub_layer)
             || self.trains_linear(model, sub_layer.output)
-            || sub_layer.post_norm.iter().flat_map(|norm| norm.vectors()).any(|vector| self.trains_vector(vector))
+            || sub_layer.post_norm.as_ref().is_some_and(|norm| self.trains_norm(norm))
     }
 
-    /// Whether anything that makes the first hidden states is trained.
-    pub(crate) fn trains_embedding(&self, model: &Model) -> bool {
-        let norm = model.table_norm.iter().flat_map(|norm| norm.vectors());
+    /// Whether anything that makes a stack's first hidden states is trained.
+    pub(crate) fn trains_embedding(&self, model: &Model, stack: &Stack) -> bool {
+        // Virtual tokens are the encoder's, where there is one.
+        let is_first = model.stacks().next().is_some_and(|first| std::ptr::eq(first, stack));
         let rows = [&self.table, &self.positions].into_iter().any(Option::is_some)
             || [&self.table_term, &self.positions_term].into_iter().any(Option::is_some)
-            || self.table_rows.is_some()
-            || self.virtual_tokens.is_some();
-        rows || norm.into_iter().any(|vector| self.trains_vector(vector))
+            || self.table_rows.is_some();
+        rows || (self.virtual_tokens.is_some() && is_first)
+            || model.table_norm.as_ref().is_some_and(|norm| self.trains_norm(norm))
     }
 
-    /// The lowest sub-layer that the backward must reach: below it nothing is trained. `None` where nothing before the last norm is.
-    pub(crate) fn lowest_sub_layer(&self, model: &Model) -> Option<usize> {
-        if self.trains_embedding(model) && !model.sub_layers.is_empty() {
+    /// The lowest sub-layer of a stack that its backward must reach: below it nothing is trained. `None` where nothing before the last norm is.
+    pub(crate) fn lowest_sub_layer(&self, model: &Model, stack: &Stack) -> Option<usize> {
+        if self.trains_embedding(model, stack) && !stack.sub_layers.is_empty() {
             return Some(0);
         }
-        model.sub_layers.iter().position(|sub_layer| self.trains_sub_layer(model, sub_layer))
+        stack.sub_layers.iter().position(|sub_layer| self.trains_sub_layer(model, sub_layer))
     }
 
     /// Whether low-rank terms drop elements of their input in training.

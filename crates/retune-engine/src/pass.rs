@@ -34,17 +34,30 @@ pub struct Prelude {
     pub virtual_ids: Range<u32>,
     /// Number of keys and values that every attention finds before those of the row's tokens.
     pub prefix: usize,
+    /// The id that rows begin with where each answers a text that an encoder reads, its source. Virtual tokens then stand before the
+    /// tokens of sources.
+    pub decoder_start: Option<u32>,
 }
 
 impl Prelude {
-    /// How many positions it takes.
+    /// How many positions virtual tokens and the prefix take.
     pub fn len(&self) -> usize {
         self.virtual_ids.len() + self.prefix
     }
 
-    /// Whether rows begin with their own tokens.
+    /// Whether it takes none.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// The ids that are computed before a row's own.
+    fn ids(&self) -> impl Iterator<Item = u32> + use<> {
+        self.virtual_ids.clone().chain(self.decoder_start)
+    }
+
+    /// Of the ids that follow, how many are not computed: where a row begins with a start, its last token predicts nothing.
+    fn unread(&self) -> usize {
+        usize::from(self.decoder_start.is_some())
     }
 }
 
@@ -64,6 +77,8 @@ pub struct Pass {
     /// For each key of each row, all rows one after the other, where it comes from: [`Self::prefix_rows`] are the prefix's, and
     /// [`Self::token_rows`], after them, those of the pass's tokens.
     pub key_rows: Vec<u32>,
+    /// What the rows answer, a row for each, where an encoder reads it.
+    pub source: Option<Box<Pass>>,
 }
 
 /// How much a pass holds.
@@ -78,12 +93,14 @@ pub struct PassSize {
     pub scored_labels: usize,
     /// Whether rows share tokens.
     pub is_shared: bool,
+    /// Tokens of the sources.
+    pub source_tokens: usize,
 }
 
 impl PassSize {
-    /// Rows that share nothing, with a label on every token.
+    /// Rows that share nothing, with a label on every token, and sources of as many tokens (where there are sources).
     pub fn dense(tokens: usize) -> Self {
-        Self { tokens, keys: tokens, labels: tokens, ..Self::default() }
+        Self { tokens, keys: tokens, labels: tokens, source_tokens: tokens, ..Self::default() }
     }
 
     /// The size of a pass that could hold either of two.
@@ -94,15 +111,27 @@ impl PassSize {
             labels: self.labels.max(other.labels),
             scored_labels: self.scored_labels.max(other.scored_labels),
             is_shared: self.is_shared || other.is_shared,
+            source_tokens: self.source_tokens.max(other.source_tokens),
         }
     }
 }
 
 impl Pass {
     /// An empty pass for rows after `prelude`, which is [`crate::overlay::Overlay::prelude`] of what the pass will run through. With
-    /// `share_prefixes` rows will share what they begin with in common.
+    /// `share_prefixes` rows will share what they begin with in common, unless each answers a source of its own.
     pub fn new(prelude: Prelude, share_prefixes: bool) -> Self {
-        Self { prelude, share_prefixes, ..Self::default() }
+        if prelude.decoder_start.is_none() {
+            return Self { prelude, share_prefixes, ..Self::default() };
+        }
+        let of_source = Prelude { prefix: 0, decoder_start: None, ..prelude.clone() };
+        let source = Some(Box::new(Self::new(of_source, false)));
+        Self { prelude: Prelude { virtual_ids: 0..0, ..prelude }, source, ..Self::default() }
+    }
+
+    /// The prelude that the pass was made for.
+    pub(crate) fn made_for(&self) -> Prelude {
+        let virtual_ids = self.source.as_ref().map_or(&self.prelude, |source| &source.prelude).virtual_ids.clone();
+        Prelude { virtual_ids, ..self.prelude.clone() }
     }
 
     /// Number of tokens that are computed.
@@ -115,6 +144,11 @@ impl Pass {
         self.key_rows.len()
     }
 
+    /// Keys of the longest row, by its positions.
+    pub(crate) fn longest(&self) -> usize {
+        self.positions.iter().max().map_or(0, |&position| position as usize + 1)
+    }
+
     /// Number of tokens of all rows, virtual ones left out.
     pub fn row_tokens(&self) -> usize {
         self.keys() - self.sequences.len() * self.prelude.len()
@@ -123,7 +157,13 @@ impl Pass {
     /// How much it holds.
     pub fn size(&self) -> PassSize {
         let (tokens, keys, labels) = (self.tokens(), self.keys(), self.labels.len());
-        PassSize { tokens, keys, labels, scored_labels: 0, is_shared: self.is_shared() }
+        let source_tokens = self.source_tokens();
+        PassSize { tokens, keys, labels, scored_labels: 0, is_shared: self.is_shared(), source_tokens }
+    }
+
+    /// Number of tokens of the sources.
+    pub fn source_tokens(&self) -> usize {
+        self.source.as_ref().map_or(0, |source| source.tokens())
     }
 
     /// Whether a token is part of several rows.
@@ -144,7 +184,8 @@ impl Pass {
 
     /// The ids of a row after the prelude.
     fn row_ids<'a>(&self, ids: &'a [u32]) -> impl Iterator<Item = u32> + use<'a> {
-        self.prelude.virtual_ids.clone().chain(ids.iter().copied())
+        let read = ids.len().saturating_sub(self.prelude.unread());
+        self.prelude.ids().chain(ids[..read].iter().copied())
     }
 
     /// The longest beginning that a row would share with one in the pass, as a range of [`Self::key_rows`]; empty for none.
@@ -171,17 +212,30 @@ impl Pass {
         self.prelude.virtual_ids.len() + ids.len() - self.shared(ids).len()
     }
 
+    /// By how many tokens a source would make the sources longer.
+    pub fn own_source_tokens(&self, source: &[u32]) -> usize {
+        self.source.as_ref().map_or(0, |of_source| of_source.own_tokens(source))
+    }
+
     /// How many keys a row would have.
     pub fn row_keys(&self, ids: &[u32]) -> usize {
         self.prelude.len() + ids.len()
     }
 
-    /// Appends a row; `trained[i]` says whether token i is a target (the first is none unless a virtual token predicts it).
+    /// Appends a row that answers `source`, which is read where the pass has sources.
+    pub fn push_answer(&mut self, row: u64, source: &[u32], ids: &[u32], trained: &[bool]) {
+        if let Some(of_source) = &mut self.source {
+            of_source.push(row, source, &[]);
+        }
+        self.push(row, ids, trained);
+    }
+
+    /// Appends a row; `trained[i]` says whether token i is a target (the first is none unless a virtual token or a start predicts it).
     pub fn push(&mut self, row: u64, ids: &[u32], trained: &[bool]) {
         let shared = self.shared(ids);
-        let (virtual_tokens, prefix) = (self.prelude.virtual_ids.len(), self.prelude.prefix);
+        let (before, prefix) = (self.prelude.ids().count(), self.prelude.prefix);
         let (start, first) = (self.ids.len(), self.key_rows.len());
-        let own = shared.len()..virtual_tokens + ids.len();
+        let own = shared.len()..before + ids.len().saturating_sub(self.prelude.unread());
         let end = start + own.len();
         let row_ids = self.row_ids(ids);
         self.ids.extend(row_ids.skip(own.start));
@@ -190,7 +244,7 @@ impl Pass {
         self.key_rows.extend_from_within(shared);
         self.key_rows.extend((prefix + start) as u32..(prefix + end) as u32);
         let rows = &self.key_rows[first + prefix..];
-        let targets = ids.iter().zip(trained).zip(virtual_tokens..).filter(|((_, trained), at)| **trained && *at > 0);
+        let targets = ids.iter().zip(trained).zip(before..).filter(|((_, trained), at)| **trained && *at > 0);
         let label = |((&target, _), at): (_, usize)| Label { token: rows[at - 1] - prefix as u32, target };
         let first_label = self.labels.len();
         self.labels.extend(targets.map(label));
@@ -211,6 +265,9 @@ impl Pass {
         self.sequences.clear();
         self.labels.clear();
         self.key_rows.clear();
+        if let Some(source) = &mut self.source {
+            source.clear();
+        }
     }
 
     /// The sequence that a label is of.
@@ -274,7 +331,7 @@ mod tests {
 
     #[test]
     fn virtual_tokens_begin_each_row_and_predict_its_first() {
-        let prelude = Prelude { virtual_ids: 100..103, prefix: 0 };
+        let prelude = Prelude { virtual_ids: 100..103, ..Prelude::default() };
         let mut pass = Pass::new(prelude, false);
         pass.push(0, &[10, 11], &[true, true]);
         pass.push(1, &[20], &[false]);
@@ -288,7 +345,7 @@ mod tests {
 
     #[test]
     fn virtual_tokens_are_shared_by_all_rows() {
-        let mut pass = Pass::new(Prelude { virtual_ids: 100..108, prefix: 0 }, true);
+        let mut pass = Pass::new(Prelude { virtual_ids: 100..108, ..Prelude::default() }, true);
         pass.push(0, &[10, 11], &[true, true]);
         assert_eq!((pass.own_tokens(&[20, 21]), pass.own_tokens(&[10, 12])), (2, 1));
         pass.push(1, &[20, 21], &[true, true]);
@@ -302,8 +359,29 @@ mod tests {
     }
 
     #[test]
+    fn answers_begin_with_the_start_and_their_sources_stand_beside_them() {
+        let mut pass = Pass::new(Prelude { virtual_ids: 100..102, prefix: 3, decoder_start: Some(0) }, true);
+        let made_for = pass.made_for();
+        for row in 0..2 {
+            pass.push_answer(row, &[10, 11, 12, 13, 14, 15, 16, 17, 18], &[20, 21, 1], &[true, false, true]);
+        }
+        // The last token predicts nothing, and nothing is shared.
+        assert_eq!(pass.ids, [0, 20, 21, 0, 20, 21]);
+        assert_eq!(pass.positions, [3, 4, 5, 3, 4, 5]);
+        let labels: Vec<_> = pass.labels.iter().map(|l| (l.token, l.target)).collect();
+        assert_eq!(labels, [(0, 20), (2, 1), (3, 20), (5, 1)]);
+        assert_eq!((pass.keys(), pass.row_keys(&[20, 21, 1]), pass.row_tokens(), pass.is_shared()), (12, 6, 6, false));
+        let source = pass.source.as_ref().unwrap();
+        assert_eq!(source.ids[..4], [100, 101, 10, 11]);
+        assert_eq!((source.tokens(), source.sequences[1].tokens.clone(), source.labels.len()), (22, 11..22, 0));
+        assert_eq!((pass.size().source_tokens, pass.made_for()), (22, made_for));
+        pass.clear();
+        assert_eq!((pass.tokens(), pass.source_tokens()), (0, 0));
+    }
+
+    #[test]
     fn a_prefix_is_keys_and_positions_and_no_tokens() {
-        let mut pass = Pass::new(Prelude { virtual_ids: 0..0, prefix: 2 }, true);
+        let mut pass = Pass::new(Prelude { prefix: 2, ..Prelude::default() }, true);
         let row: Vec<u32> = (0..9).collect();
         pass.push(0, &row, &[true; 9]);
         pass.push(1, &[row.as_slice(), &[70]].concat(), &[true; 10]);
@@ -316,7 +394,7 @@ mod tests {
         assert_eq!(pass.labels[16], Label { token: 8, target: 70 });
         assert!(pass.tokens_of(&pass.sequences[1]).eq([0, 1, 2, 3, 4, 5, 6, 7, 8, 9]));
         assert_eq!((pass.prefix_rows(), pass.token_rows()), (0..2, 2..12));
-        let mut alone = Pass::new(Prelude { virtual_ids: 0..0, prefix: 2 }, true);
+        let mut alone = Pass::new(Prelude { prefix: 2, ..Prelude::default() }, true);
         alone.push(0, &row, &[true; 9]);
         assert!(!alone.is_shared());
     }

@@ -11,6 +11,7 @@ use crate::spec::Rope;
 const MOST_LONG: usize = 8;
 
 /// The tables of a spec's rotations.
+#[derive(Default)]
 pub(crate) struct Rotations {
     ropes: Vec<Rope>,
     /// One for each rotation, for rows of usual length.

@@ -7,13 +7,13 @@ use retune_kernels::F32Panel;
 use crate::compute::Compute;
 use crate::generate::Cache;
 use crate::linear::Weight;
-use crate::model::{LinearId, Model, VectorId};
+use crate::model::{LinearId, Model, Stack, VectorId};
 use crate::overlay::Overlay;
 use crate::pass::Pass;
 use crate::row_norms::RowNorms;
-use crate::saved::Saving;
+use crate::saved::{Saving, Tokens};
 use crate::sub_layer::{Kept, fill_segments};
-use crate::workspace::Workspace;
+use crate::workspace::{Activations, Temporary, Workspace};
 
 /// A step of training, which dropout masks depend on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,7 +37,23 @@ pub struct Run<'a> {
     pub step: Option<Step>,
 }
 
+/// Where the activations of a pass stopped being numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NonFinite {
+    /// Whether in the encoder.
+    pub in_encoder: bool,
+    /// The first block whose input is not finite; the number of blocks stands for the output of the last.
+    pub block: usize,
+    /// The row of the data set.
+    pub row: u64,
+}
+
 impl<'a> Run<'a> {
+    /// The same on the sources of the pass, which an encoder reads.
+    pub(crate) fn of_source(&self) -> Option<Self> {
+        self.pass.source.as_deref().map(|pass| Self { pass, ..*self })
+    }
+
     /// A linear's weight: the base's, or what is trained in its place.
     pub(crate) fn weight(&self, id: LinearId) -> Weight<'a> {
         match &self.overlay.change(id).weight {
@@ -106,23 +122,48 @@ impl<'a> Run<'a> {
     }
 
     /// Runs the sub-layers; afterwards the last one's output is in the workspace. With `backward` what the backward reads is kept.
-    pub(crate) fn forward(&self, workspace: &mut Workspace, backward: bool, mut cache: Option<&mut [Cache]>) {
+    pub(crate) fn forward(&self, workspace: &mut Workspace, backward: bool, cache: Option<&mut [Cache]>) {
         let (model, pass) = (self.model, self.pass);
         // A cache holds what precedes the pass.
-        let is_right = cache.is_some() || pass.prelude == self.overlay.prelude(&model.spec);
-        assert!(is_right, "the pass was not made for this overlay: {:?}", pass.prelude);
-        let tokens = pass.tokens();
-        let positions = pass.positions.iter().max().map_or(0, |&p| p as usize + 1);
+        let is_right = cache.is_some() || pass.made_for() == self.overlay.prelude(&model.spec);
+        assert!(is_right, "the pass was not made for this overlay: {:?}", pass.made_for());
+        let tokens = Tokens { own: pass.tokens(), source: pass.source_tokens() };
+        let source = self.of_source();
+        let positions = pass.longest().max(source.map_or(0, |source| source.pass.longest()));
         workspace.reserve(model, self.overlay, tokens, positions, backward);
-        let d = model.spec.hidden_size;
-        let first = workspace.input(model, 0, backward);
-        self.embed(&mut workspace.x[first][..tokens * d], &mut workspace.temporary);
-        fill_segments(pass, &mut workspace.temporary.segments);
+        let Workspace { saving, encoder, decoder, temporary, .. } = workspace;
+        if let (Some(stack), Some(source)) = (&model.encoder, source) {
+            source.up(stack, encoder, *saving, temporary, backward, None);
+            let len = tokens.source * model.spec.hidden_size;
+            let last = &encoder.last(stack, *saving, backward)[..len];
+            stack.norm.forward(source, last, &mut temporary.memory[..len]);
+        }
+        self.up(&model.decoder, decoder, *saving, temporary, backward, cache);
+    }
+
+    /// The forward of a stack on the rows of the pass.
+    fn up(
+        &self,
+        stack: &Stack,
+        activations: &mut Activations,
+        saving: Saving,
+        temporary: &mut Temporary,
+        backward: bool,
+        mut cache: Option<&mut [Cache]>,
+    ) {
+        let tokens = self.pass.tokens();
+        let d = self.model.spec.hidden_size;
+        let first = Activations::input(stack, saving, 0, backward);
+        self.embed(&mut activations.x[first][..tokens * d], temporary);
+        fill_segments(self.pass, temporary);
+        if let Some(buckets) = &stack.buckets {
+            temporary.distances.fill(*self, buckets, self.pass.longest(), backward);
+        }
         let mut attentions = 0;
-        for (s, sub_layer) in model.sub_layers.iter().enumerate() {
-            let (from, to) = (workspace.input(model, s, backward), workspace.input(model, s + 1, backward));
-            let place = workspace.place(model, s, backward);
-            let Workspace { x, saved, rounded, temporary, rotations, .. } = workspace;
+        for (s, sub_layer) in stack.sub_layers.iter().enumerate() {
+            let input = |s| Activations::input(stack, saving, s, backward);
+            let (from, to, place) = (input(s), input(s + 1), Activations::place(stack, saving, s, backward));
+            let Activations { x, saved, rounded, .. } = activations;
             let rounded = if backward { rounded.get_mut(s) } else { None };
             let kept = Kept { saved: &mut saved[place], rounded };
             // Input and output are two different buffers of `x`.
@@ -135,61 +176,112 @@ impl<'a> Run<'a> {
                 _ => None,
             };
             let (input, y) = (&x[from][..tokens * d], Some(&mut output[..tokens * d]));
-            sub_layer.forward(*self, input, kept, temporary, rotations, y, cache);
+            sub_layer.forward(*self, input, kept, temporary, y, cache);
             x[to] = output;
         }
     }
 
-    /// Runs the backward from the gradient of the last output in the workspace down to the lowest sub-layer with something to train.
+    /// Runs the backward from the gradient of the last output in the workspace down to the lowest sub-layers with something to train: those of
+    /// the decoder, where the gradients of the encoder's output add up, then those of the encoder.
     fn backward(&self, grads: &mut [f32], workspace: &mut Workspace) {
-        let model = self.model;
-        let Some(lowest) = self.overlay.lowest_sub_layer(model) else { return };
-        let (d, tokens) = (model.spec.hidden_size, self.pass.tokens());
-        let trains_embedding = self.overlay.trains_embedding(model);
+        let Workspace { saving, encoder, decoder, temporary, .. } = workspace;
+        let source = self.model.encoder.as_ref().zip(self.of_source());
+        let source = source.filter(|_| self.overlay.trains_encoder(self.model));
+        let len = self.pass.source_tokens() * self.model.spec.hidden_size;
+        if source.is_some() {
+            temporary.dmemory[..len].fill(0.0);
+        }
+        self.down(&self.model.decoder, decoder, *saving, temporary, grads);
+        if let Some((stack, source)) = source {
+            let Temporary { dx, dmemory, .. } = temporary;
+            dx[..len].fill(0.0);
+            let last = &encoder.last(stack, *saving, true)[..len];
+            stack.norm.backward(source, last, &dmemory[..len], &mut dx[..len], grads);
+            fill_segments(source.pass, temporary);
+            source.down(stack, encoder, *saving, temporary, grads);
+        }
+    }
+
+    /// The backward of a stack from the gradient of its last output in `temporary.dx`.
+    fn down(
+        &self,
+        stack: &Stack,
+        activations: &mut Activations,
+        saving: Saving,
+        temporary: &mut Temporary,
+        grads: &mut [f32],
+    ) {
+        let Some(lowest) = self.overlay.lowest_sub_layer(self.model, stack) else { return };
+        let (d, tokens) = (self.model.spec.hidden_size, self.pass.tokens());
+        let trains_embedding = self.overlay.trains_embedding(self.model, stack);
+        if let Some(buckets) = &stack.buckets {
+            temporary.distances.fill(*self, buckets, self.pass.longest(), true);
+        }
         let mut restored = None;
-        for (s, sub_layer) in model.sub_layers.iter().enumerate().skip(lowest).rev() {
-            if workspace.saving == Saving::BlockInputs && restored != Some(sub_layer.block) {
-                self.run_block_again(sub_layer.block, workspace);
+        for (s, sub_layer) in stack.sub_layers.iter().enumerate().skip(lowest).rev() {
+            if saving == Saving::BlockInputs && restored != Some(sub_layer.block) {
+                self.run_block_again(stack, sub_layer.block, activations, temporary);
                 restored = Some(sub_layer.block);
             }
-            let (input, place) = (workspace.input(model, s, true), workspace.place(model, s, true));
-            let Workspace { x, saved, rounded, temporary, rotations, .. } = workspace;
+            let (input, place) =
+                (Activations::input(stack, saving, s, true), Activations::place(stack, saving, s, true));
+            let Activations { x, saved, rounded, .. } = activations;
             let kept = Kept { saved: &mut saved[place], rounded: rounded.get_mut(s) };
             let needs_input = s > lowest || trains_embedding;
-            sub_layer.backward(*self, grads, &mut x[input][..tokens * d], kept, temporary, rotations, needs_input);
+            sub_layer.backward(*self, grads, &mut x[input][..tokens * d], kept, temporary, needs_input);
         }
-        self.embed_backward(grads, &mut workspace.temporary);
+        if let Some(buckets) = &stack.buckets {
+            temporary.distances.backward(*self, buckets, grads);
+        }
+        if trains_embedding {
+            self.embed_backward(grads, temporary);
+        }
     }
 
     /// Runs a block's sub-layers again from its kept input, for what their backward reads.
-    fn run_block_again(&self, block: usize, workspace: &mut Workspace) {
-        let model = self.model;
-        let len = self.pass.tokens() * model.spec.hidden_size;
-        let of_block = |s: &usize| model.sub_layers[*s].block == block;
-        for s in (0..model.sub_layers.len()).filter(of_block) {
-            let sub_layer = &model.sub_layers[s];
-            let has_next = model.sub_layers.get(s + 1).is_some_and(|next| next.block == block);
-            let (from, place) = (workspace.input(model, s, true), workspace.place(model, s, true));
-            let to = workspace.input(model, s + 1, true);
-            let Workspace { x, saved, temporary, rotations, .. } = workspace;
+    fn run_block_again(
+        &self,
+        stack: &Stack,
+        block: usize,
+        activations: &mut Activations,
+        temporary: &mut Temporary,
+    ) {
+        let len = self.pass.tokens() * self.model.spec.hidden_size;
+        let input = |s| Activations::input(stack, Saving::BlockInputs, s, true);
+        let of_block = |s: &usize| stack.sub_layers[*s].block == block;
+        for s in (0..stack.sub_layers.len()).filter(of_block) {
+            let sub_layer = &stack.sub_layers[s];
+            let has_next = stack.sub_layers.get(s + 1).is_some_and(|next| next.block == block);
+            let (from, to, place) = (input(s), input(s + 1), Activations::place(stack, Saving::BlockInputs, s, true));
+            let Activations { x, saved, .. } = activations;
             let kept = Kept { saved: &mut saved[place], rounded: None };
             // The block's own output is not needed again.
             let mut output = if has_next { std::mem::take(&mut x[to]) } else { Vec::new() };
             let y = has_next.then(|| &mut output[..len]);
-            sub_layer.forward(*self, &x[from][..len], kept, temporary, rotations, y, None);
+            sub_layer.forward(*self, &x[from][..len], kept, temporary, y, None);
             if has_next {
                 x[to] = output;
             }
         }
     }
 
-    /// The first block whose input is not finite in the activations kept of the pass, and the row of the data set it happens in; the
-    /// number of blocks stands for the output of the last. For saying where a NaN came from.
-    pub fn first_non_finite_block(&self, workspace: &Workspace) -> Option<(usize, u64)> {
+    /// The first block whose input is not finite in the activations kept of the pass. For saying where a NaN came from.
+    pub fn first_non_finite_block(&self, workspace: &Workspace) -> Option<NonFinite> {
+        let encoder = self.model.encoder.as_ref().zip(self.of_source());
+        let in_encoder = encoder
+            .and_then(|(stack, source)| source.first_in_stack(stack, &workspace.encoder, workspace.saving))
+            .map(|(block, row)| NonFinite { in_encoder: true, block, row });
+        in_encoder.or_else(|| {
+            let (block, row) = self.first_in_stack(&self.model.decoder, &workspace.decoder, workspace.saving)?;
+            Some(NonFinite { in_encoder: false, block, row })
+        })
+    }
+
+    fn first_in_stack(&self, stack: &Stack, activations: &Activations, saving: Saving) -> Option<(usize, u64)> {
         let d = self.model.spec.hidden_size;
-        let blocks = if workspace.saving == Saving::None { 0 } else { self.model.spec.blocks.len() + 1 };
+        let blocks = if saving == Saving::None { 0 } else { stack.blocks() + 1 };
         for b in 0..blocks {
-            let is_bad = |t: &usize| !workspace.block_input_is_finite(self.model, b, t * d..(t + 1) * d);
+            let is_bad = |t: &usize| !activations.block_input_is_finite(stack, saving, b, t * d..(t + 1) * d);
             if let Some(token) = (0..self.pass.tokens()).find(is_bad) {
                 return Some((b, self.pass.sequence_of(token).map_or(0, |s| s.row)));
             }

@@ -3,7 +3,7 @@
 use retune_kernels::bf16;
 use serde::{Deserialize, Serialize};
 
-use crate::model::{Middle, Model, SubLayer};
+use crate::model::{Middle, Model, Stack, SubLayer};
 use crate::overlay::Overlay;
 use crate::profile::{Operation, span};
 
@@ -37,11 +37,19 @@ pub(crate) struct Widths {
     pub lse: usize,
     /// The output linear's output, where a norm follows it.
     pub raw_output: usize,
-    /// The low-rank projections of the inputs and of the output.
-    pub u: [usize; 2],
-    /// Outputs of the inputs and of the output before their scale: what has become 0 does not say what it was.
-    pub unscaled: [usize; 2],
+    /// Keys and values of the encoder's output, for each token of the sources.
+    pub memory: usize,
+    /// The low-rank projections of the inputs, of the output, and of the linears on the encoder's output, for each token of the sources.
+    pub u: [usize; GROUPS],
+    /// Outputs of the same before their scale: what has become 0 does not say what it was.
+    pub unscaled: [usize; GROUPS],
 }
+
+/// The groups of linears of a sub-layer that read the same: its inputs, its output, and what reads the encoder's output.
+pub(crate) const GROUPS: usize = 3;
+pub(crate) const INPUTS: usize = 0;
+pub(crate) const OUTPUT: usize = 1;
+pub(crate) const MEMORY: usize = 2;
 
 impl Widths {
     /// Those of one sub-layer.
@@ -51,14 +59,17 @@ impl Widths {
             Middle::Attention(attention) => (sub_layer.mixed(), attention.scores.queries),
             Middle::Activation { .. } => (0, 0),
         };
+        let output = [sub_layer.output];
+        let groups = [&sub_layer.inputs[..], &output, sub_layer.memory_linears()];
         Self {
             x: d,
             inner: sub_layer.inner,
             mixed,
             lse,
             raw_output: if sub_layer.post_norm.is_some() { d } else { 0 },
-            u: [overlay.ranks(&sub_layer.inputs), overlay.ranks(&[sub_layer.output])],
-            unscaled: [overlay.unscaled(model, &sub_layer.inputs), overlay.unscaled(model, &[sub_layer.output])],
+            memory: sub_layer.memory().map_or(0, |memory| memory.row),
+            u: groups.map(|group| overlay.ranks(group)),
+            unscaled: groups.map(|group| overlay.unscaled(model, group)),
         }
     }
 
@@ -70,19 +81,26 @@ impl Widths {
             mixed: self.mixed.max(other.mixed),
             lse: self.lse.max(other.lse),
             raw_output: self.raw_output.max(other.raw_output),
-            u: [self.u[0].max(other.u[0]), self.u[1].max(other.u[1])],
-            unscaled: [self.unscaled[0].max(other.unscaled[0]), self.unscaled[1].max(other.unscaled[1])],
+            memory: self.memory.max(other.memory),
+            u: std::array::from_fn(|group| self.u[group].max(other.u[group])),
+            unscaled: std::array::from_fn(|group| self.unscaled[group].max(other.unscaled[group])),
         }
     }
 
     /// Values that may be rounded, but for the input.
     pub fn rounded(&self) -> usize {
-        self.inner + self.mixed + self.raw_output + self.u[0] + self.u[1] + self.unscaled[0] + self.unscaled[1]
+        let of_groups = |widths: [usize; GROUPS]| widths[INPUTS] + widths[OUTPUT];
+        self.inner + self.mixed + self.raw_output + of_groups(self.u) + of_groups(self.unscaled)
     }
 
-    /// Widths of the buffers that all sub-layers of this place in their blocks share, in a workspace that keeps nothing.
-    pub fn shared(model: &Model, overlay: &Overlay, place: usize) -> Self {
-        let of_place = model.sub_layers.iter().filter(|sub_layer| sub_layer.place == place);
+    /// Values that a token of the sources keeps and that may be rounded.
+    pub fn rounded_memory(&self) -> usize {
+        self.memory + self.u[MEMORY] + self.unscaled[MEMORY]
+    }
+
+    /// Widths of the buffers that all of a stack's sub-layers of this place in their blocks share, in a workspace that keeps nothing.
+    pub fn shared(model: &Model, overlay: &Overlay, stack: &Stack, place: usize) -> Self {
+        let of_place = stack.sub_layers.iter().filter(|sub_layer| sub_layer.place == place);
         of_place.map(|sub_layer| Self::of(model, overlay, sub_layer)).fold(Self::default(), Self::max)
     }
 }
@@ -95,8 +113,23 @@ pub(crate) struct Saved<T = f32> {
     pub mixed: Vec<T>,
     pub lse: Vec<f32>,
     pub raw_output: Vec<T>,
-    pub u: [Vec<T>; 2],
-    pub unscaled: [Vec<T>; 2],
+    pub memory: Vec<T>,
+    pub u: [Vec<T>; GROUPS],
+    pub unscaled: [Vec<T>; GROUPS],
+}
+
+/// How many rows the buffers of a sub-layer hold: tokens of the pass, and of its sources.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Tokens {
+    pub own: usize,
+    pub source: usize,
+}
+
+impl Tokens {
+    /// The rows of a group's buffers.
+    pub fn of_group(self, group: usize) -> usize {
+        if group == MEMORY { self.source } else { self.own }
+    }
 }
 
 /// A sub-layer's input and what it saved, rounded to bfloat16 where they come into being.
@@ -107,17 +140,16 @@ pub(crate) struct Rounded {
 }
 
 impl<T: Copy + Default> Saved<T> {
-    /// Makes every buffer hold `tokens` tokens.
-    pub fn reserve(&mut self, widths: Widths, tokens: usize) {
-        grow(&mut self.inner, tokens * widths.inner);
-        grow(&mut self.mixed, tokens * widths.mixed);
-        grow(&mut self.lse, tokens * widths.lse);
-        grow(&mut self.raw_output, tokens * widths.raw_output);
-        for (u, width) in self.u.iter_mut().zip(widths.u) {
-            grow(u, tokens * width);
-        }
-        for (unscaled, width) in self.unscaled.iter_mut().zip(widths.unscaled) {
-            grow(unscaled, tokens * width);
+    /// Makes every buffer hold as many tokens.
+    pub fn reserve(&mut self, widths: Widths, tokens: Tokens) {
+        grow(&mut self.inner, tokens.own * widths.inner);
+        grow(&mut self.mixed, tokens.own * widths.mixed);
+        grow(&mut self.lse, tokens.own * widths.lse);
+        grow(&mut self.raw_output, tokens.own * widths.raw_output);
+        grow(&mut self.memory, tokens.source * widths.memory);
+        for group in 0..GROUPS {
+            grow(&mut self.u[group], tokens.of_group(group) * widths.u[group]);
+            grow(&mut self.unscaled[group], tokens.of_group(group) * widths.unscaled[group]);
         }
     }
 }

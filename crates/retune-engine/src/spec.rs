@@ -7,7 +7,7 @@ use std::borrow::Cow;
 
 pub use retune_kernels::activation::Function;
 
-/// A decoder-only transformer.
+/// A transformer: a decoder alone, or one that looks at what an encoder makes of another text.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelSpec {
     /// The family's name: transformers' `model_type`.
@@ -17,12 +17,44 @@ pub struct ModelSpec {
     /// Most positions the model was made for.
     pub context: usize,
     pub table: Table,
-    pub blocks: Vec<Block>,
-    /// The norm after the last block.
-    pub norm: Norm,
+    pub encoder: Option<Encoder>,
+    pub decoder: Stack,
     /// The rotations that attentions refer to by their number.
     pub ropes: Vec<Rope>,
     pub head: Head,
+}
+
+/// Blocks one after the other.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Stack {
+    pub blocks: Vec<Block>,
+    /// The norm after the last block.
+    pub norm: Norm,
+    /// The biases of attentions with [`Positions::Buckets`].
+    pub buckets: Option<Buckets>,
+}
+
+/// What reads the text that the decoder answers. Its rows come from the same table, and the decoder's [`Mix::Cross`] looks at its normalised
+/// output.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Encoder {
+    pub stack: Stack,
+    /// The id that stands before what the decoder writes.
+    pub decoder_start: u32,
+}
+
+/// Biases on the scores by query head and distance, one for each bucket of distances (Raffel et al. 2020, section 2.1).
+#[derive(Clone, Debug, PartialEq)]
+pub struct Buckets {
+    /// The module; its weight is `[count, heads]`.
+    pub name: String,
+    pub count: usize,
+    /// Number of query heads.
+    pub heads: usize,
+    /// Distances from here on fall into the last bucket.
+    pub max_distance: usize,
+    /// Whether keys after the query have buckets of their own, half of them; otherwise they fall into that of the query itself.
+    pub bidirectional: bool,
 }
 
 /// The token embedding and what is done to its rows.
@@ -59,6 +91,7 @@ pub struct SubLayer {
 #[derive(Clone, Debug, PartialEq)]
 pub enum Mix {
     Attention(Attention),
+    Cross(CrossAttention),
     /// `f(x)`, or `f(gate) ⊙ up` where gated: the gate's columns come first.
     Activation {
         function: Function,
@@ -66,7 +99,19 @@ pub enum Mix {
     },
 }
 
-/// Causal attention with grouped heads.
+/// Attention of all queries to all of the encoder's output, without positions.
+#[derive(Clone, Debug, PartialEq)]
+pub struct CrossAttention {
+    /// Number of heads, of queries as of keys and values.
+    pub heads: usize,
+    pub head_dim: usize,
+    /// Factor on the scores.
+    pub scale: f32,
+    /// The linears that make keys and values of the encoder's output.
+    pub memory: [Linear; 2],
+}
+
+/// Attention with grouped heads.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Attention {
     /// Number of query heads.
@@ -78,7 +123,9 @@ pub struct Attention {
     /// Norms over each head of the queries and of the keys, before rotation.
     pub qk_norm: Option<[Norm; 2]>,
     pub positions: Positions,
-    /// How many positions back a query sees, itself included; all of them otherwise.
+    /// Whether a query sees nothing that follows it; it sees the whole row otherwise.
+    pub causal: bool,
+    /// How many positions back a query sees, itself included; all of them otherwise. Only where it is causal.
     pub window: Option<usize>,
     /// Factor on the scores.
     pub scale: f32,
@@ -120,6 +167,8 @@ pub enum Positions {
     Rope(usize),
     /// A bias on the scores, linear in the distance, with a slope for each head (Press et al. 2021, ALiBi).
     Alibi,
+    /// A bias on the scores from the stack's [`Buckets`]. Not with a cap on the scores.
+    Buckets,
 }
 
 /// A linear whose weight is `[rows, cols]`, `[out, in]`.
@@ -163,6 +212,8 @@ pub struct Head {
     pub linear: Linear,
     /// Whether its weight is the table's.
     pub tied: bool,
+    /// Factor on the normalised hidden states that it reads.
+    pub scale: f32,
     /// Logits become `cap · tanh(logit / cap)`.
     pub soft_cap: Option<f32>,
 }
@@ -246,12 +297,71 @@ impl SubLayer {
         self.inputs.iter().map(|linear| linear.rows).sum()
     }
 
-    /// Its attention, if it is one.
+    /// Its attention to the row itself, if it is one.
     pub fn attention(&self) -> Option<&Attention> {
         match &self.mix {
             Mix::Attention(attention) => Some(attention),
-            Mix::Activation { .. } => None,
+            Mix::Cross(_) | Mix::Activation { .. } => None,
         }
+    }
+
+    /// The linears that read the encoder's output.
+    pub fn memory(&self) -> &[Linear] {
+        match &self.mix {
+            Mix::Cross(cross) => &cross.memory,
+            Mix::Attention(_) | Mix::Activation { .. } => &[],
+        }
+    }
+
+    /// Its linears, in the order of the forward.
+    pub fn linears(&self) -> impl Iterator<Item = &Linear> {
+        self.inputs.iter().chain(self.memory()).chain([&self.output])
+    }
+}
+
+impl Stack {
+    /// One whose attentions have no biases from buckets.
+    pub fn new(blocks: Vec<Block>, norm: Norm) -> Self {
+        Self { blocks, norm, buckets: None }
+    }
+
+    /// All sub-layers, in the order of the forward.
+    pub fn sub_layers(&self) -> impl Iterator<Item = &SubLayer> {
+        self.blocks.iter().flat_map(|block| &block.sub_layers)
+    }
+
+    fn modules(&self) -> impl Iterator<Item = Module<'_>> {
+        fn of_sub_layer(sub_layer: &SubLayer) -> impl Iterator<Item = Module<'_>> {
+            let SubLayer { norm, inputs, output, post_norm, .. } = sub_layer;
+            let qk_norm = sub_layer.attention().and_then(|attention| attention.qk_norm.as_ref());
+            let before = [Module::Norm(norm)].into_iter().chain(inputs.iter().map(Module::Linear));
+            let middle = qk_norm.into_iter().flatten().map(Module::Norm);
+            let memory = sub_layer.memory().iter().map(Module::Linear);
+            let after = [Module::Linear(output)].into_iter().chain(post_norm.iter().map(Module::Norm));
+            before.chain(middle).chain(memory).chain(after)
+        }
+        let buckets = self.buckets.iter().map(Module::Buckets);
+        buckets.chain(self.sub_layers().flat_map(of_sub_layer)).chain([Module::Norm(&self.norm)])
+    }
+}
+
+impl Buckets {
+    /// The bucket of a key that stands `distance` positions after the query (Raffel et al. 2020; the logarithm in f32, as transformers
+    /// computes it): half of the buckets hold one distance each, the others lie on a logarithmic scale.
+    pub fn bucket(&self, distance: isize) -> usize {
+        let (count, first) = match self.bidirectional {
+            true => (self.count / 2, if distance > 0 { self.count / 2 } else { 0 }),
+            false => (self.count, 0),
+        };
+        let distance = if self.bidirectional { distance.unsigned_abs() } else { distance.min(0).unsigned_abs() };
+        let exact = count / 2;
+        if distance < exact {
+            return first + distance;
+        }
+        let exact = exact.max(1);
+        let range = (self.max_distance as f64 / exact as f64).ln() as f32;
+        let beyond = (distance as f32 / exact as f32).ln() / range * (count - exact) as f32;
+        first + (exact + beyond as usize).min(count - 1)
     }
 }
 
@@ -296,6 +406,8 @@ pub enum Module<'a> {
     },
     Norm(&'a Norm),
     Linear(&'a Linear),
+    /// Biases by distance, `[count, heads]`.
+    Buckets(&'a Buckets),
 }
 
 impl<'a> Module<'a> {
@@ -305,7 +417,14 @@ impl<'a> Module<'a> {
             Module::Embedding { name, .. } => name,
             Module::Norm(norm) => &norm.name,
             Module::Linear(linear) => &linear.name,
+            Module::Buckets(buckets) => &buckets.name,
         }
+    }
+
+    /// Whether a tensor of this shape is a matrix: the table, learned positions, or a linear's weight. All others are numbered as vectors,
+    /// and used decoded.
+    pub fn is_matrix(&self, shape: &[usize]) -> bool {
+        shape.len() > 1 && !matches!(self, Module::Buckets(_))
     }
 
     /// Names and shapes of its tensors, as transformers' files hold them.
@@ -314,6 +433,7 @@ impl<'a> Module<'a> {
         let bias = |len: usize| (format!("{}.bias", self.name()), vec![len]);
         match *self {
             Module::Embedding { rows, cols, .. } => vec![weight(vec![rows, cols])],
+            Module::Buckets(buckets) => vec![weight(vec![buckets.count, buckets.heads])],
             Module::Norm(norm) => {
                 [weight(vec![norm.width])].into_iter().chain(norm.has_bias().then(|| bias(norm.width))).collect()
             }
@@ -334,15 +454,7 @@ impl ModelSpec {
             modules.push(Module::Embedding { name, rows: self.context, cols: self.hidden_size });
         }
         modules.extend(self.table.norm.iter().map(Module::Norm));
-        for sub_layer in self.sub_layers() {
-            modules.push(Module::Norm(&sub_layer.norm));
-            modules.extend(sub_layer.inputs.iter().map(Module::Linear));
-            let qk_norm = sub_layer.attention().and_then(|attention| attention.qk_norm.as_ref());
-            modules.extend(qk_norm.into_iter().flatten().map(Module::Norm));
-            modules.push(Module::Linear(&sub_layer.output));
-            modules.extend(sub_layer.post_norm.iter().map(Module::Norm));
-        }
-        modules.push(Module::Norm(&self.norm));
+        modules.extend(self.stacks().flat_map(Stack::modules));
         if !self.head.tied {
             modules.push(Module::Linear(&self.head.linear));
         }
@@ -356,19 +468,26 @@ impl ModelSpec {
 
     /// The linears in the order of the forward, the head last: a linear's place here is its number everywhere.
     pub fn linears(&self) -> impl Iterator<Item = &Linear> {
-        let in_blocks = self.sub_layers().flat_map(|s| s.inputs.iter().chain([&s.output]));
-        in_blocks.chain([&self.head.linear])
+        self.sub_layers().flat_map(SubLayer::linears).chain([&self.head.linear])
     }
 
-    /// Names of the norm weights and biases in the order of the forward: a vector's place here is its number everywhere.
+    /// Names of the norm weights, biases and biases by distance in the order of the forward: a vector's place here is its number everywhere.
     pub fn vectors(&self) -> Vec<String> {
-        let is_vector = |(name, shape): (String, Vec<usize>)| (shape.len() == 1).then_some(name);
-        self.tensors().into_iter().filter_map(is_vector).collect()
+        let of_module = |module: Module<'_>| {
+            let tensors = module.tensors().into_iter();
+            tensors.filter(|(_, shape)| !module.is_matrix(shape)).map(|(name, _)| name).collect::<Vec<_>>()
+        };
+        self.modules().into_iter().flat_map(of_module).collect()
+    }
+
+    /// The encoder, if there is one, and the decoder.
+    pub fn stacks(&self) -> impl Iterator<Item = &Stack> {
+        self.encoder.iter().map(|encoder| &encoder.stack).chain([&self.decoder])
     }
 
     /// All sub-layers, in the order of the forward.
     pub fn sub_layers(&self) -> impl Iterator<Item = &SubLayer> {
-        self.blocks.iter().flat_map(|block| &block.sub_layers)
+        self.stacks().flat_map(Stack::sub_layers)
     }
 
     /// Gives every module another name.
@@ -378,15 +497,22 @@ impl ModelSpec {
         self.table.name = name(&self.table.name);
         self.table.positions = self.table.positions.as_deref().map(name);
         self.table.norm.iter_mut().for_each(of_norm);
-        for sub_layer in self.blocks.iter_mut().flat_map(|block| &mut block.sub_layers) {
-            of_norm(&mut sub_layer.norm);
-            sub_layer.inputs.iter_mut().chain([&mut sub_layer.output]).for_each(of_linear);
-            if let Mix::Attention(attention) = &mut sub_layer.mix {
-                attention.qk_norm.iter_mut().flatten().for_each(of_norm);
+        for stack in self.encoder.iter_mut().map(|encoder| &mut encoder.stack).chain([&mut self.decoder]) {
+            for sub_layer in stack.blocks.iter_mut().flat_map(|block| &mut block.sub_layers) {
+                of_norm(&mut sub_layer.norm);
+                sub_layer.inputs.iter_mut().chain([&mut sub_layer.output]).for_each(of_linear);
+                match &mut sub_layer.mix {
+                    Mix::Attention(attention) => attention.qk_norm.iter_mut().flatten().for_each(of_norm),
+                    Mix::Cross(cross) => cross.memory.iter_mut().for_each(of_linear),
+                    Mix::Activation { .. } => {}
+                }
+                sub_layer.post_norm.iter_mut().for_each(of_norm);
             }
-            sub_layer.post_norm.iter_mut().for_each(of_norm);
+            if let Some(buckets) = &mut stack.buckets {
+                buckets.name = name(&buckets.name);
+            }
+            of_norm(&mut stack.norm);
         }
-        of_norm(&mut self.norm);
         of_linear(&mut self.head.linear);
     }
 
@@ -395,14 +521,15 @@ impl ModelSpec {
         self.table.positions.as_ref().map(|_| self.context)
     }
 
-    /// Values that a token has in the keys and values of all attentions together.
+    /// Values that a token has in the keys and values of all attentions of the decoder to its own row together.
     pub fn key_value_width(&self) -> usize {
-        self.sub_layers().filter_map(SubLayer::attention).map(Attention::key_value_width).sum()
+        self.decoder.sub_layers().filter_map(SubLayer::attention).map(Attention::key_value_width).sum()
     }
 
-    /// Whether rows of a pass may have tokens in common: not where a rotation depends on the row's length.
+    /// Whether rows of a pass may have tokens in common: not where a rotation depends on the row's length, nor where each row answers another
+    /// text.
     pub fn may_share_prefixes(&self) -> bool {
-        self.ropes.iter().all(|rope| rope.long.is_none())
+        self.ropes.iter().all(|rope| rope.long.is_none()) && self.encoder.is_none()
     }
 
     /// Number of parameters.

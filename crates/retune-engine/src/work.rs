@@ -107,8 +107,8 @@ impl Tally<'_> {
     }
 }
 
-/// The work of a step over sequences of these lengths, a label on all tokens but the first of each, in the order of [`OPERATIONS`]. Nothing
-/// is shared between sequences: each has its own virtual tokens.
+/// The work of a step of a decoder alone over sequences of these lengths, a label on all tokens but the first of each, in the order of
+/// [`OPERATIONS`]. Nothing is shared between sequences: each has its own virtual tokens.
 pub fn work_of_step(
     model: &Model,
     overlay: &Overlay,
@@ -121,16 +121,17 @@ pub fn work_of_step(
     let tokens = sequences.iter().map(computed).sum::<usize>() as f64;
     let labels = sequences.iter().map(|n| n.saturating_sub(1)).sum::<usize>() as f64;
     let (d, v) = (model.spec.hidden_size as f64, model.spec.vocab_size as f64);
-    let lowest = overlay.lowest_sub_layer(model);
-    let trains_embedding = overlay.trains_embedding(model);
+    let stack = &model.decoder;
+    let lowest = overlay.lowest_sub_layer(model, stack);
+    let trains_embedding = overlay.trains_embedding(model, stack);
     let mut tally = Tally { work: [Work::default(); OPERATIONS.len()], model, overlay, compute };
     tally.of(Operation::Embedding).bytes += 8.0 * tokens * d;
-    for (s, sub_layer) in model.sub_layers.iter().enumerate() {
+    for (s, sub_layer) in stack.sub_layers.iter().enumerate() {
         let backward = lowest.is_some_and(|lowest| s >= lowest);
         let needs_input = lowest.is_some_and(|lowest| s > lowest) || trains_embedding;
         let to_inputs = needs_input || overlay.trains_inputs(model, sub_layer);
-        let below = to_inputs || overlay.trains_mix(sub_layer);
-        let is_last = model.sub_layers.get(s + 1).is_none_or(|next| next.block != sub_layer.block);
+        let below = to_inputs || overlay.trains_mix(model, sub_layer);
+        let is_last = stack.sub_layers.get(s + 1).is_none_or(|next| next.block != sub_layer.block);
         let norms = 1.0 + f64::from(u8::from(sub_layer.post_norm.is_some()));
         // What the middle reads and writes.
         let widths = Widths::of(model, overlay, sub_layer);

@@ -13,7 +13,7 @@ use retune_engine::{Saving, work_of_step};
 /// A model whose lowest sub-layer is no attention.
 fn mlp_first() -> ModelSpec {
     let mut spec = llama(false);
-    spec.blocks.iter_mut().for_each(|block| block.sub_layers.reverse());
+    spec.decoder.blocks.iter_mut().for_each(|block| block.sub_layers.reverse());
     spec
 }
 

@@ -326,7 +326,7 @@ fn low_rank_products(criterion: &mut Criterion) {
 
 /// What one attention layer reads and writes.
 struct Attention {
-    scores: Scores,
+    scores: Scores<'static>,
     segments: [Segment; 1],
     q: Vec<f32>,
     k: Vec<f32>,
@@ -341,7 +341,7 @@ struct Attention {
 
 impl Attention {
     /// One sequence, the forward computed.
-    fn new(scores: &Scores, tokens: usize) -> Self {
+    fn new(scores: &Scores<'static>, tokens: usize) -> Self {
         let (wide, narrow) = (tokens * scores.queries * scores.head_dim, tokens * scores.keys * scores.head_dim);
         let mut layer = Self {
             scores: scores.clone(),
@@ -377,7 +377,7 @@ impl Attention {
         let Self { scores, segments, q, k, v, out, lse, dout, dq, dk, dv } = self;
         let (q, k, v) = (Heads::new(q, wide), Heads::new(k, narrow), Heads::new(v, narrow));
         let gradients = [HeadsMut::new(dq, wide), HeadsMut::new(dk, narrow), HeadsMut::new(dv, narrow)];
-        attention::backward(scores, segments, &Saved { q, k, v, out, lse }, dout, gradients);
+        attention::backward(scores, segments, &Saved { q, k, v, out, lse }, dout, gradients, None);
     }
 }
 

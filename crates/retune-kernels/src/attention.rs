@@ -1,4 +1,4 @@
-//! Causal attention of sequences laid end to end, with grouped heads and an optional sliding window.
+//! Attention of sequences laid end to end, causal or to everything, with grouped heads and an optional sliding window.
 //!
 //! Queries are taken a block at a time against all the keys they see, so scores never exist beyond one block; the backward recomputes
 //! them from the saved log-sum-exp (Dao et al. 2022, FlashAttention, section 3). Scores lie transposed, a row for each key and a column for
@@ -19,13 +19,15 @@ const BLOCK: usize = 64;
 
 /// How a layer's scores are computed: products of queries and keys, times a factor, capped, with a bias, masked.
 #[derive(Clone, Debug)]
-pub struct Scores {
+pub struct Scores<'a> {
     /// Number of query heads.
     pub queries: usize,
     /// Key and value heads; each serves `queries / keys` query heads.
     pub keys: usize,
     pub head_dim: usize,
-    /// How many positions back a query sees, itself included.
+    /// Whether a query sees no key after its own position; otherwise it sees all keys of its segment.
+    pub causal: bool,
+    /// How many positions back a query sees, itself included. Only where it is causal.
     pub window: Option<usize>,
     /// Factor on the scores, usually 1 / sqrt(head_dim).
     pub scale: f32,
@@ -33,12 +35,43 @@ pub struct Scores {
     pub soft_cap: Option<f32>,
     /// For each query head, what each position between a key and the query takes from their score (Press et al. 2021, ALiBi).
     pub slopes: Option<Arc<[f32]>>,
+    /// A bias for each distance between query and key. Not with a cap.
+    pub distances: Option<Distances<'a>>,
 }
 
-impl Scores {
+/// A bias on the scores that depends on the query head and on how far apart query and key stand (Raffel et al. 2020, section 2.1).
+#[derive(Clone, Copy, Debug)]
+pub struct Distances<'a> {
+    /// `[heads, Distances::row(most)]`: element `most − 1 + d` of a row is the bias where the query stands `d` positions after the key.
+    /// What follows the distance `most − 1` is not used.
+    pub values: &'a [f32],
+    /// Keys of the longest segment.
+    pub most: usize,
+}
+
+impl<'a> Distances<'a> {
+    /// Elements of a head's row, for segments of up to `most` keys.
+    pub fn row(most: usize) -> usize {
+        // The last vector of queries reaches beyond the last query.
+        2 * most + LANES
+    }
+
+    /// A head's row.
+    fn of_head(&self, head: usize) -> &'a [f32] {
+        let row = Self::row(self.most);
+        &self.values[head * row..(head + 1) * row]
+    }
+
+    /// The element of a row for a block's first query and first key.
+    fn first(&self, block: &Block) -> usize {
+        self.most - 1 + block.position
+    }
+}
+
+impl Scores<'_> {
     /// Causal attention without any of the options.
     pub fn new(queries: usize, keys: usize, head_dim: usize, scale: f32) -> Self {
-        Self { queries, keys, head_dim, window: None, scale, soft_cap: None, slopes: None }
+        Self { queries, keys, head_dim, causal: true, window: None, scale, soft_cap: None, slopes: None, distances: None }
     }
 
     fn slope(&self, head: usize) -> f32 {
@@ -52,8 +85,13 @@ impl Scores {
         if !plain {
             cap_and_bias_columns(products, block, self.scale, self.soft_cap, self.slope(head));
         }
+        let mut left = if plain { self.scale } else { 1.0 };
+        if let Some(distances) = &self.distances {
+            add_distance_columns(products, block, left, distances.of_head(head), distances.first(block));
+            left = 1.0;
+        }
         block.mask(self, products);
-        if plain { self.scale } else { 1.0 }
+        left
     }
 }
 
@@ -65,8 +103,9 @@ pub fn alibi_slopes(heads: usize) -> Vec<f32> {
     sequence(power).chain(sequence(2 * power).step_by(2)).take(heads).collect()
 }
 
-/// A run of queries and the keys it sees: the last query sees the last key, each earlier one a key fewer. Keys and values are prefix,
-/// cache and current tokens, so they may be more than the queries.
+/// A run of queries and the keys it sees: the last query stands where the last key does, each earlier one a key before, and sees no further
+/// where attention is causal. Keys and values are prefix, cache and current tokens, or those of another text: they may be more than the
+/// queries, and where all is seen also fewer.
 #[derive(Clone, Debug)]
 pub struct Segment {
     pub queries: Range<usize>,
@@ -86,26 +125,35 @@ struct Block {
     len: usize,
     /// First key seen by any query of the block, and one past the last.
     keys: Range<usize>,
-    /// The key that the first query sees last, counted from the block's first key.
+    /// The key that the first query sees last, counted from the block's first key; beyond the last where all is seen.
     diagonal: usize,
+    /// Where the first query stands, counted from the block's first key.
+    position: usize,
 }
 
 impl Block {
     fn new(scores: &Scores, segment: &Segment, block: usize) -> Self {
         let first = block * BLOCK;
         let len = BLOCK.min(segment.queries.len() - first);
+        if !scores.causal {
+            let keys = segment.keys.len();
+            let position = (keys + first).saturating_sub(segment.queries.len());
+            return Self { first, len, keys: 0..keys, diagonal: keys, position };
+        }
         let position = segment.keys.len() - segment.queries.len() + first;
         let low = scores.window.map_or(0, |w| (position + 1).saturating_sub(w));
-        Self { first, len, keys: low..position + len, diagonal: position - low }
+        Self { first, len, keys: low..position + len, diagonal: position - low, position: position - low }
     }
 
     /// The keys in parts, and the first query whose scores with a part are computed: the later a part, the fewer queries see it, a vector
     /// of them less each time.
     fn parts(&self) -> impl Iterator<Item = (Range<usize>, usize)> {
-        (0..self.len).step_by(LANES).map(|first| {
+        let parts = (0..self.len).step_by(LANES).map(|first| {
             let start = if first == 0 { 0 } else { self.diagonal + first };
             (start..self.seen(first / LANES), first)
-        })
+        });
+        // Where all is seen, the first part is all there is.
+        parts.filter(|(keys, _)| !keys.is_empty())
     }
 
     /// How many keys the queries of a vector see.
@@ -129,7 +177,7 @@ impl Block {
 /// Where the queries of a vector stand, counted from the block's first key.
 #[inline(always)]
 fn query_positions(block: &Block, vector: usize) -> [f32; LANES] {
-    std::array::from_fn(|i| (block.diagonal + vector * LANES + i) as f32)
+    std::array::from_fn(|i| (block.position + vector * LANES + i) as f32)
 }
 
 /// A block's scores `S: [keys, BLOCK]`, transposed: `K·Qᵀ` where `keys` are K's rows and `queries` the block's, unscaled. What no query of
@@ -179,6 +227,23 @@ multiversion! {
                         None => scale * row[i],
                     };
                     row[i] = score + slope * (key as f32 - positions[i]);
+                }
+            }
+        }
+    }
+}
+
+multiversion! {
+    /// Turns the products `[keys, BLOCK]` of a block's keys and queries into scaled scores with a bias by distance: `biases` is a head's,
+    /// and `first` its element for the first query and the first key.
+    fn add_distance_columns(products: &mut [f32], block: &Block, scale: f32, biases: &[f32], first: usize) {
+        for vector in 0..block.len.div_ceil(LANES) {
+            let products = &mut products[..block.seen(vector) * BLOCK];
+            for (key, row) in products.as_chunks_mut::<BLOCK>().0.iter_mut().enumerate() {
+                let row = &mut row.as_chunks_mut::<LANES>().0[vector];
+                let start = first + vector * LANES - key;
+                for (score, bias) in row.iter_mut().zip(&biases[start..start + LANES]) {
+                    *score = scale * *score + bias;
                 }
             }
         }
@@ -294,6 +359,26 @@ struct Softmax<'a> {
 }
 
 multiversion! {
+    /// Adds the gradients P ⊙ (dP − D) of a block's scores to those of the biases by distance, where scores and gradients `[keys, BLOCK]`
+    /// are still as they were given: `to` is a head's, and `first` its element for the first query and the first key.
+    fn add_distance_gradients(scores: &[f32], gradients: &[f32], block: &Block, softmax: &Softmax, to: &mut [f32], first: usize) {
+        for vector in 0..block.len.div_ceil(LANES) {
+            let end = block.seen(vector) * BLOCK;
+            let (lse, delta) = (softmax.lse.as_chunks::<LANES>().0[vector], softmax.delta.as_chunks::<LANES>().0[vector]);
+            let queries = LANES.min(block.len - vector * LANES);
+            let rows = scores[..end].as_chunks::<BLOCK>().0.iter().zip(gradients[..end].as_chunks::<BLOCK>().0);
+            for (key, (s, g)) in rows.enumerate() {
+                let (s, g) = (&s.as_chunks::<LANES>().0[vector], &g.as_chunks::<LANES>().0[vector]);
+                let start = first + vector * LANES - key;
+                for (i, to) in to[start..start + queries].iter_mut().enumerate() {
+                    *to += exp::<FMA>(softmax.given * s[i] - lse[i]) * (g[i] - delta[i]);
+                }
+            }
+        }
+    }
+}
+
+multiversion! {
     /// P = exp(S − lse) and the gradient scale · P ⊙ (dP − D) of the products of queries and keys, in place, for a block's scores `[keys, BLOCK]`.
     fn gradient_columns(scores: &mut [f32], gradients: &mut [f32], block: &Block, softmax: &Softmax) {
         for vector in 0..block.len.div_ceil(LANES) {
@@ -355,27 +440,47 @@ const PARTS: usize = 2;
 /// and part by part.
 pub const BACKWARD_SCRATCH: usize = 2 * PARTS;
 
-/// Writes the gradients of queries, keys and values from the gradient `dout: [Tq, queries · head_dim]` of the output.
-/// Keys that belong to no segment keep what their gradients held.
-pub fn backward(settings: &Scores, segments: &[Segment], saved: &Saved, dout: &[f32], gradients: [HeadsMut; 3]) {
+/// Writes the gradients of queries, keys and values from the gradient `dout: [Tq, queries · head_dim]` of the output, and adds those of the
+/// biases by distance to `ddistances`, which lie as [`Distances::values`] do. Keys that belong to no segment keep what their gradients held.
+pub fn backward(
+    settings: &Scores,
+    segments: &[Segment],
+    saved: &Saved,
+    dout: &[f32],
+    gradients: [HeadsMut; 3],
+    ddistances: Option<&mut [f32]>,
+) {
     let d = settings.head_dim;
     let group = settings.queries / settings.keys;
     debug_assert!(gradients.iter().all(|heads| heads.layout().head_dim == d));
     let [dq, dk, dv] = &gradients;
     let tokens = segments.iter().map(|s| s.keys.end).max().unwrap_or(0);
     let per_kind = tokens * settings.queries * d * BACKWARD_SCRATCH / 2;
+    let pieces = settings.queries * PARTS;
+    let distances = ddistances.as_ref().and(settings.distances).map_or(0, |distances| Distances::row(distances.most));
+    let all_distances = segments.len() * pieces * distances;
     // Parts and query heads that share a key head add to the same gradient: each sums into a place of its own first.
-    scratch::with(Purpose::HeadGradients, 2 * per_kind, |own| {
-        let (own_dk, own_dv) = own.split_at_mut(per_kind);
+    scratch::with(Purpose::HeadGradients, 2 * per_kind + all_distances, |own| {
+        let (own_dk, own) = own.split_at_mut(per_kind);
+        let (own_dv, own_distances) = own.split_at_mut(per_kind);
         let (own_dk, own_dv) = (SharedMut::new(own_dk), SharedMut::new(own_dv));
-        let pieces = settings.queries * PARTS;
+        let of_piece = SharedMut::new(&mut *own_distances);
         parallel::for_each(segments.len() * pieces, |piece| {
             let (segment, head, part) = (&segments[piece / pieces], piece % pieces / PARTS, piece % PARTS);
             let (start, len) = (own_start(settings, segment, head, part), segment.keys.len() * d);
             // SAFETY: one piece, one part of a head of the segment.
             let own = unsafe { [own_dk.slice(start, len), own_dv.slice(start, len)] };
-            part_backward(settings, segment, head, part, saved, dout, dq, own);
+            // SAFETY: one piece, its row.
+            let ddistances = unsafe { of_piece.slice(piece * distances, distances) };
+            part_backward(settings, segment, head, part, saved, dout, dq, own, ddistances);
         });
+        if let Some(to) = ddistances.filter(|_| distances > 0) {
+            let of_piece = own_distances.chunks_exact(distances);
+            of_piece.enumerate().for_each(|(piece, from)| {
+                let head = piece % pieces / PARTS;
+                add_row(&mut to[head * distances..(head + 1) * distances], from);
+            });
+        }
         for segment in segments {
             let n = segment.keys.len();
             let rows = parallel::chunk_rows(n, 8);
@@ -430,11 +535,13 @@ fn part_backward(
     dout: &[f32],
     dq: &HeadsMut,
     [own_dk, own_dv]: [&mut [f32]; 2],
+    ddistances: &mut [f32],
 ) {
     let (d, stride) = (settings.head_dim, settings.queries * settings.head_dim);
     let group = settings.queries / settings.keys;
     own_dk.fill(0.0);
     own_dv.fill(0.0);
+    ddistances.fill(0.0);
     for block in (0..segment.blocks()).filter(|&b| belongs(b, part)).map(|b| Block::new(settings, segment, b)) {
         let token = segment.queries.start + block.first;
         let first_key = segment.keys.start + block.keys.start;
@@ -455,6 +562,10 @@ fn part_backward(
                 let (scale, slope) = (settings.scale, settings.slope(head));
                 let given = settings.finish(head, &block, scores);
                 let softmax = Softmax { given, scale, slope, lse: &lse, delta: &delta };
+                if let Some(distances) = settings.distances.filter(|_| !ddistances.is_empty()) {
+                    let first = distances.first(&block);
+                    add_distance_gradients(scores, gradients, &block, &softmax, ddistances, first);
+                }
                 match settings.soft_cap {
                     None => gradient_columns(scores, gradients, &block, &softmax),
                     Some(cap) => capped_gradient_columns(scores, gradients, &block, &softmax, cap),
@@ -481,12 +592,24 @@ mod tests {
     use crate::testing::{dot, numeric_gradient, random, relative_error, to_f64};
 
     fn reference(scores: &Scores, segments: &[Segment], q: &[f64], k: &[f64], v: &[f64]) -> Vec<f64> {
+        let biases = scores.distances.map(|distances| to_f64(distances.values));
+        biased_reference(scores, segments, [q, k, v], biases.as_deref())
+    }
+
+    fn biased_reference(
+        scores: &Scores,
+        segments: &[Segment],
+        [q, k, v]: [&[f64]; 3],
+        biases: Option<&[f64]>,
+    ) -> Vec<f64> {
         let d = scores.head_dim;
+        let biases = biases.zip(scores.distances.map(|distances| distances.most));
         let mut out = vec![0.0; q.len()];
         for segment in segments {
             for (i, t) in segment.queries.clone().enumerate() {
-                let last = segment.keys.len() - segment.queries.len() + i;
-                let first = scores.window.map_or(0, |w| (last + 1).saturating_sub(w));
+                let position = (segment.keys.len() + i).saturating_sub(segment.queries.len());
+                let last = if scores.causal { position } else { segment.keys.len() - 1 };
+                let first = scores.window.map_or(0, |w| (position + 1).saturating_sub(w));
                 for h in 0..scores.queries {
                     let kv = h / (scores.queries / scores.keys);
                     let key = |j: usize, e: usize| ((segment.keys.start + j) * scores.keys + kv) * d + e;
@@ -496,7 +619,10 @@ mod tests {
                         let cap = scores.soft_cap.map(f64::from);
                         let score = cap.map_or(score, |cap| cap * (score / cap).tanh());
                         let slope = scores.slopes.as_ref().map_or(0.0, |slopes| slopes[h]);
-                        (score + f64::from(slope) * j as f64).exp()
+                        let distance = biases.map_or(0.0, |(biases, most)| {
+                            biases[h * Distances::row(most) + most - 1 + position - j]
+                        });
+                        (score + f64::from(slope) * j as f64 + distance).exp()
                     };
                     let weights: Vec<f64> = (first..=last).map(weight).collect();
                     let sum: f64 = weights.iter().sum();
@@ -530,7 +656,7 @@ mod tests {
         let mut out = vec![f32::NAN; dout.len()];
         let mut lse = vec![f32::NAN; dout.len() / scores.head_dim];
         forward(scores, segments, q, k, v, &mut out, &mut lse);
-        backward(scores, segments, &Saved { q, k, v, out: &out, lse: &lse }, dout, gradients);
+        backward(scores, segments, &Saved { q, k, v, out: &out, lse: &lse }, dout, gradients, None);
         out
     }
 
@@ -559,8 +685,63 @@ mod tests {
         }
     }
 
-    fn scores(queries: usize, keys: usize, head_dim: usize, window: Option<usize>) -> Scores {
+    fn scores(queries: usize, keys: usize, head_dim: usize, window: Option<usize>) -> Scores<'static> {
         Scores { window, ..Scores::new(queries, keys, head_dim, 0.7) }
+    }
+
+    #[test]
+    fn what_sees_everything_equals_the_reference() {
+        let all = |scores: Scores<'static>| Scores { causal: false, ..scores };
+        check(all(scores(1, 1, 2, None)), &[(1, 1)]);
+        check(all(scores(4, 2, 6, None)), &[(5, 5), (1, 1), (17, 17)]);
+        // Another text's keys, more and fewer than the queries.
+        check(all(scores(2, 2, 5, None)), &[(3, 8), (9, 2), (1, 5), (40, 3)]);
+        check(all(scores(1, 1, 4, None)), &[(80, 80), (70, 90), (90, 70)]);
+        check(all(Scores { soft_cap: Some(0.8), ..scores(2, 1, 2, None) }), &[(150, 150)]);
+    }
+
+    #[test]
+    fn biases_by_distance_and_their_gradients_equal_the_reference() {
+        for (causal, lengths) in [
+            (true, &[(5, 5), (1, 1), (17, 17)][..]),
+            (false, &[(5, 5), (1, 1), (17, 17)]),
+            // The queries are the last of the keys.
+            (true, &[(3, 8), (1, 5)]),
+            (true, &[(70, 70)]),
+            (false, &[(70, 70)]),
+        ] {
+            for window in [None, Some(6)].into_iter().filter(|window| causal || window.is_none()) {
+                let most = lengths.iter().map(|&(_, keys)| keys).max().unwrap();
+                let values = random(9, 2 * Distances::row(most));
+                let scores = Scores {
+                    causal,
+                    distances: Some(Distances { values: &values, most }),
+                    ..scores(2, 1, 3, window)
+                };
+                check(scores.clone(), lengths);
+
+                let (segments, tq, tk) = laid_end_to_end(lengths);
+                let (wide, narrow) = (HeadLayout::dense(2, 3), HeadLayout::dense(1, 3));
+                let (q, k, v, dout) = (random(1, tq * 6), random(2, tk * 3), random(3, tk * 3), random(4, tq * 6));
+                let mut gradients = [vec![0.0; tq * 6], vec![0.0; tk * 3], vec![0.0; tk * 3]];
+                let [dq, dk, dv] = &mut gradients;
+                let gradients = [HeadsMut::new(dq, wide), HeadsMut::new(dk, narrow), HeadsMut::new(dv, narrow)];
+                let [q, k, v] = [(&q, wide), (&k, narrow), (&v, narrow)].map(|(data, layout)| Heads::new(data, layout));
+                let (mut out, mut lse) = (vec![0.0; tq * 6], vec![0.0; tq * 2]);
+                forward(&scores, &segments, q, k, v, &mut out, &mut lse);
+                // It is added to what is there.
+                let mut ours = vec![0.5; values.len()];
+                let saved = Saved { q, k, v, out: &out, lse: &lse };
+                backward(&scores, &segments, &saved, &dout, gradients, Some(&mut ours));
+                ours.iter_mut().for_each(|v| *v -= 0.5);
+                let [q, k, v, g] = [q.data, k.data, v.data, &dout].map(to_f64);
+                let by_values = numeric_gradient(&to_f64(&values), |values| {
+                    dot(&biased_reference(&scores, &segments, [&q, &k, &v], Some(values)), &g)
+                });
+                let error = relative_error(&ours, &by_values);
+                assert!(error < 2e-5, "{causal} {window:?} {lengths:?}: {error}");
+            }
+        }
     }
 
     #[test]
@@ -578,7 +759,7 @@ mod tests {
     #[test]
     fn caps_and_biases_equal_the_reference() {
         for (soft_cap, biased) in [(Some(1.5), false), (None, true), (Some(0.8), true)] {
-            let with = |scores: Scores| {
+            let with = |scores: Scores<'static>| {
                 let slopes = biased.then(|| alibi_slopes(scores.queries).into());
                 Scores { soft_cap, slopes, ..scores }
             };

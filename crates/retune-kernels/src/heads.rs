@@ -106,15 +106,15 @@ impl<'a> HeadsMut<'a> {
         Self { data: SharedMut::new(data), layout }
     }
 
-    /// Three kinds of heads in the rows of one buffer: of queries, keys and values.
+    /// Several kinds of heads in the rows of one buffer: of queries, keys and values.
     ///
     /// # Panics
     /// When they overlap, or mean rows of different lengths.
-    pub fn in_one(data: &'a mut [f32], layouts: [HeadLayout; 3]) -> [Self; 3] {
-        let [q, k, v] = &layouts;
-        assert!(layouts.iter().all(|layout| layout.row == q.row && layout.is_disjoint()), "heads overlap: {layouts:?}");
-        let apart = q.is_apart_from(k) && q.is_apart_from(v) && k.is_apart_from(v);
-        assert!(apart, "heads overlap: {layouts:?}");
+    pub fn in_one<const N: usize>(data: &'a mut [f32], layouts: [HeadLayout; N]) -> [Self; N] {
+        let is_row = |layout: &HeadLayout| layout.row == layouts[0].row && layout.is_disjoint();
+        let is_apart = |(i, of): (usize, &HeadLayout)| layouts[i + 1..].iter().all(|other| of.is_apart_from(other));
+        let is_right = layouts.iter().all(is_row) && layouts.iter().enumerate().all(is_apart);
+        assert!(is_right, "heads overlap: {layouts:?}");
         let data = SharedMut::new(data);
         layouts.map(|layout| Self { data, layout })
     }

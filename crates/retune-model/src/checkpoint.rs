@@ -285,6 +285,7 @@ impl Files {
     /// the table's rows is rounded.
     fn read(&mut self, spec: &mut ModelSpec) -> Result<BTreeMap<String, StoredTensor>, Error> {
         self.decide_head(spec);
+        self.drop_tables_of_stacks(spec);
         let mut tensors = BTreeMap::new();
         let mut missing = Vec::new();
         for module in spec.modules() {
@@ -338,15 +339,23 @@ impl Files {
                 }
             }
             (Some((_, ours)), Some((name, theirs))) if spec.head.tied => {
-                let is_copy =
-                    ours.dtype == theirs.dtype && ours.shape == theirs.shape && ours.bytes[..] == theirs.bytes[..];
-                if is_copy {
+                if is_copy(ours, theirs) {
                     self.tensors.remove(&name);
                 } else {
                     spec.head.tied = false;
                 }
             }
             _ => {}
+        }
+    }
+
+    /// T5's encoder and decoder read the same table, of which files may hold a copy for each.
+    fn drop_tables_of_stacks(&mut self, spec: &ModelSpec) {
+        let Some(table) = self.tensors.get(&table_of(spec)).filter(|_| spec.encoder.is_some()) else { return };
+        let copies = ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight"];
+        let is_dropped = |name: &&str| self.tensors.get(*name).is_some_and(|copy| is_copy(table, copy));
+        for name in copies.into_iter().filter(is_dropped).collect::<Vec<_>>() {
+            self.tensors.remove(name);
         }
     }
 
@@ -385,13 +394,14 @@ impl Files {
         Ok(StoredTensor { parts: vec![raw.bytes], storage: format.name(), matrix })
     }
 
-    /// Whether the model computes the same without a tensor: what sees pictures, frequencies that follow from the configuration, and
-    /// GPT-2's causal masks.
+    /// Whether the model computes the same without a tensor: what sees pictures, frequencies that follow from the configuration, GPT-2's
+    /// causal masks, and biases that T5's attention to the encoder does not read.
     fn may_be_left(&self, name: &str) -> bool {
         let is_mask = || name.ends_with(".attn.bias") || name.ends_with(".attn.masked_bias");
         name.ends_with(".rotary_emb.inv_freq")
             || (self.prefix == families::VISION_PREFIX && is_of_vision(name))
             || (self.prefix == "transformer." && is_mask())
+            || name.ends_with(".EncDecAttention.relative_attention_bias.weight")
     }
 
     fn notes(&self) -> Vec<String> {
@@ -399,6 +409,11 @@ impl Files {
         let note = format!("what sees pictures is left out: {left} tensors of the vision tower and its projector");
         (left > 0).then_some(note).into_iter().collect()
     }
+}
+
+/// Whether two tensors are the same.
+fn is_copy(a: &RawTensor, b: &RawTensor) -> bool {
+    a.dtype == b.dtype && a.shape == b.shape && a.bytes[..] == b.bytes[..]
 }
 
 fn is_of_vision(name: &str) -> bool {

@@ -413,6 +413,10 @@ fn config_json(checkpoint: &Checkpoint, dtype: ExportType, tied: bool) -> Result
         // However the base is stored, what is written is plain numbers.
         fields.shift_remove("quantization_config");
         fields.insert("tie_word_embeddings".to_owned(), tied.into());
+        if checkpoint.spec.encoder.is_some() {
+            // Where this is missing the other key decides it as well.
+            fields.insert("scale_decoder_outputs".to_owned(), (checkpoint.spec.head.scale != 1.0).into());
+        }
         // transformers 5 says "dtype" and reads both; earlier versions know the other only.
         let spelled: Vec<&str> = ["dtype", "torch_dtype"].into_iter().filter(|key| fields.contains_key(*key)).collect();
         let keys = if spelled.is_empty() { vec!["torch_dtype"] } else { spelled };

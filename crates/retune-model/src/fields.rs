@@ -13,7 +13,7 @@ use crate::error::Error;
 const MAX_LAYERS: usize = 4096;
 
 /// Fields that change the results of some model and that no family here implements, each with the value that changes nothing.
-const NOT_IMPLEMENTED: [(&str, Harmless, &str); 20] = [
+const NOT_IMPLEMENTED: [(&str, Harmless, &str); 19] = [
     ("num_experts", Harmless::Number(0.0), "dense models"),
     ("num_local_experts", Harmless::Number(0.0), "dense models"),
     ("n_routed_experts", Harmless::Number(0.0), "dense models"),
@@ -22,7 +22,6 @@ const NOT_IMPLEMENTED: [(&str, Harmless, &str); 20] = [
     ("alibi", Harmless::Flag(false), "false"),
     ("use_qk_norm", Harmless::Flag(false), "false"),
     ("add_cross_attention", Harmless::Flag(false), "false"),
-    ("is_encoder_decoder", Harmless::Flag(false), "false"),
     ("use_bidirectional_attention", Harmless::Flag(false), "false"),
     ("is_causal", Harmless::Flag(true), "true"),
     ("apply_residual_connection_post_layernorm", Harmless::Flag(false), "false"),
@@ -218,14 +217,7 @@ impl<'a> Fields<'a> {
             Some(Value::String(text)) => text,
             Some(other) => return Err(unsupported(name, other, ACTIVATIONS)),
         };
-        match found {
-            // transformers knows these by several names.
-            "silu" | "swish" => Ok(Function::Silu),
-            "gelu_new" | "gelu_pytorch_tanh" | "gelu_fast" | "gelu_python_tanh" => Ok(Function::GeluTanh),
-            "gelu" | "gelu_python" => Ok(Function::Gelu),
-            "relu" => Ok(Function::Relu),
-            other => Err(unsupported(name, format!("{other:?}"), ACTIVATIONS)),
-        }
+        activation(name, found)
     }
 
     /// For each layer whether it sees a window only, by `layer_types`, if the field is given.
@@ -283,6 +275,21 @@ impl<'a> Fields<'a> {
 }
 
 const ACTIVATIONS: &str = "silu, gelu, gelu_new, gelu_pytorch_tanh, relu";
+
+/// The activation that transformers calls so, found in the field `name`.
+///
+/// # Errors
+/// An activation that is not supported.
+pub fn activation(name: &'static str, found: &str) -> Result<Function, Error> {
+    match found {
+        // transformers knows these by several names.
+        "silu" | "swish" => Ok(Function::Silu),
+        "gelu_new" | "gelu_pytorch_tanh" | "gelu_fast" | "gelu_python_tanh" => Ok(Function::GeluTanh),
+        "gelu" | "gelu_python" => Ok(Function::Gelu),
+        "relu" => Ok(Function::Relu),
+        other => Err(unsupported(name, format!("{other:?}"), ACTIVATIONS)),
+    }
+}
 
 fn positive(name: &str, value: f64, expected: &str) -> Result<f32, Error> {
     let rounded = value as f32;

@@ -570,8 +570,8 @@ mod tests {
     #[test]
     fn reads_gguf_headers() {
         let (translation, Description { spec: llama, family, tokens }) = translate(&header()).unwrap();
-        assert_eq!((llama.vocab_size, llama.hidden_size, llama.blocks.len(), llama.context), (1, 32, 2, 512));
-        let attention = llama.blocks[0].sub_layers[0].attention().unwrap();
+        assert_eq!((llama.vocab_size, llama.hidden_size, llama.decoder.blocks.len(), llama.context), (1, 32, 2, 512));
+        let attention = llama.decoder.blocks[0].sub_layers[0].attention().unwrap();
         assert_eq!((attention.keys, attention.head_dim, llama.norm.eps), (4, 8, 1e-5));
         assert!(llama.head.tied && family.class == "LlamaForCausalLM" && translation.notes.is_empty());
         assert_eq!(tokens, Default::default());
@@ -582,7 +582,7 @@ mod tests {
         let window = window.f32_tensor("output.weight", &[32, 1], &[0.0; 32]).u32("tokenizer.ggml.eos_token_id", 7);
         let (_, Description { spec: mistral, family, tokens }) = translate(&window).unwrap();
         assert_eq!(
-            (mistral.blocks[0].sub_layers[0].attention().unwrap().window, mistral.family),
+            (mistral.decoder.blocks[0].sub_layers[0].attention().unwrap().window, mistral.family),
             (Some(16), "mistral")
         );
         assert!(!mistral.head.tied && family.class == "MistralForCausalLM" && tokens.eos == [7]);
@@ -700,13 +700,13 @@ mod tests {
                 ("attention.sliding_window", 4096),
             ]
         };
-        let scale = |spec: &ModelSpec| spec.blocks[0].sub_layers[0].attention().unwrap().scale;
+        let scale = |spec: &ModelSpec| spec.decoder.blocks[0].sub_layers[0].attention().unwrap().scale;
         assert_eq!(scale(&spec(&keys("gemma2", &gemma(46), &[]))), (144f64.powf(-0.5)) as f32);
         assert_eq!(scale(&spec(&keys("gemma2", &gemma(42), &[]))), (128f64.powf(-0.5)) as f32);
 
         let (translation, gemma3) = translate(&keys("gemma3", &gemma(12), &[("rope.freq_base", 1e6)])).unwrap();
         let windows: Vec<bool> =
-            gemma3.spec.blocks.iter().map(|b| b.sub_layers[0].attention().unwrap().window.is_some()).collect();
+            gemma3.spec.decoder.blocks.iter().map(|b| b.sub_layers[0].attention().unwrap().window.is_some()).collect();
         assert_eq!(windows.iter().filter(|sliding| !**sliding).count(), 2);
         assert!(!windows[5] && !windows[11] && translation.notes.len() == 2);
         // Older files lack the base of layers that see a window.

@@ -165,6 +165,9 @@ fn merged_models_give_the_logits_of_base_and_adapter() {
         ("gpt2_lora_tokens", 3),
         ("bloom_lora_tokens", 3),
         ("gemma3_lora_tokens", 7),
+        // An encoder and a decoder, tied and not.
+        ("t5_lora_all", 48),
+        ("flan_t5_lora_all", 25),
     ] {
         let (_dir, checkpoint) = base_of(case);
         let tied = checkpoint.spec.head.tied;
@@ -375,7 +378,7 @@ fn with_scales(case: &mut Case, over_norm: bool) {
 
 #[test]
 fn scales_are_merged_into_weights_and_biases() {
-    for name in ["gemma3", "gpt2", "bloom", "qwen2"] {
+    for name in ["gemma3", "gpt2", "bloom", "qwen2", "t5"] {
         for over_norm in [false, true] {
             let (_dir, checkpoint) = base(name);
             let mut case = Case::bare(name, checkpoint);
@@ -394,7 +397,7 @@ fn scales_are_merged_into_weights_and_biases() {
 
 #[test]
 fn tables_and_heads_of_other_families_are_untied_too() {
-    for name in ["gemma3", "gpt2", "bloom", "qwen2"] {
+    for name in ["gemma3", "gpt2", "bloom", "qwen2", "t5"] {
         for change in [with_table, with_head] {
             let (_dir, checkpoint) = base(name);
             assert!(checkpoint.spec.head.tied, "{name}");
@@ -422,7 +425,7 @@ fn tables_and_heads_of_other_families_are_untied_too() {
 
 #[test]
 fn a_trained_model_is_written_from_its_parameters() {
-    for name in ["llama_tied", "llama_bias", "gpt2", "bloom", "phi3", "gemma3"] {
+    for name in ["llama_tied", "llama_bias", "gpt2", "bloom", "phi3", "gemma3", "t5", "flan_t5"] {
         let (_dir, checkpoint) = base(name);
         let mut case = Case::with_method(name, checkpoint, &Full);
         let (pass, plain) = golden(name);

@@ -1,7 +1,7 @@
 //! The model's logits, loss and every gradient against transformers and peft, on small random models of every family.
 //!
-//! `goldens/make_llama.py`, `make_families.py`, `make_methods.py`, `make_gguf.py` and `make_families_gguf.py` make the fixtures; a folder is a
-//! case.
+//! `goldens/make_llama.py`, `make_families.py`, `make_t5.py`, `make_methods.py`, `make_gguf.py` and `make_families_gguf.py` make the fixtures; a
+//! folder is a case.
 //! "Relative" is ‖ours − theirs‖ / ‖theirs‖ per tensor.
 
 use std::collections::BTreeMap;
@@ -343,6 +343,21 @@ fn greedy_generation_equals_transformers() {
         count += 1;
     }
     assert!(count >= FAMILIES.len() - 2, "{count} models generated");
+}
+
+#[test]
+fn answers_to_fifty_sources_equal_those_of_transformers() {
+    for name in ["t5", "flan_t5"] {
+        let case = Case::base(name);
+        let golden = case.golden();
+        let sources = golden.rows("more_sources", "more_lengths");
+        let mut generation = Generation::new(&case.model, &case.overlay, &case.params, Sampling::GREEDY);
+        for (source, expected) in sources.iter().zip(golden.integers["more_answers"].chunks_exact(8)) {
+            let expected: Vec<u32> = expected.iter().map(|&id| id as u32).collect();
+            assert_eq!(generation.run(source, expected.len(), &[], |_| true), expected, "{name} {source:?}");
+        }
+        assert_eq!(sources.len(), 50);
+    }
 }
 
 #[test]

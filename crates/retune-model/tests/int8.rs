@@ -120,7 +120,7 @@ fn gradients_are_close_to_those_in_f32() {
         // A head that is trained stays in f32.
         let linears = case.model.spec.linears().count() - usize::from(name == "lora_save_head");
         assert_eq!((choices.len(), case.in_int8(&compute).len()), (linears, linears), "{name}");
-        let lowest = &case.model.spec.blocks[0].sub_layers[0].inputs;
+        let lowest = &case.model.spec.decoder.blocks[0].sub_layers[0].inputs;
         for Choice { name: linear, int8, forward_error, backward_error, .. } in choices {
             assert!(int8 && forward_error < 0.03, "{name}: output of {linear} {forward_error}");
             let measured = backward_error.unwrap_or(0.0);

@@ -126,7 +126,7 @@ fn a_pass_of_several_rows_equals_its_rows_with_norms_of_queries_and_keys_and_two
 #[test]
 fn a_pass_of_several_rows_equals_its_rows_with_learned_positions_and_layer_norms() {
     let case = Case::load("gpt2");
-    assert!(case.model.spec.table.positions.is_some() && case.model.spec.norm.kind == NormKind::Layer);
+    assert!(case.model.spec.table.positions.is_some() && case.model.spec.decoder.norm.kind == NormKind::Layer);
     assert!(case.overlay.layout.params().iter().any(|param| param.transposed));
     check(&case, true);
 }

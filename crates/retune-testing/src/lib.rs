@@ -36,9 +36,14 @@ pub struct Golden {
 }
 
 impl Golden {
-    /// Reads `golden.safetensors` of a case's folder; nothing stands before its sequences.
+    /// Reads `golden.safetensors` of a case's folder; nothing of an adapter stands before its sequences.
     pub fn read(case: &Path) -> Self {
-        let bytes = fs::read(case.join("golden.safetensors")).unwrap_or_else(|e| panic!("{}: {e}", case.display()));
+        Self::read_file(&case.join("golden.safetensors"))
+    }
+
+    /// Reads such a file.
+    pub fn read_file(path: &Path) -> Self {
+        let bytes = fs::read(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
         let file = SafeTensors::deserialize(&bytes).unwrap();
         let (mut integers, mut tensors) = (BTreeMap::new(), Tensors::new());
         for (name, tensor) in file.tensors() {
@@ -53,13 +58,16 @@ impl Golden {
                 }
             }
         }
-        Self { integers, tensors, prelude: Prelude::default() }
+        // What answers a source begins with T5's start.
+        let decoder_start = integers.contains_key("source_ids").then_some(0);
+        Self { integers, tensors, prelude: Prelude { decoder_start, ..Prelude::default() } }
     }
 
     /// The sequences as one pass, or each as a pass of its own.
     pub fn passes(&self, packed: bool) -> Vec<Pass> {
         let ids: Vec<u32> = self.integers["input_ids"].iter().map(|&id| id as u32).collect();
         let trained: Vec<bool> = self.integers["labels"].iter().map(|&l| l != -100).collect();
+        let sources = self.rows("source_ids", "source_lengths");
         let (mut passes, mut start) = (vec![Pass::new(self.prelude.clone(), false)], 0);
         for (row, &length) in self.integers["sequence_lengths"].iter().enumerate() {
             let range = start..start + length as usize;
@@ -67,9 +75,17 @@ impl Golden {
             if !packed && row > 0 {
                 passes.push(Pass::new(self.prelude.clone(), false));
             }
-            passes.last_mut().unwrap().push(row as u64, &ids[range.clone()], &trained[range]);
+            let source = sources.get(row).map_or(&[][..], |source| source);
+            passes.last_mut().unwrap().push_answer(row as u64, source, &ids[range.clone()], &trained[range]);
         }
         passes
+    }
+
+    /// Rows of ids that are laid end to end; none where the golden has none.
+    pub fn rows(&self, ids: &str, lengths: &str) -> Vec<Vec<u32>> {
+        let (Some(ids), Some(lengths)) = (self.integers.get(ids), self.integers.get(lengths)) else { return Vec::new() };
+        let mut ids = ids.iter().map(|&id| id as u32);
+        lengths.iter().map(|&length| ids.by_ref().take(length as usize).collect()).collect()
     }
 
     /// Mean loss over the labels: with virtual tokens, the last of which predicts a row's first token, over those too.

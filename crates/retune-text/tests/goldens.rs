@@ -101,3 +101,27 @@ fn sentence_piece_vocabularies_give_sentence_pieces_ids() {
         assert_eq!(tokenizer.encode_with_special_tokens("a").unwrap()[0], 1, "{name}");
     }
 }
+
+#[derive(Deserialize)]
+struct Texts {
+    texts: Vec<String>,
+    /// With the token that the tokenizer puts after a text.
+    ids: Vec<Vec<u32>>,
+    /// The texts of the ids, without special tokens.
+    decoded: Vec<String>,
+}
+
+/// `goldens/make_t5.py` makes the tokenizer with sentencepiece and transformers.
+#[test]
+fn a_unigram_vocabulary_gives_the_ids_of_transformers() {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../retune-model/tests/goldens/t5");
+    let golden: Texts = serde_json::from_slice(&std::fs::read(dir.join("texts.json")).unwrap()).unwrap();
+    let tokenizer = Tokenizer::from_dir(&dir).unwrap();
+    assert_eq!(tokenizer.eos_token_ids(), [1]);
+    let plain: Vec<Vec<u32>> = golden.ids.iter().map(|ids| ids[..ids.len() - 1].to_vec()).collect();
+    assert_ids("t5", &tokenizer, &golden.texts, &plain);
+    for ((text, ids), decoded) in golden.texts.iter().zip(&golden.ids).zip(&golden.decoded) {
+        assert_eq!(&tokenizer.encode_with_special_tokens(text).unwrap(), ids, "{text:?}");
+        assert_eq!(&tokenizer.decode(ids, true), decoded, "{text:?}");
+    }
+}

@@ -76,6 +76,27 @@ pub enum Error {
     )]
     NoAssistantTurn { roles: String },
 
+    /// A text for a model whose encoder reads one text and whose decoder writes another.
+    #[error(
+        "the model's encoder reads a text and its decoder answers it, but a row of plain text answers nothing; give the columns prompt and \
+         completion, or input and output"
+    )]
+    TextWithoutSource,
+
+    /// A conversation for such a model.
+    #[error(
+        "the model's encoder reads a text and its decoder answers it, so that a conversation is one question and its answer; its roles \
+         are {roles}. Give a row for each answer, with what comes before it as the prompt"
+    )]
+    TurnsOfEncoder { roles: String },
+
+    /// Prompts as targets of such a model.
+    #[error(
+        "prompts cannot be trained on with this model, whose encoder reads them and whose decoder writes answers alone; leave \
+         data.train_on_prompt (or --whole-text) out"
+    )]
+    PromptOfEncoder,
+
     /// A chat template that does not let an assistant's turn be told from what is before it.
     #[error(
         "the chat template writes message {turn} differently when other messages stand around it, so the assistant's words cannot \

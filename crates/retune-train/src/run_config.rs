@@ -141,10 +141,10 @@ impl DataConfig {
         }
     }
 
-    /// How rows become examples; messages call settings as `names` says.
-    pub fn encode_options(&self, names: &Names) -> EncodeOptions {
+    /// How rows become examples of a model with or without an encoder; messages call settings as `names` says.
+    pub fn encode_options(&self, has_encoder: bool, names: &Names) -> EncodeOptions {
         let DataConfig { max_length, overlong, train_on_prompt, .. } = *self;
-        EncodeOptions { max_length, overlong, train_on_prompt, names: *names }
+        EncodeOptions { max_length, overlong, train_on_prompt, has_encoder, names: *names }
     }
 
     /// Checks ranges and contradictions.

@@ -10,7 +10,7 @@ use retune_engine::params::{ParamLayout, Reparameterisation};
 use retune_engine::pass::{Pass, PassSize, Prelude, Sequence};
 use retune_engine::row_norms::RowNorms;
 use retune_engine::workspace::Workspace;
-use retune_engine::{Run, Saving, Step};
+use retune_engine::{NonFinite, Run, Saving, Step};
 use retune_kernels::vector;
 use serde::{Deserialize, Serialize};
 
@@ -174,7 +174,7 @@ struct Latent<'a> {
 
 /// Tokens of a step at most.
 fn largest_step(prelude: &Prelude, config: &TrainingConfig, train: &[Example]) -> usize {
-    let longest = train.iter().map(|example| prelude.virtual_ids.len() + example.ids.len()).max().unwrap_or(0);
+    let longest = train.iter().map(|example| prelude.virtual_ids.len() + example.longest()).max().unwrap_or(0);
     longest * config.batch_size * config.gradient_accumulation_steps
 }
 
@@ -366,7 +366,7 @@ impl<'a> Trainer<'a> {
                 return Err(self.non_finite_loss(index + 1));
             }
             loss += sum;
-            tokens += self.pass.row_tokens();
+            tokens += self.pass.row_tokens() + self.pass.source.as_ref().map_or(0, |source| source.row_tokens());
             label_tokens += self.pass.labels.len();
         }
         if let Some(Latent { map, gradient, .. }) = &mut self.latent {
@@ -418,11 +418,11 @@ impl<'a> Trainer<'a> {
         let bad = self.workspace.losses.iter().position(|l| !l.is_finite());
         let row = bad.and_then(|i| self.pass.sequence_of_label(i)).map_or(0, |s| s.row);
         let place = self.trained.run(self.flat(), &self.norms, &self.pass).first_non_finite_block(&self.workspace);
-        let layers = self.trained.model.spec.blocks.len();
         let (layer, row) = match place {
-            Some((0, row)) => ("the token embedding".to_owned(), row),
-            Some((l, row)) if l <= layers => (format!("layer {}", l - 1), row),
-            _ => ("the output head".to_owned(), row),
+            Some(NonFinite { block: 0, row, .. }) => ("the token embedding".to_owned(), row),
+            Some(NonFinite { block, row, in_encoder: true }) => (format!("layer {} of the encoder", block - 1), row),
+            Some(NonFinite { block, row, in_encoder: false }) => (format!("layer {}", block - 1), row),
+            None => ("the output head".to_owned(), row),
         };
         Error::NonFiniteLoss { step, row, layer }
     }
@@ -469,17 +469,19 @@ impl<'a> Trainer<'a> {
     }
 }
 
-/// Fills a pass with the rows `rows[next..]` as long as they fit `limit` tokens, at least one; returns where the next pass starts.
+/// Fills a pass with the rows `rows[next..]` as long as they, and their sources, fit `limit` tokens, at least one; returns where the next pass
+/// starts.
 pub fn fill_pass(pass: &mut Pass, examples: &[Example], rows: &[usize], next: usize, limit: usize) -> usize {
     pass.clear();
     let mut end = next;
     for example in rows[next..].iter().map(|&row| &examples[row]) {
         let fits = pass.tokens() + pass.own_tokens(&example.ids) <= limit
+            && pass.source_tokens() + pass.own_source_tokens(&example.source) <= limit
             && pass.keys() + pass.row_keys(&example.ids) <= KEYS_PER_TOKEN * limit;
         if end > next && !fits {
             break;
         }
-        pass.push(example.row as u64, &example.ids, &example.trained);
+        pass.push_answer(example.row as u64, &example.source, &example.ids, &example.trained);
         end += 1;
     }
     end
@@ -549,8 +551,9 @@ struct PassBound<'a> {
 
 impl PassBound<'_> {
     fn over(&self, train: &[Example]) -> PassSize {
-        let Prelude { virtual_ids, prefix } = self.prelude;
+        let Prelude { virtual_ids, prefix, .. } = self.prelude;
         let mut lengths: Vec<usize> = train.iter().map(|example| virtual_ids.len() + example.ids.len()).collect();
+        let mut sources: Vec<usize> = train.iter().map(|example| virtual_ids.len() + example.source.len()).collect();
         let mut labels: Vec<usize> = train.iter().map(Example::trained_tokens).collect();
         let largest = |values: &mut Vec<usize>| -> usize {
             values.sort_unstable_by(|a, b| b.cmp(a));
@@ -563,7 +566,9 @@ impl PassBound<'_> {
         let prefixes = prefix * self.rows.min(train.len());
         let of_rows = prefixes + if is_shared { longest } else { tokens };
         let keys = of_rows.min((KEYS_PER_TOKEN * self.tokens).max(prefix + one));
-        PassSize { tokens, keys, labels: of_labels.min(keys), scored_labels: 0, is_shared }
+        let source = largest(&mut sources).min(self.tokens.max(sources.first().copied().unwrap_or(0)));
+        let source_tokens = if self.prelude.decoder_start.is_some() { source } else { 0 };
+        PassSize { tokens, keys, labels: of_labels.min(keys), scored_labels: 0, is_shared, source_tokens }
     }
 }
 
@@ -643,7 +648,7 @@ mod tests {
         let row = |row: usize| {
             let length = 10 + 7 * row % 31;
             let id = |i: usize| if alike && i < 9 && row.is_multiple_of(3) { i as u32 } else { (100 * row + i) as u32 };
-            Example { row, ids: (0..length).map(id).collect(), trained: (0..length).map(|i| i > length / 2).collect() }
+            Example { row, source: vec![], ids: (0..length).map(id).collect(), trained: (0..length).map(|i| i > length / 2).collect() }
         };
         (0..23).map(row).collect()
     }
@@ -661,7 +666,7 @@ mod tests {
     #[test]
     fn the_bound_for_many_epochs_holds_every_order() {
         let preludes = [(0, 0), (0, 5), (3, 0), (9, 2)];
-        let preludes = preludes.map(|(n, prefix)| Prelude { virtual_ids: 5000..5000 + n, prefix });
+        let preludes = preludes.map(|(n, prefix)| Prelude { virtual_ids: 5000..5000 + n, prefix, ..Prelude::default() });
         let ways = [(41, true), (60, true), (60, false), (90, true), (1000, true)];
         for (alike, prelude) in [false, true].into_iter().flat_map(|alike| preludes.clone().map(|p| (alike, p))) {
             let train = examples(alike);
@@ -699,7 +704,7 @@ mod tests {
 
     #[test]
     fn a_prefix_counts_among_the_keys_of_a_pass() {
-        let row = |row: usize| Example { row, ids: vec![row as u32; 10], trained: vec![true; 10] };
+        let row = |row: usize| Example { row, source: vec![], ids: vec![row as u32; 10], trained: vec![true; 10] };
         let examples: Vec<Example> = (0..4).map(row).collect();
         let rows = |prefix: usize| {
             let mut pass = Pass::new(Prelude { prefix, ..Prelude::default() }, true);

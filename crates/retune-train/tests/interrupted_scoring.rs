@@ -47,7 +47,7 @@ impl Observer for Impatient {
 
 fn examples(rows: std::ops::Range<usize>) -> Vec<Example> {
     let ids = |row: usize| (0..8).map(|i| ((7 * row + 11 * i) % 80) as u32).collect();
-    rows.map(|row| Example { row, ids: ids(row), trained: (0..8).map(|i| i > 0).collect() }).collect()
+    rows.map(|row| Example { row, source: vec![], ids: ids(row), trained: (0..8).map(|i| i > 0).collect() }).collect()
 }
 
 fn config() -> TrainingConfig {

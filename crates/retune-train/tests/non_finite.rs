@@ -26,7 +26,7 @@ fn examples() -> Vec<Example> {
     let mut examples = Vec::new();
     for row in 40..46 {
         let ids = (0..5).map(|i| ((7 * row + 11 * i) % 80) as u32).collect();
-        examples.push(Example { row, ids, trained: vec![false, true, true, true, true] });
+        examples.push(Example { row, source: vec![], ids, trained: vec![false, true, true, true, true] });
     }
     examples[5].ids[1] = RARE;
     examples

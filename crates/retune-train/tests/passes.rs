@@ -18,7 +18,7 @@ use serde_json::json;
 #[test]
 fn the_largest_pass_holds_the_fullest_of_training_and_scoring() {
     let example =
-        |row, trained: usize| Example { row, ids: vec![1; 20], trained: (0..20).map(|i| i >= 20 - trained).collect() };
+        |row, trained: usize| Example { row, source: vec![], ids: vec![1; 20], trained: (0..20).map(|i| i >= 20 - trained).collect() };
     // Steps of three rows, passes of at most 60 tokens: rows 0 to 2, then 3 and 4.
     let train: Vec<Example> = [1, 2, 3, 9, 10].into_iter().enumerate().map(|(i, n)| example(i, n)).collect();
     let run = json!({
@@ -36,6 +36,7 @@ fn the_largest_pass_holds_the_fullest_of_training_and_scoring() {
         labels,
         scored_labels,
         is_shared: keys > tokens,
+        source_tokens: 0,
     };
     assert_eq!(largest(60, false, &[]), size(60, 60, 19, 0));
     assert_eq!(largest(30, false, &[]), size(20, 20, 10, 0));
@@ -66,8 +67,8 @@ impl Weights for Zeros {
 /// A model of two layers whose MLPs are this wide.
 fn with_intermediate_size(size: usize) -> Model {
     let mut spec = checkpoint("gguf_llama").spec;
-    assert_eq!(spec.blocks.len(), 2);
-    for block in &mut spec.blocks {
+    assert_eq!(spec.decoder.blocks.len(), 2);
+    for block in &mut spec.decoder.blocks {
         let mlp = &mut block.sub_layers[1];
         mlp.inputs.iter_mut().for_each(|linear| linear.rows = size);
         mlp.output.cols = size;
@@ -111,7 +112,7 @@ fn rows_share_their_beginnings_unless_told_otherwise_or_dropped() {
     let row = |row: usize| {
         let first = |i: usize| if row.is_multiple_of(2) && i < 20 { 0 } else { 31 * row };
         let ids = (0..40).map(|i| ((first(i) + 7 * i) % 288) as u32).collect();
-        Example { row, ids, trained: (0..40).map(|i| i > 0).collect() }
+        Example { row, source: vec![], ids, trained: (0..40).map(|i| i > 0).collect() }
     };
     let examples: Vec<Example> = (0..6).map(row).collect();
     let run = |share: bool, dropout: f64| {
@@ -144,6 +145,7 @@ fn rows_share_their_beginnings_unless_told_otherwise_or_dropped() {
 fn rows_share_virtual_tokens_and_passes_have_room_for_them() {
     let examples: Vec<Example> = (0..4)
         .map(|row| Example {
+            source: vec![],
             row,
             ids: (0..30).map(|i| ((31 * row + 7 * i) % 288) as u32).collect(),
             trained: (0..30).map(|i| i > 0).collect(),

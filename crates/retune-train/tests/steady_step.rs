@@ -67,7 +67,7 @@ fn examples() -> Vec<Example> {
     for (row, length) in [60, 2, 60, 17, 33, 5, 9, 41, 24, 3, 58, 12].into_iter().enumerate() {
         let first = |i: usize| if row % 2 == 0 && i < 20 { 0 } else { 31 * row };
         let ids = (0..length).map(|i| ((first(i) + 7 * i) % 96) as u32).collect();
-        examples.push(Example { row, ids, trained: (0..length).map(|i| i > 0).collect() });
+        examples.push(Example { row, source: vec![], ids, trained: (0..length).map(|i| i > 0).collect() });
     }
     examples
 }

@@ -561,11 +561,11 @@ pub struct LogitsArgs {
     #[arg(long, value_enum, default_value_t = Compute::F32)]
     pub compute: Compute,
 
-    /// Token ids, separated by commas
+    /// Token ids, separated by commas; those that the encoder reads, where there is one
     #[arg(long, value_delimiter = ',', required = true, value_name = "IDS")]
     pub tokens: Vec<u32>,
 
-    /// For each token its own id where it is trained and -100 elsewhere, separated by commas
+    /// For each token its own id where it is trained and -100 elsewhere, separated by commas; with an encoder the ids of the answer
     #[arg(long, value_delimiter = ',', allow_hyphen_values = true, value_name = "IDS")]
     pub labels: Option<Vec<i64>>,
 
@@ -667,7 +667,7 @@ mod tests {
         assert_eq!(keys::<Compute>(), flags::<Compute>());
         assert_eq!(keys::<MethodName>(), flags::<MethodName>());
         assert_eq!(keys::<DataFormat>(), flags::<DataFormat>());
-        assert_eq!(flags::<DataFormat>(), ["auto", "messages", "prompt_completion", "alpaca", "text"]);
+        assert_eq!(flags::<DataFormat>(), ["auto", "messages", "prompt_completion", "alpaca", "input_output", "text"]);
         let types = ExportType::value_variants().iter().map(ToString::to_string).collect::<Vec<_>>();
         assert_eq!(types, flags::<ExportType>());
     }

@@ -1,6 +1,7 @@
 //! The training and held-out examples of a run.
 
 use anyhow::Result;
+use retune_engine::spec::ModelSpec;
 use retune_text::tokenizer::Tokenizer;
 use retune_train::Error;
 use retune_train::data::{Dataset, Encoder, Names, read_rows, split};
@@ -13,8 +14,8 @@ pub struct RunData {
 }
 
 impl RunData {
-    /// Reads the files a run names. One file alone is split.
-    pub fn load(config: &RunConfig, tokenizer: &Tokenizer) -> Result<Self> {
+    /// Reads the files a run names for a model of this spec. One file alone is split.
+    pub fn load(config: &RunConfig, tokenizer: &Tokenizer, spec: &ModelSpec) -> Result<Self> {
         let data = &config.data;
         let rows = read_rows(&data.train, data.format, &data.columns, &Names::KEYS)?;
         let (rows, held_out) = match &data.eval {
@@ -25,7 +26,7 @@ impl RunData {
             }
             None => (rows, None),
         };
-        let encoder = Encoder::new(tokenizer, data.encode_options(&Names::KEYS))?;
+        let encoder = Encoder::new(tokenizer, data.encode_options(spec.encoder.is_some(), &Names::KEYS))?;
         let train = Dataset::build(&rows, &encoder, held_out.as_ref())?;
         let eval = held_out.map(|mut file| {
             file.rows.truncate(data.eval_limit.unwrap_or(usize::MAX));

@@ -51,7 +51,7 @@ pub struct Ia3Config {
 }
 
 /// What PEFT 0.21.2 adapts where a configuration says nothing, by model type: the targets, the last of which is the feed-forward one.
-const DEFAULTS: [(&str, [&str; 3]); 9] = [
+const DEFAULTS: [(&str, [&str; 3]); 10] = [
     ("llama", ["k_proj", "v_proj", "down_proj"]),
     ("mistral", ["k_proj", "v_proj", "down_proj"]),
     ("qwen2", ["q_proj", "v_proj", "down_proj"]),
@@ -61,6 +61,7 @@ const DEFAULTS: [(&str, [&str; 3]); 9] = [
     ("gemma3_text", ["q_proj", "v_proj", "down_proj"]),
     ("gpt2", ["c_attn", "c_attn", "mlp.c_proj"]),
     ("bloom", ["query_key_value", "query_key_value", "mlp.dense_4h_to_h"]),
+    ("t5", ["k", "v", "wo"]),
 ];
 
 fn from_peft(path: &Path, map: Map<String, Value>) -> Result<Arc<dyn Method>, Error> {

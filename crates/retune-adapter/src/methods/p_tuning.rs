@@ -5,14 +5,16 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
-use retune_engine::overlay::{Overlay, VirtualTokens};
+use retune_engine::overlay::Overlay;
 use retune_engine::params::Reparameterisation;
 use retune_engine::spec::ModelSpec;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use super::prompt_tuning::{OF_THE_MODEL, ROWS, check_virtual_tokens, soft_prompt_keys, virtual_tokens};
+use super::prompt_tuning::{
+    OF_THE_MODEL, add_rows, check_virtual_tokens, rows_in_files, soft_prompt_keys, virtual_tokens,
+};
 use crate::config::config_error;
 use crate::encoder::{Activation, Encoder};
 use crate::error::Error;
@@ -94,9 +96,7 @@ impl Method for PTuningConfig {
             self.check_trainable(spec)?;
         }
         let mut overlay = Overlay::of_sizes(spec.linears().count(), spec.vectors().len());
-        let count = self.num_virtual_tokens;
-        let rows = overlay.layout.add(ROWS.to_owned(), vec![count, spec.hidden_size], None);
-        overlay.virtual_tokens = Some(VirtualTokens { rows, count });
+        add_rows(&mut overlay, spec, self.num_virtual_tokens);
         Ok(overlay)
     }
 
@@ -121,7 +121,8 @@ impl Method for PTuningConfig {
 
     fn reparameterisation(&self, spec: &ModelSpec, seed: u64) -> Option<(Box<dyn Reparameterisation>, Vec<f32>)> {
         let (d, inner) = (spec.hidden_size, self.encoder_hidden_size.unwrap_or(spec.hidden_size));
-        let encoder = Encoder::new(self.num_virtual_tokens, &[d, inner, inner, d], "mlp_head", Activation::Relu);
+        let rows = rows_in_files(spec, self.num_virtual_tokens);
+        let encoder = Encoder::new(rows, &[d, inner, inner, d], "mlp_head", Activation::Relu);
         let latent = encoder.initial(seed);
         Some((Box::new(encoder), latent))
     }

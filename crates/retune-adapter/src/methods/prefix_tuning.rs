@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use retune_engine::overlay::{Overlay, Prefix};
 use retune_engine::params::Reparameterisation;
-use retune_engine::spec::{ModelSpec, SubLayer};
+use retune_engine::spec::{ModelSpec, Stack, SubLayer};
 use retune_kernels::random;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -87,6 +87,29 @@ fn from_peft(path: &Path, mut map: Map<String, Value>) -> Result<Arc<dyn Method>
     Ok(Arc::new(peft_config::deserialize::<PrefixTuningConfig>(path, fields)?))
 }
 
+/// Whose keys and values each attention of a decoder that has an encoder reads. PEFT gives layer l of L those of layer 2·l mod L: where L is even,
+/// those of the odd layers are read by none and the others by two. Files and numbers follow PEFT's.
+///
+/// # Errors
+/// Sizes for which PEFT itself fails.
+fn places_in_decoder(spec: &ModelSpec) -> Result<Vec<usize>, Error> {
+    let layers = |stack: &Stack| stack.sub_layers().filter_map(SubLayer::attention).count();
+    let (of_all, own) = (spec.stacks().map(layers).max().unwrap_or(0), layers(&spec.decoder));
+    let width = spec.key_value_width() / (2 * own).max(1);
+    if spec.stacks().map(layers).any(|of_stack| of_stack != of_all) {
+        let problem = "has no meaning in PEFT for a model with more layers on one side than on the other; take another method";
+        return config_error("prefix_tuning", problem.to_owned());
+    }
+    if width != spec.hidden_size {
+        let problem = format!(
+            "fails in PEFT for a model whose keys are {width} wide and whose hidden states {}; take another method",
+            spec.hidden_size
+        );
+        return config_error("prefix_tuning", problem);
+    }
+    Ok((0..own).map(|layer| 2 * layer % own).collect())
+}
+
 impl Method for PrefixTuningConfig {
     fn info(&self) -> &'static MethodInfo {
         &INFO
@@ -124,10 +147,11 @@ impl Method for PrefixTuningConfig {
     }
 
     fn lower(&self, spec: &ModelSpec, _: bool) -> Result<Overlay, Error> {
+        let places = if spec.encoder.is_some() { places_in_decoder(spec)? } else { Vec::new() };
         let mut overlay = Overlay::of_sizes(spec.linears().count(), spec.vectors().len());
         let count = self.num_virtual_tokens;
         let values = overlay.layout.add(ROWS.to_owned(), vec![count, spec.key_value_width()], None);
-        overlay.prefix = Some(Prefix { values, count });
+        overlay.prefix = Some(Prefix { values, count, places });
         Ok(overlay)
     }
 
@@ -163,7 +187,7 @@ impl Method for PrefixTuningConfig {
         if !self.prefix_projection {
             return None;
         }
-        let layers = spec.sub_layers().filter_map(SubLayer::attention).count();
+        let layers = spec.decoder.sub_layers().filter_map(SubLayer::attention).count();
         let keys = spec.key_value_width() / (2 * layers).max(1);
         let widths = [keys, self.encoder_hidden_size.unwrap_or(keys), spec.key_value_width()];
         let encoder = Encoder::new(self.num_virtual_tokens, &widths, "transform", Activation::Tanh);

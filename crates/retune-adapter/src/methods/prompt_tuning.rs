@@ -74,14 +74,29 @@ pub(crate) fn check_virtual_tokens(count: usize) -> Result<(), Error> {
 
 /// The number of virtual tokens that a soft prompt's configuration names, after checking what all kinds of soft prompts have in common.
 pub(crate) fn virtual_tokens(path: &Path, map: &mut Map<String, Value>) -> Result<usize, Error> {
-    if let Some(parts) = map.remove("num_transformer_submodules").filter(|parts| !parts.is_null() && *parts != 1) {
-        return Err(bad(path, "num_transformer_submodules", &format!("is {parts}; expected 1, as in a decoder")));
+    let parts = map.remove("num_transformer_submodules").filter(|parts| !parts.is_null());
+    if let Some(parts) = parts.filter(|parts| *parts != 1 && *parts != 2) {
+        let expected = "expected 1, as for a decoder, or 2, as for an encoder and a decoder";
+        return Err(bad(path, "num_transformer_submodules", &format!("is {parts}; {expected}")));
     }
     let count = map.remove("num_virtual_tokens");
     match count.as_ref().and_then(Value::as_u64).and_then(|count| usize::try_from(count).ok()) {
         Some(count) => Ok(count),
         None => Err(bad(path, "num_virtual_tokens", "is missing or no whole number; expected the rows of the prompt")),
     }
+}
+
+/// Adds the rows of a soft prompt of `count` virtual tokens to a layout. For an encoder and a decoder PEFT's files hold as many rows again,
+/// which nothing reads and which are never trained.
+pub(crate) fn add_rows(overlay: &mut Overlay, spec: &ModelSpec, count: usize) {
+    let all = overlay.layout.add(ROWS.to_owned(), vec![rows_in_files(spec, count), spec.hidden_size], None);
+    let rows = all.start..all.start + count * spec.hidden_size;
+    overlay.virtual_tokens = Some(VirtualTokens { rows, count });
+}
+
+/// Rows of a soft prompt in PEFT's files.
+pub(crate) fn rows_in_files(spec: &ModelSpec, count: usize) -> usize {
+    count * spec.stacks().count()
 }
 
 /// Keys of soft prompts that repeat what the model says.
@@ -138,9 +153,7 @@ impl Method for PromptTuningConfig {
 
     fn lower(&self, spec: &ModelSpec, _: bool) -> Result<Overlay, Error> {
         let mut overlay = Overlay::of_sizes(spec.linears().count(), spec.vectors().len());
-        let count = self.num_virtual_tokens;
-        let rows = overlay.layout.add(ROWS.to_owned(), vec![count, spec.hidden_size], None);
-        overlay.virtual_tokens = Some(VirtualTokens { rows, count });
+        add_rows(&mut overlay, spec, self.num_virtual_tokens);
         Ok(overlay)
     }
 
@@ -188,7 +201,7 @@ pub(crate) fn soft_prompt_keys(count: usize, modules: &BaseModules<'_>) -> BTree
     let shape = modules.shape;
     BTreeMap::from([
         ("num_virtual_tokens", json!(count)),
-        ("num_transformer_submodules", json!(1)),
+        ("num_transformer_submodules", json!(if shape.has_encoder { 2 } else { 1 })),
         ("token_dim", json!(shape.hidden_size)),
         ("num_attention_heads", json!(shape.heads)),
         ("num_layers", json!(shape.layers)),

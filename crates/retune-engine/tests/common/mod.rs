@@ -10,8 +10,8 @@ use retune_engine::overlay::{Factor, LowRank, Overlay, Prefix, VirtualTokens};
 use retune_engine::pass::Pass;
 use retune_engine::row_norms::RowNorms;
 use retune_engine::spec::{
-    Attention, Block, Function, Head, Linear, Mix, ModelSpec, Module, Norm, Order, Positions, QueryScale, Rope,
-    SubLayer, Table, frequencies,
+    Attention, Block, Buckets, CrossAttention, Encoder, Function, Head, Linear, Mix, ModelSpec, Module, Norm, Order,
+    Positions, QueryScale, Rope, Stack, SubLayer, Table, frequencies,
 };
 use retune_engine::workspace::Workspace;
 use retune_engine::{Run, Saving, Step};
@@ -31,7 +31,8 @@ fn attention(positions: Positions) -> Attention {
     let (queries, keys, head_dim) = (QUERIES, KEYS, HEAD_DIM);
     let scale = 1.0 / (HEAD_DIM as f32).sqrt();
     let (order, qk_norm, query_scale, window, soft_cap) = (Order::Planes, None, None, None, None);
-    Attention { queries, keys, head_dim, order, qk_norm, positions, query_scale, window, scale, soft_cap }
+    let causal = true;
+    Attention { queries, keys, head_dim, order, qk_norm, positions, query_scale, causal, window, scale, soft_cap }
 }
 
 /// A block of Llama's shape.
@@ -64,11 +65,58 @@ pub fn llama(tied: bool) -> ModelSpec {
         hidden_size: HIDDEN,
         context: CONTEXT,
         table: Table { name: "table".to_owned(), scale: 1.0, positions: None, norm: None },
-        blocks: (0..2).map(llama_block).collect(),
-        norm: Norm::rms("norm", HIDDEN, EPS),
+        encoder: None,
+        decoder: Stack::new((0..2).map(llama_block).collect(), Norm::rms("norm", HIDDEN, EPS)),
         ropes: vec![Rope::new(frequencies(10_000.0, HEAD_DIM))],
-        head: Head { linear: Linear::new("head", VOCAB, HIDDEN), tied, soft_cap: None },
+        head: Head { linear: Linear::new("head", VOCAB, HIDDEN), tied, scale: 1.0, soft_cap: None },
     }
+}
+
+/// An encoder whose attention sees everything, and a decoder that looks at its output: both with biases by distance.
+pub fn encoder_decoder(tied: bool) -> ModelSpec {
+    let mut spec = llama(tied);
+    let buckets = |of: &str, bidirectional| Buckets {
+        name: format!("{of}.buckets"),
+        count: 8,
+        heads: QUERIES,
+        max_distance: 12,
+        bidirectional,
+    };
+    let mut blocks = std::mem::take(&mut spec.decoder.blocks);
+    for block in &mut blocks {
+        if let Mix::Attention(attention) = &mut block.sub_layers[0].mix {
+            attention.positions = Positions::Buckets;
+        }
+    }
+    let mut encoder =
+        Stack { blocks: blocks.clone(), norm: Norm::layer("norm", HIDDEN, EPS), buckets: Some(buckets("encoder", true)) };
+    for block in &mut encoder.blocks {
+        if let Mix::Attention(attention) = &mut block.sub_layers[0].mix {
+            attention.causal = false;
+        }
+    }
+    for (b, block) in blocks.iter_mut().enumerate() {
+        let name = |of: &str| format!("{b}.cross.{of}");
+        let q = QUERIES * HEAD_DIM;
+        let memory = [Linear::new(name("k"), q, HIDDEN), Linear::new(name("v"), q, HIDDEN).biased(b == 1)];
+        let (heads, head_dim, scale) = (QUERIES, HEAD_DIM, 0.5);
+        let cross = SubLayer {
+            norm: Norm::rms(name("norm"), HIDDEN, EPS),
+            inputs: vec![Linear::new(name("q"), q, HIDDEN)],
+            mix: Mix::Cross(CrossAttention { heads, head_dim, scale, memory }),
+            output: Linear::new(name("o"), HIDDEN, q),
+            post_norm: None,
+        };
+        block.sub_layers.insert(1, cross);
+    }
+    spec.decoder = Stack { blocks, buckets: Some(buckets("decoder", false)), ..spec.decoder };
+    spec.head.scale = 0.5;
+    // Names must differ between the stacks.
+    spec.encoder = Some(Encoder { stack: encoder, decoder_start: 3 });
+    let mut renamed = ModelSpec { decoder: Stack::new(Vec::new(), spec.decoder.norm.clone()), ..spec.clone() };
+    renamed.rename(&|name| if name == "table" || name == "head" { name.to_owned() } else { format!("encoder.{name}") });
+    spec.encoder = renamed.encoder;
+    spec
 }
 
 /// What no family has together: a scaled table with positions and a norm; a block with norms of all kinds and everywhere, biases, two
@@ -78,10 +126,10 @@ pub fn everything(tied: bool) -> ModelSpec {
     spec.table.scale = 1.5;
     spec.table.positions = Some("positions".to_owned());
     spec.table.norm = Some(Norm::layer("table_norm", HIDDEN, EPS));
-    spec.norm = Norm::layer("norm", HIDDEN, EPS);
+    spec.decoder.norm = Norm::layer("norm", HIDDEN, EPS);
     spec.head.soft_cap = Some(3.0);
     spec.ropes.insert(0, Rope { factor: 1.1, ..Rope::new(frequencies(100.0, HEAD_DIM / 2)) });
-    let [first, second] = &mut spec.blocks[..] else { panic!("two blocks") };
+    let [first, second] = &mut spec.decoder.blocks[..] else { panic!("two blocks") };
     for (s, sub_layer) in first.sub_layers.iter_mut().enumerate() {
         sub_layer.norm = Norm::rms_plus_one(sub_layer.norm.name.clone(), HIDDEN, EPS);
         sub_layer.post_norm = Some(match s {
@@ -168,7 +216,7 @@ impl Case {
         for module in spec.modules() {
             for (name, shape) in module.tensors() {
                 let Ok(matrix) = Random(spec).tensor(&name);
-                let is_vector = shape.len() == 1;
+                let is_vector = !module.is_matrix(&shape);
                 let range = case.add(&name, shape, &matrix.to_f32());
                 match module {
                     _ if is_vector => {
@@ -226,7 +274,7 @@ impl Case {
         let width = self.model.spec.key_value_width();
         let values = numbers("prefix", count * width);
         let values = self.add("prefix", vec![count, width], &values);
-        self.overlay.prefix = Some(Prefix { values, count });
+        self.overlay.prefix = Some(Prefix { values, count, places: Vec::new() });
         self
     }
 
@@ -326,7 +374,8 @@ fn numbers(name: &str, len: usize) -> Vec<f32> {
 
 fn push_rows(pass: &mut Pass, lengths: &[usize]) {
     for (number, &length) in lengths.iter().enumerate() {
-        pass.push(number as u64, &row(number as u64, length), &vec![true; length]);
+        let source = row(100 + number as u64, 3 * length % 11 + 1);
+        pass.push_answer(number as u64, &source, &row(number as u64, length), &vec![true; length]);
     }
 }
 

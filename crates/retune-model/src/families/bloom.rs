@@ -1,7 +1,7 @@
 //! BLOOM and BLOOMZ: q, k, v of each head side by side, ALiBi, a norm after the embedding.
 
 use retune_engine::spec::{
-    Attention, Block, Function, Head, Linear, Mix, ModelSpec, Norm, Order, Positions, SubLayer, Table,
+    Attention, Block, Function, Head, Linear, Mix, ModelSpec, Norm, Order, Positions, Stack, SubLayer, Table,
 };
 
 use serde_json::{Map, Value};
@@ -91,6 +91,7 @@ fn bloom(c: &Fields<'_>) -> Result<ModelSpec, Error> {
             order: Order::Heads,
             qk_norm: None,
             positions: Positions::Alibi,
+            causal: true,
             window: None,
             scale: inverse_root(head_dim as f64),
             soft_cap: None,
@@ -123,12 +124,13 @@ fn bloom(c: &Fields<'_>) -> Result<ModelSpec, Error> {
             positions: None,
             norm: Some(Norm::layer("transformer.word_embeddings_layernorm", hidden, eps)),
         },
-        blocks: (0..sizes.num_hidden_layers).map(block).collect(),
-        norm: Norm::layer("transformer.ln_f", hidden, eps),
+        encoder: None,
+        decoder: Stack::new((0..sizes.num_hidden_layers).map(block).collect(), Norm::layer("transformer.ln_f", hidden, eps)),
         ropes: Vec::new(),
         head: Head {
             linear: Linear::new("lm_head", vocab_size, hidden),
             tied: c.flag("tie_word_embeddings", true)?,
+            scale: 1.0,
             soft_cap: None,
         },
     })

@@ -2,7 +2,7 @@
 //! down by the names that nearly all of them use.
 
 use retune_engine::spec::{
-    Attention, Block, Function, Head, Linear, Mix, ModelSpec, Norm, Order, Positions, Rope, SubLayer, Table,
+    Attention, Block, Function, Head, Linear, Mix, ModelSpec, Norm, Order, Positions, Rope, Stack, SubLayer, Table,
 };
 
 use crate::error::Error;
@@ -121,6 +121,7 @@ impl Decoder {
             order: Order::Planes,
             qk_norm: None,
             positions: Positions::Rope(0),
+            causal: true,
             window: None,
             scale: inverse_root(self.sizes.head_dim as f64),
             soft_cap: None,
@@ -176,16 +177,17 @@ impl Decoder {
     /// The model of these blocks.
     pub fn model(&self, family: &'static str, ropes: Vec<Rope>, block: impl Fn(usize) -> [SubLayer; 2]) -> ModelSpec {
         let Sizes { vocab_size, hidden_size, num_hidden_layers, .. } = self.sizes;
+        let blocks = (0..num_hidden_layers).map(|layer| Block { sub_layers: block(layer).into() });
         ModelSpec {
             family,
             vocab_size,
             hidden_size,
             context: self.context,
             table: Table { name: "model.embed_tokens".to_owned(), scale: 1.0, positions: None, norm: None },
-            blocks: (0..num_hidden_layers).map(|layer| Block { sub_layers: block(layer).into() }).collect(),
-            norm: Norm::rms("model.norm", hidden_size, self.eps),
+            encoder: None,
+            decoder: Stack::new(blocks.collect(), Norm::rms("model.norm", hidden_size, self.eps)),
             ropes,
-            head: Head { linear: Linear::new("lm_head", vocab_size, hidden_size), tied: self.tied, soft_cap: None },
+            head: Head { linear: Linear::new("lm_head", vocab_size, hidden_size), tied: self.tied, scale: 1.0, soft_cap: None },
         }
     }
 }

@@ -218,7 +218,7 @@ impl Half {
 
 fn finish(m: &Decoder, mut spec: ModelSpec) -> ModelSpec {
     spec.table.scale = (m.sizes.hidden_size as f64).sqrt() as f32;
-    spec.norm = Norm::rms_plus_one("model.norm", m.sizes.hidden_size, m.eps);
+    spec.decoder.norm = Norm::rms_plus_one("model.norm", m.sizes.hidden_size, m.eps);
     spec
 }
 

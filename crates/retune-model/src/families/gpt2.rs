@@ -1,6 +1,6 @@
 //! GPT-2: weights stored as [in, out], q, k, v in one linear, learned positions, LayerNorm, a plain MLP.
 
-use retune_engine::spec::{Attention, Block, Head, Linear, Mix, ModelSpec, Norm, Order, Positions, SubLayer, Table};
+use retune_engine::spec::{Attention, Block, Head, Linear, Mix, ModelSpec, Norm, Order, Positions, Stack, SubLayer, Table};
 
 use serde_json::{Map, Value};
 
@@ -94,6 +94,7 @@ fn gpt2(c: &Fields<'_>) -> Result<ModelSpec, Error> {
             order: Order::Planes,
             qk_norm: None,
             positions: Positions::None,
+            causal: true,
             window: None,
             scale: if by_layer { scale / (l + 1) as f64 } else { scale } as f32,
             soft_cap: None,
@@ -126,12 +127,13 @@ fn gpt2(c: &Fields<'_>) -> Result<ModelSpec, Error> {
             positions: Some("transformer.wpe".to_owned()),
             norm: None,
         },
-        blocks: (0..sizes.num_hidden_layers).map(block).collect(),
-        norm: Norm::layer("transformer.ln_f", hidden, eps),
+        encoder: None,
+        decoder: Stack::new((0..sizes.num_hidden_layers).map(block).collect(), Norm::layer("transformer.ln_f", hidden, eps)),
         ropes: Vec::new(),
         head: Head {
             linear: Linear::new("lm_head", vocab_size, hidden),
             tied: c.flag("tie_word_embeddings", true)?,
+            scale: 1.0,
             soft_cap: None,
         },
     })

@@ -22,6 +22,7 @@ mod ministral;
 mod phi3;
 mod qwen;
 mod smollm3;
+mod t5;
 
 /// A family of models that compute the same.
 pub struct Family {
@@ -74,6 +75,7 @@ pub const FAMILIES: &[&Family] = &[
     &smollm3::SMOLLM3,
     &ministral::MINISTRAL,
     &ministral::MINISTRAL3,
+    &t5::T5,
 ];
 
 /// For errors: the model types of [`FAMILIES`], in their order.
@@ -108,6 +110,11 @@ pub fn describe(config: &Value) -> Result<Description, Error> {
     };
     c.refuse_unsupported()?;
     let spec = (family.describe)(&c)?;
+    let has_encoder = spec.encoder.is_some();
+    if c.flag("is_encoder_decoder", has_encoder)? != has_encoder {
+        let supported = if has_encoder { "true, in models of this type" } else { "false, in models of this type" };
+        return Err(unsupported("is_encoder_decoder", !has_encoder, supported));
+    }
     check_tensors(&spec)?;
     Ok(Description { family, spec, tokens: token_ids(&c, family.tokens)? })
 }

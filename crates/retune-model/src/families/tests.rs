@@ -27,11 +27,11 @@ fn refusal(changes: Value) -> String {
 }
 
 fn attention(spec: &ModelSpec, layer: usize) -> &Attention {
-    spec.blocks[layer].sub_layers[0].attention().unwrap()
+    spec.decoder.blocks[layer].sub_layers[0].attention().unwrap()
 }
 
 fn windows(spec: &ModelSpec) -> Vec<Option<usize>> {
-    (0..spec.blocks.len()).map(|layer| attention(spec, layer).window).collect()
+    (0..spec.decoder.blocks.len()).map(|layer| attention(spec, layer).window).collect()
 }
 
 fn rows(spec: &ModelSpec, module: &str) -> usize {
@@ -316,7 +316,7 @@ fn what_families_differ_in() {
     );
     assert!(attention(&small("qwen2", json!({})), 0).qk_norm.is_none());
 
-    let function = |spec: &ModelSpec| match spec.blocks[0].sub_layers[1].mix {
+    let function = |spec: &ModelSpec| match spec.decoder.blocks[0].sub_layers[1].mix {
         Mix::Activation { function, .. } => function,
         Mix::Attention(_) => panic!("an attention"),
     };
@@ -354,4 +354,40 @@ fn a_text_model_of_another_is_configured_alone() {
     assert_eq!((alone.spec.parameters(), alone.tokens), (wrapped.spec.parameters(), wrapped.tokens));
     let other = json!({"model_type": "llama"});
     assert_eq!(text_config(&other), other);
+}
+
+#[test]
+fn t5_is_an_encoder_and_a_decoder_of_the_published_sizes() {
+    let small = spec(json!({"model_type": "t5"}));
+    assert_eq!(small.parameters(), 60_506_624);
+    let base = json!({
+        "model_type": "t5", "d_model": 768, "num_heads": 12, "num_layers": 12, "num_decoder_layers": 12,
+        "feed_forward_proj": "gated-gelu", "tie_word_embeddings": false, "is_encoder_decoder": true,
+    });
+    // Without the head of its own, which its file has.
+    let flan = spec(base.clone());
+    assert_eq!(flan.parameters(), 247_577_856 - 32_128 * 768);
+    assert!(flan.decoder.sub_layers().any(|s| s.mix == Mix::Activation { function: Function::GeluTanh, gated: true }));
+    // What the old key says of the scale, unless there is the new one.
+    let scale = |tied: Option<bool>, scaled: Option<bool>| {
+        let mut config = base.clone();
+        config["tie_word_embeddings"] = json!(tied);
+        config["scale_decoder_outputs"] = json!(scaled);
+        let spec = spec(config);
+        assert!(spec.head.tied, "the file decides");
+        spec.head.scale
+    };
+    let scaled = 768f64.powf(-0.5) as f32;
+    assert_eq!((scale(Some(false), None), scale(None, None), scale(Some(true), None)), (1.0, scaled, scaled));
+    assert_eq!((scale(Some(true), Some(false)), scale(Some(false), Some(true))), (1.0, scaled));
+    let refused = |key: &str, value: Value| {
+        let mut config = base.clone();
+        config[key] = value;
+        describe(&config).err().map_or_else(|| panic!("{key} is taken"), |error| error.to_string())
+    };
+    assert!(refused("feed_forward_proj", json!("gated-mish")).contains("\"mish\""));
+    assert!(refused("relative_attention_num_buckets", json!(256)).contains("less than twice"));
+    assert!(refused("is_encoder_decoder", json!(false)).contains("true, in models of this type"));
+    let llama = describe(&json!({"model_type": "llama", "is_encoder_decoder": true})).err().unwrap().to_string();
+    assert!(llama.contains("false, in models of this type"), "{llama}");
 }

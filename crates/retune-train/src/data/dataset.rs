@@ -109,7 +109,7 @@ impl Dataset {
         for (row, encoded) in file.rows.iter().zip(encoded) {
             match encoded.map_err(|error| in_row(file, row, error))? {
                 Encoded::Kept { example, cut } => {
-                    report.tokens += example.ids.len();
+                    report.tokens += example.tokens();
                     report.trained_tokens += example.trained_tokens();
                     report.tokens_cut += cut;
                     if cut > 0 {
@@ -129,7 +129,7 @@ impl Dataset {
             return Err(nothing_to_train(file, encoder));
         }
         report.examples = examples.len();
-        report.longest = examples.iter().map(|example| example.ids.len()).max().unwrap_or(0);
+        report.longest = examples.iter().map(Example::longest).max().unwrap_or(0);
         report.lengths = histogram(&examples, report.longest);
         report.compare(file, held_out, &special_texts(encoder.tokenizer()));
         Ok(Dataset { examples, report })
@@ -216,7 +216,7 @@ fn nothing_to_train(file: &DataFile, encoder: &Encoder<'_>) -> Error {
             max_length: encoder.options().max_length,
             key: encoder.options().names.max_length,
             line: row.line,
-            tokens: example.ids.len(),
+            tokens: example.longest(),
             sample: marked_sample(encoder.tokenizer(), &example),
         },
         Err(error) => in_row(file, row, error),
@@ -233,7 +233,7 @@ fn histogram(examples: &[Example], longest: usize) -> Vec<LengthBin> {
         .map(|bin| LengthBin { from: bin * width + 1, to: (bin + 1) * width, examples: 0 })
         .collect();
     for example in examples {
-        if let Some(bin) = example.ids.len().checked_sub(1).and_then(|last| bins.get_mut(last / width)) {
+        if let Some(bin) = example.longest().checked_sub(1).and_then(|last| bins.get_mut(last / width)) {
             bin.examples += 1;
         }
     }
@@ -250,8 +250,13 @@ mod tests {
     use super::super::testing::tokenizer;
     use super::*;
 
-    const OPTIONS: EncodeOptions =
-        EncodeOptions { max_length: 100, overlong: Overlong::Truncate, train_on_prompt: false, names: Names::KEYS };
+    const OPTIONS: EncodeOptions = EncodeOptions {
+        max_length: 100,
+        overlong: Overlong::Truncate,
+        train_on_prompt: false,
+        has_encoder: false,
+        names: Names::KEYS,
+    };
 
     fn pair(prompt: &str, completion: &str) -> RowText {
         RowText::PromptCompletion { prompt: prompt.into(), completion: completion.into() }
@@ -371,7 +376,7 @@ mod tests {
     #[test]
     fn bins_cover_all_lengths_and_are_few() {
         let examples = |lengths: &[usize]| -> Vec<Example> {
-            lengths.iter().map(|&n| Example { row: 0, ids: vec![0; n], trained: vec![true; n] }).collect()
+            lengths.iter().map(|&n| Example { row: 0, source: vec![], ids: vec![0; n], trained: vec![true; n] }).collect()
         };
         let bin = |from, to, examples| LengthBin { from, to, examples };
         assert_eq!(histogram(&examples(&[1, 32, 33, 70]), 70), [bin(1, 32, 2), bin(33, 64, 1), bin(65, 96, 1)]);

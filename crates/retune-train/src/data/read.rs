@@ -27,6 +27,8 @@ pub enum DataFormat {
     PromptCompletion,
     /// Columns `instruction`, `output` and perhaps `input`, put through the chat template; the output is trained.
     Alpaca,
+    /// Columns `input` and `output`, joined as they are or, with an encoder, read and answered; the output is trained.
+    InputOutput,
     /// A column `text`, all of which is trained.
     Text,
 }
@@ -38,6 +40,7 @@ pub enum RowFormat {
     Messages,
     PromptCompletion,
     Alpaca,
+    InputOutput,
     Text,
 }
 
@@ -48,6 +51,7 @@ impl DataFormat {
             DataFormat::Messages => Some(RowFormat::Messages),
             DataFormat::PromptCompletion => Some(RowFormat::PromptCompletion),
             DataFormat::Alpaca => Some(RowFormat::Alpaca),
+            DataFormat::InputOutput => Some(RowFormat::InputOutput),
             DataFormat::Text => Some(RowFormat::Text),
         }
     }
@@ -55,7 +59,13 @@ impl DataFormat {
 
 impl RowFormat {
     /// In the order in which they are tried: alpaca files often have a column `text` besides, which repeats the others.
-    const ALL: [RowFormat; 4] = [RowFormat::Messages, RowFormat::PromptCompletion, RowFormat::Alpaca, RowFormat::Text];
+    const ALL: [RowFormat; 5] = [
+        RowFormat::Messages,
+        RowFormat::PromptCompletion,
+        RowFormat::Alpaca,
+        RowFormat::InputOutput,
+        RowFormat::Text,
+    ];
 
     /// The columns without which a row is not of this format.
     fn required(self) -> &'static [&'static str] {
@@ -63,6 +73,7 @@ impl RowFormat {
             RowFormat::Messages => &["messages"],
             RowFormat::PromptCompletion => &["prompt", "completion"],
             RowFormat::Alpaca => &["instruction", "output"],
+            RowFormat::InputOutput => &["input", "output"],
             RowFormat::Text => &["text"],
         }
     }
@@ -79,6 +90,7 @@ impl fmt::Display for RowFormat {
             RowFormat::Messages => "messages",
             RowFormat::PromptCompletion => "prompt_completion",
             RowFormat::Alpaca => "alpaca",
+            RowFormat::InputOutput => "input_output",
             RowFormat::Text => "text",
         })
     }
@@ -460,7 +472,11 @@ impl Reader<'_> {
     }
 
     fn fits(&self, record: &Record, format: RowFormat) -> bool {
-        format.required().iter().all(|column| record.fields.contains_key(self.columns.name(column)))
+        let is_read = |name: &str| format.required().iter().any(|column| self.columns.name(column) == name);
+        // Beside an input, another text may be what is to be done with it.
+        let is_alone = || record.fields.iter().all(|(name, value)| !value.is_string() || is_read(name));
+        let has_all = format.required().iter().all(|column| record.fields.contains_key(self.columns.name(column)));
+        has_all && (format != RowFormat::InputOutput || is_alone())
     }
 
     /// The first format whose columns the record has. Where columns are mapped, only the formats that read them count: with a
@@ -516,6 +532,10 @@ impl Reader<'_> {
             RowFormat::PromptCompletion => RowText::PromptCompletion {
                 prompt: self.string(record, "prompt")?,
                 completion: self.string(record, "completion")?,
+            },
+            RowFormat::InputOutput => RowText::PromptCompletion {
+                prompt: self.string(record, "input")?,
+                completion: self.string(record, "output")?,
             },
             RowFormat::Alpaca => RowText::Instruction {
                 instruction: self.string(record, "instruction")?,
@@ -703,6 +723,11 @@ mod tests {
         assert_eq!(file.rows[0].text, RowText::Chat(vec![message("user", "q"), message("assistant", "a")]));
         let file = read("a.jsonl", r#"{"completion": "c", "prompt": "p"}"#).unwrap();
         assert_eq!(file.rows[0].text, RowText::PromptCompletion { prompt: "p".into(), completion: "c".into() });
+        let file = read("a.jsonl", r#"{"input": "p", "output": "c", "id": 7}"#).unwrap();
+        assert_eq!(file.format, RowFormat::InputOutput);
+        assert_eq!(file.rows[0].text, RowText::PromptCompletion { prompt: "p".into(), completion: "c".into() });
+        let misspelt = error("a.jsonl", r#"{"instructions": "i", "input": "p", "output": "c"}"#);
+        assert!(misspelt.contains("instructions"), "{misspelt}");
         let alpaca = concat!(
             r#"{"instruction": "i", "input": "n", "output": "o", "text": "i n o"}"#,
             "\n",

@@ -6,6 +6,7 @@
 //! Conversations, and instructions for a model that has a chat template, are rendered with it. Instructions for a model without
 //! one get the plain form of [`plain_prompt`].
 
+use std::borrow::Cow;
 use std::ops::Range;
 
 use retune_text::chat_template::Message;
@@ -38,6 +39,8 @@ pub struct EncodeOptions {
     pub overlong: Overlong,
     /// Whether prompts are targets too.
     pub train_on_prompt: bool,
+    /// Whether the model has an encoder, which reads what the answer answers.
+    pub has_encoder: bool,
     /// What messages call these.
     pub names: Names,
 }
@@ -47,12 +50,24 @@ pub struct EncodeOptions {
 pub struct Example {
     /// The row's number in its file: what dropout is keyed by.
     pub row: usize,
+    /// What an encoder reads, where the model has one: the tokens that `ids` answer.
+    pub source: Vec<u32>,
     pub ids: Vec<u32>,
-    /// For each token whether it is a target, predicted from the tokens before it; the first never is.
+    /// For each token whether it is a target, predicted from the tokens before it; the first never is, unless there is a source.
     pub trained: Vec<bool>,
 }
 
 impl Example {
+    /// Tokens of the longer of its two sides.
+    pub fn longest(&self) -> usize {
+        self.ids.len().max(self.source.len())
+    }
+
+    /// Tokens of both sides.
+    pub fn tokens(&self) -> usize {
+        self.ids.len() + self.source.len()
+    }
+
     /// How many tokens are targets.
     pub fn trained_tokens(&self) -> usize {
         self.trained.iter().filter(|&&trained| trained).count()
@@ -96,8 +111,11 @@ pub struct Encoder<'a> {
 
 impl<'a> Encoder<'a> {
     /// # Errors
-    /// A tokenizer without a token that ends generation.
+    /// A tokenizer without a token that ends generation; prompts that are to be targets of a model whose encoder reads them.
     pub fn new(tokenizer: &'a Tokenizer, options: EncodeOptions) -> Result<Self, Error> {
+        if options.has_encoder && options.train_on_prompt {
+            return Err(Error::PromptOfEncoder);
+        }
         let eos = *tokenizer.eos_token_ids().first().ok_or(Error::NoEosToken)?;
         Ok(Encoder { tokenizer, options, given_answers: 0, eos })
     }
@@ -122,24 +140,31 @@ impl<'a> Encoder<'a> {
     pub fn encode(&self, row: &Row) -> Result<Encoded, Error> {
         let mut example = self.encode_whole(row)?;
         let EncodeOptions { max_length, overlong, .. } = self.options;
-        let cut = example.ids.len().saturating_sub(max_length);
+        let cut_of_source = example.source.len().saturating_sub(max_length);
+        let cut = example.ids.len().saturating_sub(max_length) + cut_of_source;
         if cut > 0 {
             match overlong {
                 Overlong::Truncate => {
                     example.ids.truncate(max_length);
                     example.trained.truncate(max_length);
+                    if let Some(end) = example.source.last().copied().filter(|_| cut_of_source > 0) {
+                        // As tokenizers cut a text: what ends it stays.
+                        example.source.truncate(max_length.saturating_sub(1));
+                        example.source.push(end);
+                    }
                 }
                 Overlong::Drop => return Ok(Encoded::Dropped(Dropped::TooLong)),
                 Overlong::Error => {
                     return Err(Error::TooLong {
-                        tokens: example.ids.len(),
+                        tokens: example.longest(),
                         max_length,
                         key: self.options.names.max_length,
                     });
                 }
             }
         }
-        if example.trained_tokens() == 0 {
+        let says_nothing = self.options.has_encoder && example.longest() == 1;
+        if example.trained_tokens() == 0 || says_nothing {
             return Ok(Encoded::Dropped(if cut > 0 { Dropped::CutAway } else { Dropped::Empty }));
         }
         Ok(Encoded::Kept { example, cut })
@@ -147,6 +172,11 @@ impl<'a> Encoder<'a> {
 
     /// The example of a row, whatever its length. Its last token is one that ends generation.
     pub fn encode_whole(&self, row: &Row) -> Result<Example, Error> {
+        if self.options.has_encoder {
+            let (source, answer) = source_and_answer(&row.text)?;
+            let (source, ids) = (self.ended(&source)?, self.ended(answer)?);
+            return Ok(Example { row: row.index, source, trained: vec![true; ids.len()], ids });
+        }
         let (ids, mut trained) = match &row.text {
             RowText::Chat(messages) => self.chat(messages)?,
             RowText::PromptCompletion { prompt, completion } => self.plain(prompt, completion)?,
@@ -164,7 +194,16 @@ impl<'a> Encoder<'a> {
         if let Some(first) = trained.first_mut() {
             *first = false;
         }
-        Ok(Example { row: row.index, ids, trained })
+        Ok(Example { row: row.index, source: Vec::new(), ids, trained })
+    }
+
+    /// A text with what the tokenizer puts around it, and EOS at its end.
+    fn ended(&self, text: &str) -> Result<Vec<u32>, Error> {
+        let mut ids = self.tokenizer.encode_with_special_tokens(text)?;
+        if !ids.last().is_some_and(|id| self.tokenizer.eos_token_ids().contains(id)) {
+            ids.push(self.eos);
+        }
+        Ok(ids)
     }
 
     /// Every assistant turn is trained: what the template adds for it to the turns before it and the opening of an answer, up to
@@ -231,6 +270,29 @@ impl<'a> Encoder<'a> {
     }
 }
 
+/// What an encoder reads of a row, and what is to be answered.
+///
+/// # Errors
+/// A text that answers nothing; a conversation of more than a question and its answer.
+fn source_and_answer(row: &RowText) -> Result<(Cow<'_, str>, &str), Error> {
+    match row {
+        RowText::PromptCompletion { prompt, completion } => Ok((Cow::Borrowed(prompt.as_str()), completion.as_str())),
+        RowText::Instruction { instruction, input, output } => Ok((instruction_and_input(instruction, input), output.as_str())),
+        RowText::Text(_) => Err(Error::TextWithoutSource),
+        RowText::Chat(messages) => match messages.as_slice() {
+            [question, answer] if question.role == "user" && answer.role == "assistant" => {
+                Ok((Cow::Borrowed(question.content.as_str()), answer.content.as_str()))
+            }
+            _ => Err(Error::TurnsOfEncoder { roles: quoted(messages.iter().map(|message| message.role.as_str())) }),
+        },
+    }
+}
+
+/// An instruction and what it is about.
+fn instruction_and_input<'a>(instruction: &'a str, input: &str) -> Cow<'a, str> {
+    if input.is_empty() { Cow::Borrowed(instruction) } else { Cow::Owned(format!("{instruction}\n\n{input}")) }
+}
+
 /// The bytes of `text`, which is `turns` rendered, that the assistant adds with the turn of this number.
 fn answer_span(
     turns: &[Message],
@@ -262,7 +324,7 @@ fn overlap(range: Option<&Range<usize>>, span: &Range<usize>) -> bool {
 /// The conversation that an instruction with its answer is.
 pub fn instruction_messages(instruction: &str, input: &str, output: &str) -> [Message; 2] {
     let message = |role: &str, content: String| Message { role: role.to_owned(), content };
-    let user = if input.is_empty() { instruction.to_owned() } else { format!("{instruction}\n\n{input}") };
+    let user = instruction_and_input(instruction, input).into_owned();
     [message("user", user), message("assistant", output.to_owned())]
 }
 
@@ -293,8 +355,13 @@ mod tests {
     use super::super::testing::{CHATML, tokenizer, tokenizer_with};
     use super::*;
 
-    const OPTIONS: EncodeOptions =
-        EncodeOptions { max_length: 1000, overlong: Overlong::Truncate, train_on_prompt: false, names: Names::KEYS };
+    const OPTIONS: EncodeOptions = EncodeOptions {
+        max_length: 1000,
+        overlong: Overlong::Truncate,
+        train_on_prompt: false,
+        has_encoder: false,
+        names: Names::KEYS,
+    };
 
     fn row(text: RowText) -> Row {
         Row { index: 3, line: 5, text }
@@ -437,6 +504,36 @@ mod tests {
         assert_eq!(encode(pair(), 7, Overlong::Drop).unwrap(), Encoded::Dropped(Dropped::TooLong));
         let error = encode(pair(), 7, Overlong::Error).unwrap_err().to_string();
         assert!(error.contains("8 tokens, data.max_length is 7"), "{error}");
+    }
+
+    #[test]
+    fn an_encoder_reads_the_prompt_and_the_answer_is_trained_whole() {
+        let tokenizer = tokenizer();
+        let options = EncodeOptions { has_encoder: true, max_length: 6, ..OPTIONS };
+        let encoder = Encoder::new(&tokenizer, options).unwrap();
+        let pair = |prompt: &str, completion: &str| {
+            row(RowText::PromptCompletion { prompt: prompt.into(), completion: completion.into() })
+        };
+        let example = encoder.encode_whole(&pair("xy", "z")).unwrap();
+        let shown = |ids: &[u32]| tokenizer.decode(ids, false);
+        assert_eq!((shown(&example.source), shown(&example.ids)), ("<s>xy</s>".to_owned(), "<s>z</s>".to_owned()));
+        assert_eq!((example.trained_tokens(), example.longest(), example.tokens()), (3, 4, 7));
+        let pieces = decoded_sample(&tokenizer, &example);
+        assert_eq!(pieces, [("<s>xy</s>\n".to_owned(), false), ("<s>z</s>".to_owned(), true)]);
+        // The same of an instruction, and of a conversation of one question.
+        let instruction =
+            RowText::Instruction { instruction: "xy".into(), input: String::new(), output: "z".into() };
+        assert_eq!(encoder.encode_whole(&row(instruction)).unwrap(), example);
+        assert_eq!(encoder.encode_whole(&chat(&[("user", "xy"), ("assistant", "z")])).unwrap(), example);
+        // A source that is cut keeps its end.
+        let Encoded::Kept { example, cut } = encoder.encode(&pair("xyzxyz", "xyzxyz")).unwrap() else { panic!("kept") };
+        assert_eq!((shown(&example.source), shown(&example.ids), cut), ("<s>xyzx</s>".into(), "<s>xyzxy".into(), 4));
+        let refused = |row: &Row| encoder.encode(row).unwrap_err().to_string();
+        assert!(refused(&row(RowText::Text("x".into()))).contains("answers nothing"));
+        let turns = [("user", "x"), ("assistant", "y"), ("user", "z"), ("assistant", "x")];
+        assert!(refused(&chat(&turns)).contains("one question and its answer"));
+        let on_prompt = EncodeOptions { train_on_prompt: true, ..options };
+        assert!(Encoder::new(&tokenizer, on_prompt).is_err());
     }
 
     #[test]

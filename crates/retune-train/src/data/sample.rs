@@ -5,9 +5,12 @@ use retune_text::tokenizer::Tokenizer;
 use super::render::Example;
 use crate::error::shortened;
 
-/// The text of an example in pieces, each with whether its tokens are targets. Special tokens are shown.
+/// The text of an example in pieces, each with whether its tokens are targets, its source first. Special tokens are shown.
 pub fn decoded_sample(tokenizer: &Tokenizer, example: &Example) -> Vec<(String, bool)> {
     let mut pieces = Vec::new();
+    if !example.source.is_empty() {
+        pieces.push((format!("{}\n", tokenizer.decode(&example.source, false)), false));
+    }
     let mut shown = String::new();
     let mut end = 0;
     for run in example.trained.chunk_by(|a, b| a == b) {
@@ -46,13 +49,13 @@ mod tests {
         let ids = tokenizer.encode(text).unwrap();
         for first in 0..=ids.len() {
             let trained = (0..ids.len()).map(|token| token >= first).collect();
-            let pieces = decoded_sample(&tokenizer, &Example { row: 0, ids: ids.clone(), trained });
+            let pieces = decoded_sample(&tokenizer, &Example { row: 0, source: vec![], ids: ids.clone(), trained });
             assert!(pieces.len() <= 2 && pieces.iter().all(|piece| !piece.0.is_empty()));
             let whole: String = pieces.iter().map(|piece| piece.0.as_str()).collect();
             // A cut within é leaves half a character on each side.
             assert!(whole == text || whole.contains('\u{FFFD}'), "{whole}");
         }
-        assert!(decoded_sample(&tokenizer, &Example { row: 0, ids: vec![], trained: vec![] }).is_empty());
+        assert!(decoded_sample(&tokenizer, &Example { row: 0, source: vec![], ids: vec![], trained: vec![] }).is_empty());
     }
 
     #[test]
@@ -62,7 +65,7 @@ mod tests {
         let mut trained = vec![false; ids.len()];
         ids.extend(tokenizer.encode("y\n</s>").unwrap());
         trained.resize(ids.len(), true);
-        let sample = marked_sample(&tokenizer, &Example { row: 0, ids, trained });
+        let sample = marked_sample(&tokenizer, &Example { row: 0, source: vec![], ids, trained });
         assert!(sample.contains("x…x") && sample.ends_with("«y\\n</s>»"), "{sample}");
         assert!(sample.chars().count() < 200);
     }

@@ -17,8 +17,9 @@ use crate::run_data::RunData;
 /// Prints rendered rows and the report.
 pub fn run(args: &DataArgs) -> Result<()> {
     let config = RunConfig::load(&args.run.path, &args.run.overrides)?;
-    let tokenizer = Checkpoint::open(&fetch::resolve(&config.model)?)?.tokenizer()?;
-    let data = RunData::load(&config, &tokenizer)?;
+    let checkpoint = Checkpoint::open(&fetch::resolve(&config.model)?)?;
+    let tokenizer = checkpoint.tokenizer()?;
+    let data = RunData::load(&config, &tokenizer, &checkpoint.spec)?;
     let shown = data.train.examples.iter().take(args.rows);
     if args.json {
         let rows: Vec<Value> = shown.map(|example| row(&tokenizer, example)).collect();
@@ -37,19 +38,23 @@ pub fn run(args: &DataArgs) -> Result<()> {
 
 /// The row for a program: its text, special tokens included, and for each of its tokens whether it is trained.
 fn row(tokenizer: &Tokenizer, example: &Example) -> Value {
-    json!({
+    let mut row = json!({
         "row": example.row + 1,
         "text": tokenizer.decode(&example.ids, false),
         "ids": example.ids,
         "trained": example.trained,
-    })
+    });
+    if !example.source.is_empty() {
+        row["source"] = json!({ "text": tokenizer.decode(&example.source, false), "ids": example.source });
+    }
+    row
 }
 
 /// The row as text, the trained part green (or between «» where there are no colours).
 fn print_example(tokenizer: &Tokenizer, example: &Example) -> Result<()> {
     let colours = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
     let (on, off) = if colours { ("\x1b[1;32m", "\x1b[0m") } else { ("«", "»") };
-    outln!("row {}: {} tokens, {} trained", example.row + 1, example.ids.len(), example.trained_tokens());
+    outln!("row {}: {} tokens, {} trained", example.row + 1, example.tokens(), example.trained_tokens());
     for (text, trained) in decoded_sample(tokenizer, example) {
         if trained { out!("{on}{text}{off}") } else { out!("{text}") }
     }

@@ -62,9 +62,10 @@ pub fn run(args: &EvalArgs) -> Result<End> {
         }
         _ => 0,
     };
+    let has_encoder = session.model.spec.encoder.is_some();
     let encoder = |train_on_prompt| -> Result<Encoder> {
         let config = DataConfig { train_on_prompt, ..config.clone() };
-        Ok(Encoder::new(tokenizer, config.encode_options(&FLAGS))?.after_answers(given_answers))
+        Ok(Encoder::new(tokenizer, config.encode_options(has_encoder, &FLAGS))?.after_answers(given_answers))
     };
     let data = Dataset::build(&file, &encoder(args.whole_text)?, None)?;
     for problem in problems(&data.report, &FLAGS) {

@@ -36,7 +36,12 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
     }
     let spec = &session.model.spec;
     let (limit, own) = (spec.context, session.overlay.prelude(spec).len());
-    if (own + prompt.len()).saturating_add(args.max_new_tokens) > limit {
+    // An encoder reads the prompt, and its decoder writes from the first position on.
+    let needed = match spec.encoder {
+        None => (own + prompt.len()).saturating_add(args.max_new_tokens),
+        Some(_) => (own + prompt.len()).max(args.max_new_tokens),
+    };
+    if needed > limit {
         let of_adapter = if own == 0 { String::new() } else { format!(", {own} of the adapter") };
         bail!(
             "{} tokens of prompt{of_adapter} and {} to generate exceed the model's context of {limit}: shorten the prompt or lower --max-new-tokens",

@@ -7,7 +7,7 @@ use anyhow::{Context, Error, Result, anyhow, bail};
 use retune_adapter::files::WEIGHTS_FILE;
 use retune_adapter::names::{self, Key, Part};
 use retune_adapter::{AdapterFile, BaseModules, Bias, count_matches, deltas};
-use retune_engine::spec::{Attention, SubLayer};
+use retune_engine::spec::{Attention, Mix, SubLayer};
 use retune_model::checkpoint::{Checkpoint, CheckpointKind};
 use retune_model::rope::GGUF_FACTORS;
 use serde_json::{Map, Value, json};
@@ -55,7 +55,7 @@ fn model(checkpoint: &Checkpoint) -> Value {
     let modules = BaseModules::of(spec);
     let attentions: Vec<&Attention> = spec.sub_layers().filter_map(SubLayer::attention).collect();
     let attention = attentions.first();
-    let activation = spec.sub_layers().find(|sub_layer| sub_layer.attention().is_none());
+    let activation = spec.sub_layers().find(|sub_layer| matches!(sub_layer.mix, Mix::Activation { .. }));
     let windows: Vec<Option<usize>> = attentions.iter().map(|attention| attention.window).collect();
     let sliding = windows.iter().flatten().count();
     let mut storage = std::collections::BTreeMap::new();
@@ -81,7 +81,8 @@ fn model(checkpoint: &Checkpoint) -> Value {
         "parameters": spec.parameters(),
         "file_size": checkpoint.file_bytes(),
         "storage": storage,
-        "layers": spec.blocks.len(),
+        "layers": spec.decoder.blocks.len(),
+        "encoder_layers": spec.encoder.as_ref().map(|encoder| encoder.stack.blocks.len()),
         "hidden_size": spec.hidden_size,
         "intermediate_size": activation.map(|sub_layer| sub_layer.output.cols),
         "heads": attention.map(|attention| attention.queries),

@@ -16,7 +16,7 @@ use crate::session::Session;
 
 /// Writes `logits` [T, V]; with labels also `loss` [1], and with an adapter the gradient of that loss by each of its tensors.
 pub fn run(args: &LogitsArgs) -> Result<()> {
-    let Session { model, overlay, params, .. } = Session::open(&args.model)?;
+    let Session { model, overlay, params, base } = Session::open(&args.model)?;
     let vocab = model.spec.vocab_size;
     if let Some(id) = args.tokens.iter().find(|&&id| id as usize >= vocab) {
         bail!("token {id} is outside the model's vocabulary of {vocab}");
@@ -24,12 +24,18 @@ pub fn run(args: &LogitsArgs) -> Result<()> {
     if let Some(most) = overlay.most_tokens(&model.spec).filter(|&most| args.tokens.len() > most) {
         bail!("{} tokens, and the model has learned positions for {most}: give at most that many", args.tokens.len());
     }
-    let trained = match &args.labels {
-        Some(labels) => trained(&args.tokens, labels)?,
-        None => vec![false; args.tokens.len()],
-    };
     let mut pass = Pass::new(overlay.prelude(&model.spec), false);
-    pass.push(0, &args.tokens, &trained);
+    if model.spec.encoder.is_some() {
+        let pad = base.checkpoint.tokens.pad.unwrap_or(0);
+        let (ids, trained) = targets(args.labels.as_deref(), vocab, pad)?;
+        pass.push_answer(0, &args.tokens, &ids, &trained);
+    } else {
+        let trained = match &args.labels {
+            Some(labels) => trained(&args.tokens, labels)?,
+            None => vec![false; args.tokens.len()],
+        };
+        pass.push(0, &args.tokens, &trained);
+    }
     let backward = args.labels.is_some();
     let (compute, _) = compute::choose(&model, &overlay, &params, args.compute, &pass, backward);
     let norms = RowNorms::of(&model, &overlay, &params);
@@ -58,6 +64,25 @@ pub fn run(args: &LogitsArgs) -> Result<()> {
     write(&args.out, &tensors)?;
     outln!("wrote {} tensors to {}", tensors.len(), args.out.display());
     Ok(())
+}
+
+/// The ids that a decoder beside an encoder reads after its start, and which of them are targets: the labels, with padding where they are
+/// -100, as in transformers.
+fn targets(labels: Option<&[i64]>, vocab: usize, pad: u32) -> Result<(Vec<u32>, Vec<bool>)> {
+    let Some(labels) = labels else {
+        bail!("the model's encoder reads --tokens and its decoder --labels, which are missing: give the ids of the answer");
+    };
+    let id = |&label: &i64| match u32::try_from(label) {
+        Ok(id) if (id as usize) < vocab => Ok(id),
+        _ if label == -100 => Ok(pad),
+        _ => bail!("label {label} is outside the model's vocabulary of {vocab}; expected an id of it or -100"),
+    };
+    let ids = labels.iter().map(id).collect::<Result<_>>()?;
+    let trained: Vec<bool> = labels.iter().map(|&label| label != -100).collect();
+    if !trained.contains(&true) {
+        bail!("the labels leave nothing to predict: all are -100; give the ids of the answer");
+    }
+    Ok((ids, trained))
 }
 
 /// Which tokens are targets: those whose label is not -100; at least one that is predicted.

@@ -72,7 +72,7 @@ fn start(args: &TrainArgs, config: RunConfig, start: Instant) -> Result<End> {
     let path = fetch::resolve_or_fetch(&config.model, &|message| note!("{message}"))?;
     let base = Base::open(&path)?;
     base.check_finite()?;
-    let data = RunData::load(&config, base.tokenizer()?)?;
+    let data = RunData::load(&config, base.tokenizer()?, &base.checkpoint.spec)?;
     let initial = match &config.adapter_init {
         Some(directory) => Some(session::adapted(&base, directory)?.2),
         None => None,
@@ -132,6 +132,10 @@ fn rows_hash(examples: &[Example]) -> String {
     use sha2::{Digest, Sha256};
     let mut hash = Sha256::new();
     for example in examples {
+        if !example.source.is_empty() {
+            hash.update((example.source.len() as u64).to_le_bytes());
+            example.source.iter().for_each(|id| hash.update(id.to_le_bytes()));
+        }
         hash.update((example.ids.len() as u64).to_le_bytes());
         example.ids.iter().for_each(|id| hash.update(id.to_le_bytes()));
         example.trained.iter().for_each(|&trained| hash.update([u8::from(trained)]));
@@ -401,7 +405,7 @@ impl Run<'_> {
 
     fn longest_row(&self) -> usize {
         let eval = self.data.eval.iter().flat_map(|eval| &eval.examples);
-        self.data.train.examples.iter().chain(eval).map(|e| e.ids.len()).max().unwrap_or(0)
+        self.data.train.examples.iter().chain(eval).map(Example::longest).max().unwrap_or(0)
     }
 
     fn passes(&self, model: &Model, overlay: &Overlay, int8: bool) -> Passes {
@@ -521,13 +525,13 @@ impl Run<'_> {
         let tokenizer = self.base.tokenizer()?;
         let stop = tokenizer.eos_token_ids();
         let mut samples = Vec::new();
-        // A row trained from its start has no prompt to answer.
+        // A row trained from its start has no prompt to answer, unless an encoder reads that.
         let answered = eval.iter().filter_map(|example| {
             let first = example.trained.iter().position(|&t| t)?;
-            (first >= 2).then_some((example, first))
+            let prompt = if model.spec.encoder.is_some() { &example.source[..] } else { &example.ids[..first] };
+            (prompt.len() >= 2).then_some((example, first, prompt))
         });
-        for (example, first) in answered.take(SAMPLES) {
-            let prompt = &example.ids[..first];
+        for (example, first, prompt) in answered.take(SAMPLES) {
             let last = example.trained[first..].iter().position(|&t| !t).map_or(example.ids.len(), |n| first + n);
             let answer = |overlay: &Overlay, params: &[f32]| {
                 let mut generation = Generation::new(model, overlay, params, Sampling::GREEDY);
