@@ -4,6 +4,7 @@ use retune_engine::model::LinearId;
 use retune_engine::overlay::Overlay;
 use retune_engine::spec::{Linear, ModelSpec, Module};
 
+use crate::config::config_error;
 use crate::error::Error;
 use crate::names;
 use crate::selection::Selection;
@@ -27,6 +28,9 @@ impl Saved {
         if spec.head.tied && saved.contains(&head.name) {
             return Err(Error::TiedHeadSaved { head: head.name.clone() });
         }
+        if saved.contains(&spec.table.name) {
+            check_table("modules_to_save", spec)?;
+        }
         Ok(Self(saved))
     }
 
@@ -35,6 +39,23 @@ impl Saved {
         let is_bias = tensor.ends_with(".bias");
         let key = || if is_bias { names::saved_bias(module) } else { names::saved_weight(module) };
         self.0.iter().any(|name| name == module).then(key)
+    }
+}
+
+/// Refuses an adapter on the table where PEFT's has no effect.
+///
+/// # Errors
+/// A model with an encoder; `field` names the table.
+pub(crate) fn check_table(field: &'static str, spec: &ModelSpec) -> Result<(), Error> {
+    match &spec.encoder {
+        None => Ok(()),
+        Some(_) => config_error(
+            field,
+            format!(
+                "in transformers the encoder and the decoder read copies of `{}`, so that what PEFT lays on it has no effect; leave it out",
+                spec.table.name
+            ),
+        ),
     }
 }
 

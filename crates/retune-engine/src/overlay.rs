@@ -251,9 +251,10 @@ impl Overlay {
 
     /// Whether anything that makes the encoder's output is trained.
     pub(crate) fn trains_encoder(&self, model: &Model) -> bool {
-        model.encoder.as_ref().is_some_and(|encoder| {
-            self.trains_norm(&encoder.norm) || self.lowest_sub_layer(model, encoder).is_some()
-        })
+        model
+            .encoder
+            .as_ref()
+            .is_some_and(|encoder| self.trains_norm(&encoder.norm) || self.lowest_sub_layer(model, encoder).is_some())
     }
 
     /// Whether a norm is trained.

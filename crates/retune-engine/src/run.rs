@@ -239,13 +239,7 @@ impl<'a> Run<'a> {
     }
 
     /// Runs a block's sub-layers again from its kept input, for what their backward reads.
-    fn run_block_again(
-        &self,
-        stack: &Stack,
-        block: usize,
-        activations: &mut Activations,
-        temporary: &mut Temporary,
-    ) {
+    fn run_block_again(&self, stack: &Stack, block: usize, activations: &mut Activations, temporary: &mut Temporary) {
         let len = self.pass.tokens() * self.model.spec.hidden_size;
         let input = |s| Activations::input(stack, Saving::BlockInputs, s, true);
         let of_block = |s: &usize| stack.sub_layers[*s].block == block;

@@ -446,14 +446,7 @@ impl Attention {
 
     /// Writes the gradients of queries, keys and values to `t.dinner`, those of keys and values of the encoder's output to `t.dmemory_inner`,
     /// for the gradient of the output in `t.mixed`, and adds those of a prefix to `grads` and those of biases to `t.distances`.
-    fn backward(
-        &self,
-        run: Run,
-        grads: &mut [f32],
-        saved: &mut Saved,
-        rounded: Option<&Rounded>,
-        t: &mut Temporary,
-    ) {
+    fn backward(&self, run: Run, grads: &mut [f32], saved: &mut Saved, rounded: Option<&Rounded>, t: &mut Temporary) {
         let tokens = run.pass.tokens();
         let source_row = self.memory.as_ref().map_or(0, |memory| memory.row);
         let source = run.pass.source_tokens() * source_row;

@@ -200,9 +200,8 @@ impl Workspace {
             let gradients = overlay.scaled_inputs(model, group);
             if gradients == 0 { 0 } else { features + gradients }
         };
-        let groups = |s: &'_ SubLayer| {
-            [&s.inputs[..], std::slice::from_ref(&s.output), s.memory_linears()].map(scaled_inputs)
-        };
+        let groups =
+            |s: &'_ SubLayer| [&s.inputs[..], std::slice::from_ref(&s.output), s.memory_linears()].map(scaled_inputs);
         let scaled = tokens * model.sub_layers().flat_map(groups).max().unwrap_or(0);
         let packing = 3 << 20;
         saved + 4 * (tokens * temporary + memory + attention + whole + head + quantized + dropped + scaled + packing)

@@ -39,12 +39,11 @@ fn two_attentions_may_read_the_same_prefix() {
     }
     let pass = case.pass(&LENGTHS);
     let gradient = case.gradient(&pass, Saving::Full);
-    let (first, second): (Vec<f32>, Vec<f32>) =
-        gradient.chunks(64).fold(Default::default(), |(mut a, mut b), row| {
-            a.extend(&row[..32]);
-            b.extend(&row[32..]);
-            (a, b)
-        });
+    let (first, second): (Vec<f32>, Vec<f32>) = gradient.chunks(64).fold(Default::default(), |(mut a, mut b), row| {
+        a.extend(&row[..32]);
+        b.extend(&row[32..]);
+        (a, b)
+    });
     assert!(first.iter().all(|&g| g == 0.0) && second.iter().any(|&g| g != 0.0));
     // Keys and values of both attentions, moved together.
     let mut apart = Case::bare(&encoder_decoder(false)).with_prefix(3);
@@ -66,7 +65,10 @@ fn what_is_kept_and_how_rows_are_packed_changes_nothing() {
     assert!(case.gradient(&pass, Saving::BlockInputs) == gradient);
     let error = relative(&case.gradient(&pass, Saving::Bf16), &gradient);
     assert!(error > 0.0 && error < 0.02, "{error}");
-    assert_eq!(case.loss(&pass), case.run(&Compute::default(), &pass).loss(&mut Workspace::new(&case.model, Saving::Full)));
+    assert_eq!(
+        case.loss(&pass),
+        case.run(&Compute::default(), &pass).loss(&mut Workspace::new(&case.model, Saving::Full))
+    );
     let mut alone = vec![0.0; gradient.len()];
     let mut workspace = Workspace::new(&case.model, Saving::Full);
     for number in 0..LENGTHS.len() {

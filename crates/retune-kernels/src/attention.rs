@@ -71,7 +71,17 @@ impl<'a> Distances<'a> {
 impl Scores<'_> {
     /// Causal attention without any of the options.
     pub fn new(queries: usize, keys: usize, head_dim: usize, scale: f32) -> Self {
-        Self { queries, keys, head_dim, causal: true, window: None, scale, soft_cap: None, slopes: None, distances: None }
+        Self {
+            queries,
+            keys,
+            head_dim,
+            causal: true,
+            window: None,
+            scale,
+            soft_cap: None,
+            slopes: None,
+            distances: None,
+        }
     }
 
     fn slope(&self, head: usize) -> f32 {
@@ -619,9 +629,8 @@ mod tests {
                         let cap = scores.soft_cap.map(f64::from);
                         let score = cap.map_or(score, |cap| cap * (score / cap).tanh());
                         let slope = scores.slopes.as_ref().map_or(0.0, |slopes| slopes[h]);
-                        let distance = biases.map_or(0.0, |(biases, most)| {
-                            biases[h * Distances::row(most) + most - 1 + position - j]
-                        });
+                        let distance = biases
+                            .map_or(0.0, |(biases, most)| biases[h * Distances::row(most) + most - 1 + position - j]);
                         (score + f64::from(slope) * j as f64 + distance).exp()
                     };
                     let weights: Vec<f64> = (first..=last).map(weight).collect();
@@ -713,11 +722,8 @@ mod tests {
             for window in [None, Some(6)].into_iter().filter(|window| causal || window.is_none()) {
                 let most = lengths.iter().map(|&(_, keys)| keys).max().unwrap();
                 let values = random(9, 2 * Distances::row(most));
-                let scores = Scores {
-                    causal,
-                    distances: Some(Distances { values: &values, most }),
-                    ..scores(2, 1, 3, window)
-                };
+                let scores =
+                    Scores { causal, distances: Some(Distances { values: &values, most }), ..scores(2, 1, 3, window) };
                 check(scores.clone(), lengths);
 
                 let (segments, tq, tk) = laid_end_to_end(lengths);

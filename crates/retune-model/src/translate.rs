@@ -572,7 +572,7 @@ mod tests {
         let (translation, Description { spec: llama, family, tokens }) = translate(&header()).unwrap();
         assert_eq!((llama.vocab_size, llama.hidden_size, llama.decoder.blocks.len(), llama.context), (1, 32, 2, 512));
         let attention = llama.decoder.blocks[0].sub_layers[0].attention().unwrap();
-        assert_eq!((attention.keys, attention.head_dim, llama.norm.eps), (4, 8, 1e-5));
+        assert_eq!((attention.keys, attention.head_dim, llama.decoder.norm.eps), (4, 8, 1e-5));
         assert!(llama.head.tied && family.class == "LlamaForCausalLM" && translation.notes.is_empty());
         assert_eq!(tokens, Default::default());
         // The shortest decimal.

@@ -83,7 +83,9 @@ impl Golden {
 
     /// Rows of ids that are laid end to end; none where the golden has none.
     pub fn rows(&self, ids: &str, lengths: &str) -> Vec<Vec<u32>> {
-        let (Some(ids), Some(lengths)) = (self.integers.get(ids), self.integers.get(lengths)) else { return Vec::new() };
+        let (Some(ids), Some(lengths)) = (self.integers.get(ids), self.integers.get(lengths)) else {
+            return Vec::new();
+        };
         let mut ids = ids.iter().map(|&id| id as u32);
         lengths.iter().map(|&length| ids.by_ref().take(length as usize).collect()).collect()
     }

@@ -648,7 +648,12 @@ mod tests {
         let row = |row: usize| {
             let length = 10 + 7 * row % 31;
             let id = |i: usize| if alike && i < 9 && row.is_multiple_of(3) { i as u32 } else { (100 * row + i) as u32 };
-            Example { row, source: vec![], ids: (0..length).map(id).collect(), trained: (0..length).map(|i| i > length / 2).collect() }
+            Example {
+                row,
+                source: vec![],
+                ids: (0..length).map(id).collect(),
+                trained: (0..length).map(|i| i > length / 2).collect(),
+            }
         };
         (0..23).map(row).collect()
     }
@@ -666,7 +671,8 @@ mod tests {
     #[test]
     fn the_bound_for_many_epochs_holds_every_order() {
         let preludes = [(0, 0), (0, 5), (3, 0), (9, 2)];
-        let preludes = preludes.map(|(n, prefix)| Prelude { virtual_ids: 5000..5000 + n, prefix, ..Prelude::default() });
+        let preludes =
+            preludes.map(|(n, prefix)| Prelude { virtual_ids: 5000..5000 + n, prefix, ..Prelude::default() });
         let ways = [(41, true), (60, true), (60, false), (90, true), (1000, true)];
         for (alike, prelude) in [false, true].into_iter().flat_map(|alike| preludes.clone().map(|p| (alike, p))) {
             let train = examples(alike);

@@ -17,8 +17,12 @@ use serde_json::json;
 
 #[test]
 fn the_largest_pass_holds_the_fullest_of_training_and_scoring() {
-    let example =
-        |row, trained: usize| Example { row, source: vec![], ids: vec![1; 20], trained: (0..20).map(|i| i >= 20 - trained).collect() };
+    let example = |row, trained: usize| Example {
+        row,
+        source: vec![],
+        ids: vec![1; 20],
+        trained: (0..20).map(|i| i >= 20 - trained).collect(),
+    };
     // Steps of three rows, passes of at most 60 tokens: rows 0 to 2, then 3 and 4.
     let train: Vec<Example> = [1, 2, 3, 9, 10].into_iter().enumerate().map(|(i, n)| example(i, n)).collect();
     let run = json!({

@@ -94,8 +94,9 @@ mod tests {
 
     #[test]
     fn a_calibration_sees_rows_from_all_over_the_data() {
-        let examples: Vec<Example> =
-            (0..1000).map(|row| Example { row, source: vec![], ids: vec![row as u32; 16], trained: vec![true; 16] }).collect();
+        let examples: Vec<Example> = (0..1000)
+            .map(|row| Example { row, source: vec![], ids: vec![row as u32; 16], trained: vec![true; 16] })
+            .collect();
         let rows = |pass: Pass| -> Vec<u64> { pass.sequences.iter().map(|sequence| sequence.row).collect() };
         let chosen = rows(calibration_pass(&Prelude::default(), &examples));
         assert_eq!(chosen.len(), CALIBRATION_TOKENS / 16);

@@ -60,7 +60,8 @@ fn a_run_trains_and_its_adapter_answers() {
         assert!(args.len() < 4 || file.names().iter().any(|name| name.contains("EncDecAttention.k.lora_A")));
         logits.data().as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect::<Vec<f32>>()
     };
-    let difference = logits(&adapted).iter().zip(logits(&["--model", "merged"])).fold(0.0, |d: f32, (a, b)| d.max((a - b).abs()));
+    let difference =
+        logits(&adapted).iter().zip(logits(&["--model", "merged"])).fold(0.0, |d: f32, (a, b)| d.max((a - b).abs()));
     assert!(difference < 1e-4, "{difference}");
     let inspected = folder.succeeds(&["inspect", "merged", "--json"]).json();
     assert_eq!((&inspected["layers"], &inspected["encoder_layers"]), (&json!(3), &json!(3)));
@@ -98,12 +99,16 @@ fn a_run_that_goes_on_ends_with_the_bytes_of_one_left_alone() {
 fn what_makes_no_sense_is_refused_with_the_reason() {
     let folder = with_run();
     folder.write("text.jsonl", "{\"text\": \"a tool\"}\n");
-    folder.refuses(&["train", "run.yaml", "--set", "data.train=text.jsonl"], &["text.jsonl, line 1", "answers nothing"]);
+    folder
+        .refuses(&["train", "run.yaml", "--set", "data.train=text.jsonl"], &["text.jsonl, line 1", "answers nothing"]);
     let turn = |role: &str| json!({ "role": role, "content": "a tool" });
     let turns = json!({ "messages": [turn("user"), turn("assistant"), turn("user"), turn("assistant")] });
     folder.write("chat.jsonl", format!("{turns}\n"));
     folder.refuses(&["train", "run.yaml", "--set", "data.train=chat.jsonl"], &["one question and its answer"]);
     folder.refuses(&["train", "run.yaml", "--set", "data.train_on_prompt=true"], &["prompts cannot be trained on"]);
+    for set in ["adapter.target_modules=[shared]", "adapter.modules_to_save=[shared]"] {
+        folder.refuses(&["train", "run.yaml", "--set", set], &["what PEFT lays on it has no effect"]);
+    }
     let model = golden(MODEL);
     let logits = ["logits", "--model", &model, "--tokens", "5,9", "--out", "logits.safetensors"];
     folder.refuses(&logits, &["--labels, which are missing"]);

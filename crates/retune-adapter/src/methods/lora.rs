@@ -20,7 +20,7 @@ use crate::names::{self, Key, Part, trained_biases};
 use crate::peft_config;
 use crate::selection::is_name_or_end;
 use crate::targets::{self, BaseModules, LoraTarget};
-use crate::walk::{Saved, walk};
+use crate::walk::{Saved, check_table, walk};
 
 /// The setting that names rows of tokens.
 const TOKENS: &str = "trainable_token_indices";
@@ -204,6 +204,7 @@ fn on_tables(
     overlay: &mut Overlay,
 ) -> Result<(), Error> {
     for target in targets.iter().filter(|target| target.is_table) {
+        check_table("target_modules", spec)?;
         if config.use_dora || config.lora_bias || config.init_lora_weights.is_of_the_weight() {
             let problem = format!(
                 "names {}, a table of rows, on which DoRA, lora_bias and a start from the weight are not available; take it out, or use plain LoRA",
@@ -224,6 +225,7 @@ fn on_tables(
     }
     let modules = BaseModules::of(spec);
     for (module, ids) in config.token_rows(&modules)? {
+        check_table(TOKENS, spec)?;
         if let Some(target) = targets.iter().find(|target| target.module == module) {
             let problem = format!(
                 "names rows of {}, which target_modules adapts as well; take it out of one of them",

@@ -60,11 +60,10 @@ fn modules_of(block: &Block) -> impl Iterator<Item = &str> {
     block.sub_layers.iter().flat_map(|sub_layer| {
         let qk_norm = match &sub_layer.mix {
             Mix::Attention(attention) => attention.qk_norm.as_ref(),
-            Mix::Activation { .. } => None,
+            Mix::Cross(_) | Mix::Activation { .. } => None,
         };
         let norms = [&sub_layer.norm].into_iter().chain(qk_norm.into_iter().flatten()).chain(&sub_layer.post_norm);
-        let linears = sub_layer.inputs.iter().chain([&sub_layer.output]);
-        norms.map(|norm| norm.name.as_str()).chain(linears.map(|linear| linear.name.as_str()))
+        norms.map(|norm| norm.name.as_str()).chain(sub_layer.linears().map(|linear| linear.name.as_str()))
     })
 }
 
@@ -118,13 +117,13 @@ impl PartialConfig {
 
     /// The names of the tensors that are trained.
     fn tensors(&self, spec: &ModelSpec) -> Result<BTreeSet<String>, Error> {
-        let (modules, layers) = (spec.modules(), spec.blocks.len());
+        let (modules, layers) = (spec.modules(), spec.decoder.blocks.len());
         if self.last_layers > layers {
             let problem = format!("{} is more than the {layers} layers of this model", self.last_layers);
             return config_error("last_layers", problem);
         }
         let mut whole = self.named(&modules, &spec.head.linear.name, spec.head.tied)?;
-        whole.extend(spec.blocks[layers - self.last_layers..].iter().flat_map(modules_of));
+        whole.extend(spec.decoder.blocks[layers - self.last_layers..].iter().flat_map(modules_of));
         let mut tensors = BTreeSet::new();
         let mut biases = 0;
         for module in &modules {

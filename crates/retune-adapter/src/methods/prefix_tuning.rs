@@ -97,7 +97,8 @@ fn places_in_decoder(spec: &ModelSpec) -> Result<Vec<usize>, Error> {
     let (of_all, own) = (spec.stacks().map(layers).max().unwrap_or(0), layers(&spec.decoder));
     let width = spec.key_value_width() / (2 * own).max(1);
     if spec.stacks().map(layers).any(|of_stack| of_stack != of_all) {
-        let problem = "has no meaning in PEFT for a model with more layers on one side than on the other; take another method";
+        let problem =
+            "has no meaning in PEFT for a model with more layers on one side than on the other; take another method";
         return config_error("prefix_tuning", problem.to_owned());
     }
     if width != spec.hidden_size {

@@ -88,8 +88,11 @@ pub fn encoder_decoder(tied: bool) -> ModelSpec {
             attention.positions = Positions::Buckets;
         }
     }
-    let mut encoder =
-        Stack { blocks: blocks.clone(), norm: Norm::layer("norm", HIDDEN, EPS), buckets: Some(buckets("encoder", true)) };
+    let mut encoder = Stack {
+        blocks: blocks.clone(),
+        norm: Norm::layer("norm", HIDDEN, EPS),
+        buckets: Some(buckets("encoder", true)),
+    };
     for block in &mut encoder.blocks {
         if let Mix::Attention(attention) = &mut block.sub_layers[0].mix {
             attention.causal = false;

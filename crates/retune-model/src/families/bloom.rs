@@ -125,7 +125,10 @@ fn bloom(c: &Fields<'_>) -> Result<ModelSpec, Error> {
             norm: Some(Norm::layer("transformer.word_embeddings_layernorm", hidden, eps)),
         },
         encoder: None,
-        decoder: Stack::new((0..sizes.num_hidden_layers).map(block).collect(), Norm::layer("transformer.ln_f", hidden, eps)),
+        decoder: Stack::new(
+            (0..sizes.num_hidden_layers).map(block).collect(),
+            Norm::layer("transformer.ln_f", hidden, eps),
+        ),
         ropes: Vec::new(),
         head: Head {
             linear: Linear::new("lm_head", vocab_size, hidden),

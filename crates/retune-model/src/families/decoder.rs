@@ -187,7 +187,12 @@ impl Decoder {
             encoder: None,
             decoder: Stack::new(blocks.collect(), Norm::rms("model.norm", hidden_size, self.eps)),
             ropes,
-            head: Head { linear: Linear::new("lm_head", vocab_size, hidden_size), tied: self.tied, scale: 1.0, soft_cap: None },
+            head: Head {
+                linear: Linear::new("lm_head", vocab_size, hidden_size),
+                tied: self.tied,
+                scale: 1.0,
+                soft_cap: None,
+            },
         }
     }
 }

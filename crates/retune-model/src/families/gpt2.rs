@@ -1,6 +1,8 @@
 //! GPT-2: weights stored as [in, out], q, k, v in one linear, learned positions, LayerNorm, a plain MLP.
 
-use retune_engine::spec::{Attention, Block, Head, Linear, Mix, ModelSpec, Norm, Order, Positions, Stack, SubLayer, Table};
+use retune_engine::spec::{
+    Attention, Block, Head, Linear, Mix, ModelSpec, Norm, Order, Positions, Stack, SubLayer, Table,
+};
 
 use serde_json::{Map, Value};
 
@@ -128,7 +130,10 @@ fn gpt2(c: &Fields<'_>) -> Result<ModelSpec, Error> {
             norm: None,
         },
         encoder: None,
-        decoder: Stack::new((0..sizes.num_hidden_layers).map(block).collect(), Norm::layer("transformer.ln_f", hidden, eps)),
+        decoder: Stack::new(
+            (0..sizes.num_hidden_layers).map(block).collect(),
+            Norm::layer("transformer.ln_f", hidden, eps),
+        ),
         ropes: Vec::new(),
         head: Head {
             linear: Linear::new("lm_head", vocab_size, hidden),

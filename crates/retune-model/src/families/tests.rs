@@ -58,7 +58,7 @@ fn every_family_describes_its_defaults() {
 fn missing_fields_take_the_defaults_of_transformers() {
     let Description { spec: llama, tokens, .. } = read(json!({"model_type": "llama"})).unwrap();
     assert_eq!((llama.vocab_size, rows(&llama, "gate_proj"), attention(&llama, 0).keys), (32000, 11008, 32));
-    assert_eq!((attention(&llama, 0).head_dim, llama.context, llama.norm.eps), (128, 2048, 1e-6));
+    assert_eq!((attention(&llama, 0).head_dim, llama.context, llama.decoder.norm.eps), (128, 2048, 1e-6));
     assert_eq!(tokens, TokenIds { bos: Some(1), eos: vec![2], pad: None });
     assert_eq!(llama.ropes[0].frequencies, retune_engine::spec::frequencies(1e4, 128));
     assert!(!llama.head.tied && llama.linears().all(|linear| !linear.bias) && windows(&llama) == [None; 32]);
@@ -322,7 +322,7 @@ fn what_families_differ_in() {
     };
     let gemma = small("gemma", json!({"hidden_act": "gelu"}));
     assert_eq!((function(&gemma), gemma.table.scale), (Function::GeluTanh, 32f64.sqrt() as f32));
-    assert!(gemma.head.tied && gemma.norm.kind == NormKind::RmsPlusOne);
+    assert!(gemma.head.tied && gemma.decoder.norm.kind == NormKind::RmsPlusOne);
     let gemma2 = small("gemma2", json!({"query_pre_attn_scalar": 16}));
     assert_eq!((attention(&gemma2, 0).scale, attention(&gemma2, 0).soft_cap), (0.25, Some(50.0)));
     assert!(gemma2.head.soft_cap == Some(30.0) && gemma2.sub_layers().all(|sub_layer| sub_layer.post_norm.is_some()));

@@ -376,7 +376,10 @@ mod tests {
     #[test]
     fn bins_cover_all_lengths_and_are_few() {
         let examples = |lengths: &[usize]| -> Vec<Example> {
-            lengths.iter().map(|&n| Example { row: 0, source: vec![], ids: vec![0; n], trained: vec![true; n] }).collect()
+            lengths
+                .iter()
+                .map(|&n| Example { row: 0, source: vec![], ids: vec![0; n], trained: vec![true; n] })
+                .collect()
         };
         let bin = |from, to, examples| LengthBin { from, to, examples };
         assert_eq!(histogram(&examples(&[1, 32, 33, 70]), 70), [bin(1, 32, 2), bin(33, 64, 1), bin(65, 96, 1)]);

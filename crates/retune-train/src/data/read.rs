@@ -59,13 +59,8 @@ impl DataFormat {
 
 impl RowFormat {
     /// In the order in which they are tried: alpaca files often have a column `text` besides, which repeats the others.
-    const ALL: [RowFormat; 5] = [
-        RowFormat::Messages,
-        RowFormat::PromptCompletion,
-        RowFormat::Alpaca,
-        RowFormat::InputOutput,
-        RowFormat::Text,
-    ];
+    const ALL: [RowFormat; 5] =
+        [RowFormat::Messages, RowFormat::PromptCompletion, RowFormat::Alpaca, RowFormat::InputOutput, RowFormat::Text];
 
     /// The columns without which a row is not of this format.
     fn required(self) -> &'static [&'static str] {

@@ -277,7 +277,9 @@ impl<'a> Encoder<'a> {
 fn source_and_answer(row: &RowText) -> Result<(Cow<'_, str>, &str), Error> {
     match row {
         RowText::PromptCompletion { prompt, completion } => Ok((Cow::Borrowed(prompt.as_str()), completion.as_str())),
-        RowText::Instruction { instruction, input, output } => Ok((instruction_and_input(instruction, input), output.as_str())),
+        RowText::Instruction { instruction, input, output } => {
+            Ok((instruction_and_input(instruction, input), output.as_str()))
+        }
         RowText::Text(_) => Err(Error::TextWithoutSource),
         RowText::Chat(messages) => match messages.as_slice() {
             [question, answer] if question.role == "user" && answer.role == "assistant" => {
@@ -521,8 +523,7 @@ mod tests {
         let pieces = decoded_sample(&tokenizer, &example);
         assert_eq!(pieces, [("<s>xy</s>\n".to_owned(), false), ("<s>z</s>".to_owned(), true)]);
         // The same of an instruction, and of a conversation of one question.
-        let instruction =
-            RowText::Instruction { instruction: "xy".into(), input: String::new(), output: "z".into() };
+        let instruction = RowText::Instruction { instruction: "xy".into(), input: String::new(), output: "z".into() };
         assert_eq!(encoder.encode_whole(&row(instruction)).unwrap(), example);
         assert_eq!(encoder.encode_whole(&chat(&[("user", "xy"), ("assistant", "z")])).unwrap(), example);
         // A source that is cut keeps its end.

@@ -55,7 +55,9 @@ mod tests {
             // A cut within é leaves half a character on each side.
             assert!(whole == text || whole.contains('\u{FFFD}'), "{whole}");
         }
-        assert!(decoded_sample(&tokenizer, &Example { row: 0, source: vec![], ids: vec![], trained: vec![] }).is_empty());
+        assert!(
+            decoded_sample(&tokenizer, &Example { row: 0, source: vec![], ids: vec![], trained: vec![] }).is_empty()
+        );
     }
 
     #[test]

@@ -63,7 +63,9 @@ fn train(args: &BenchTrainArgs) -> Result<()> {
     base.check_finite()?;
     let checkpoint = &base.checkpoint;
     if checkpoint.spec.encoder.is_some() {
-        bail!("bench measures steps on packed text, which a model with an encoder does not read; time `retune train` instead");
+        bail!(
+            "bench measures steps on packed text, which a model with an encoder does not read; time `retune train` instead"
+        );
     }
     let examples = sequences(base.tokenizer()?, &args.data, args.seq, args.batch * args.steps)?;
     let spec = &checkpoint.spec;
@@ -234,7 +236,8 @@ fn sequences(tokenizer: &Tokenizer, data: &Path, length: usize, count: usize) ->
         bail!("{} holds {} tokens, fewer than one sequence of {length}", data.display(), ids.len());
     }
     let mut cycle = ids.iter().copied().cycle();
-    let sequence = |row| Example { row, source: vec![], ids: cycle.by_ref().take(length).collect(), trained: trained(length) };
+    let sequence =
+        |row| Example { row, source: vec![], ids: cycle.by_ref().take(length).collect(), trained: trained(length) };
     Ok((0..count).map(sequence).collect())
 }
 

@@ -70,7 +70,9 @@ pub fn run(args: &LogitsArgs) -> Result<()> {
 /// -100, as in transformers.
 fn targets(labels: Option<&[i64]>, vocab: usize, pad: u32) -> Result<(Vec<u32>, Vec<bool>)> {
     let Some(labels) = labels else {
-        bail!("the model's encoder reads --tokens and its decoder --labels, which are missing: give the ids of the answer");
+        bail!(
+            "the model's encoder reads --tokens and its decoder --labels, which are missing: give the ids of the answer"
+        );
     };
     let id = |&label: &i64| match u32::try_from(label) {
         Ok(id) if (id as usize) < vocab => Ok(id),
