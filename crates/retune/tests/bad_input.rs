@@ -153,7 +153,7 @@ fn a_model_configuration_with_an_impossible_value_is_refused() {
         ("num_attention_heads", json!(3)),
         ("head_dim", json!(7)),
         ("rms_norm_eps", json!("x")),
-        ("model_type", json!("t5")),
+        ("model_type", json!("bert")),
     ];
     for (key, value) in cases {
         let mut config = whole.clone();

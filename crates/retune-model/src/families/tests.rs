@@ -318,7 +318,7 @@ fn what_families_differ_in() {
 
     let function = |spec: &ModelSpec| match spec.decoder.blocks[0].sub_layers[1].mix {
         Mix::Activation { function, .. } => function,
-        Mix::Attention(_) => panic!("an attention"),
+        Mix::Attention(_) | Mix::Cross(_) => panic!("an attention"),
     };
     let gemma = small("gemma", json!({"hidden_act": "gelu"}));
     assert_eq!((function(&gemma), gemma.table.scale), (Function::GeluTanh, 32f64.sqrt() as f32));

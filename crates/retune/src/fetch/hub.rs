@@ -474,9 +474,9 @@ mod tests {
 
         let dir = tempfile::tempdir().unwrap();
         let config = dir.path().join(CONFIG);
-        fs::write(&config, r#"{"model_type": "t5"}"#).unwrap();
+        fs::write(&config, r#"{"model_type": "bert"}"#).unwrap();
         let text = format!("{:#}", refuse_unsupported(&config).unwrap_err());
-        assert!(text.contains("t5") && text.contains("llama"), "{text}");
+        assert!(text.contains("bert") && text.contains("llama"), "{text}");
         fs::write(&config, r#"{"model_type": "llama"}"#).unwrap();
         refuse_unsupported(&config).unwrap();
     }
