@@ -143,7 +143,7 @@ fn a_field_that_the_family_has_not_is_named() {
 #[test]
 fn a_family_that_is_not_there_is_named_with_those_that_are() {
     let mut directory = Directory::read("llama_tied");
-    for model_type in ["gpt_neox", "t5", "mamba"] {
+    for model_type in ["gpt_neox", "bert", "mamba"] {
         directory.config["model_type"] = json!(model_type);
         let text = refusal(&directory);
         assert!(text.contains(model_type) && text.contains("llama, mistral, qwen2"), "{text}");
