@@ -128,6 +128,7 @@ fn what_makes_no_sense_is_refused_with_the_reason() {
     folder.refuses(&logits, &["--labels, which are missing"]);
     folder.refuses(&joined(&[&logits, &["--labels", "-100"]]), &["nothing to predict"]);
     folder.refuses(&joined(&[&logits, &["--labels", "96"]]), &["outside the model's vocabulary of 96"]);
+    folder.refuses(&["chat", "--model", &model], &["no conversation of several turns", "retune generate"]);
     folder.refuses(&["bench", "train", "--model", &model], &["which a model with an encoder does not read"]);
     let prefix = ["train", "run.yaml", "--set", "method=prefix_tuning", "--set", "adapter={}"];
     folder.copy("flan_t5", "flan");

@@ -49,6 +49,12 @@ pub fn run(args: &ChatArgs) -> Result<()> {
     base.check_finite()?;
     let model = base.checkpoint.model()?;
     let tokenizer = base.tokenizer()?;
+    if model.spec.encoder.is_some() {
+        bail!(
+            "{} answers one text that its encoder reads, and knows no conversation of several turns: use `retune generate`",
+            args.model
+        );
+    }
     let template = tokenizer.chat_template().with_context(|| {
         format!("{} has no chat template: use `retune generate --raw`, or an instruction-tuned model", args.model)
     })?;
