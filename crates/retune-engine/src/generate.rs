@@ -160,7 +160,11 @@ impl<'a> Generation<'a> {
         self.source = Some(Box::new(source));
     }
 
-    /// Reads tokens: the prompt, or the token generated last.
+    /// Reads tokens: the prompt, or the token generated last. A decoder beside an encoder reads no prompt, for which there is
+    /// [`Self::read_text`].
+    ///
+    /// # Panics
+    /// When there is an encoder and it has been given no source.
     pub fn read(&mut self, ids: &[u32]) {
         let mut first = self.ids.len();
         if first == 0 && self.prelude.decoder_start.is_none() {

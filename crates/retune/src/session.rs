@@ -64,8 +64,12 @@ impl Base {
     /// The keys and values that the model has of tokens, for a method that starts from them.
     ///
     /// # Errors
-    /// More tokens than a window of the model keeps.
+    /// More tokens than a window of the model keeps; a model with an encoder.
     pub fn keys_and_values(model: &Model, ids: &[u32]) -> Result<Vec<f32>, retune_adapter::Error> {
+        if model.spec.encoder.is_some() {
+            let problem = "the decoder of a model with an encoder reads no text that a prefix could start from: set prefix_init to random or zero";
+            return Err(retune_adapter::Error::Base(problem.to_owned()));
+        }
         let nothing = Overlay::empty(model);
         let mut generation = Generation::new(model, &nothing, &[], Sampling::GREEDY);
         generation.read(ids);

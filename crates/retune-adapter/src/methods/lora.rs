@@ -225,7 +225,11 @@ fn on_tables(
     }
     let modules = BaseModules::of(spec);
     for (module, ids) in config.token_rows(&modules)? {
-        check_table(TOKENS, spec)?;
+        if spec.encoder.is_some() {
+            let problem =
+                "is not available for a model with an encoder, both sides of which read the table; leave it out";
+            return config_error(TOKENS, problem.to_owned());
+        }
         if let Some(target) = targets.iter().find(|target| target.module == module) {
             let problem = format!(
                 "names rows of {}, which target_modules adapts as well; take it out of one of them",

@@ -51,7 +51,7 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
     }
     let mut generation = Generation::new(&session.model, &session.overlay, &session.params, sampling);
     let start = Instant::now();
-    generation.read(&prompt);
+    generation.read_text(&prompt);
     let ids = answer(&mut generation, tokenizer, args.max_new_tokens, !args.json)?;
     if args.json {
         let seconds = start.elapsed().as_secs_f64();
