@@ -8,7 +8,7 @@ use retune_train::error::Error;
 pub struct Question {
     /// The row's number in its file.
     pub row: usize,
-    /// The tokens that stand before the answer in training.
+    /// The tokens that stand before the answer in training, or that an encoder reads.
     pub prompt: Vec<u32>,
     /// The answer, without white space around it.
     pub reference: String,
@@ -21,8 +21,9 @@ pub struct Question {
 /// As [`Encoder::encode`].
 pub fn question(encoder: &Encoder, row: &Row) -> Result<Option<Question>, Error> {
     let Some(reference) = row.text.answers().last().map(|answer| answer.trim().to_owned()) else { return Ok(None) };
-    let Example { row, ids: mut prompt, trained } = encoder.encode_whole(row)?;
-    prompt.truncate(answer_start(&trained));
+    let Example { row, source, mut ids, trained } = encoder.encode_whole(row)?;
+    ids.truncate(answer_start(&trained));
+    let prompt = if source.is_empty() { ids } else { source };
     let fits = prompt.len() < encoder.options().max_length;
     Ok(fits.then_some(Question { row, prompt, reference }))
 }

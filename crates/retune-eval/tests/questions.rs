@@ -4,7 +4,13 @@ use retune_eval::questions::{question, with_labels};
 use retune_train::data::{EncodeOptions, Encoder, Names, Overlong, Row, RowText};
 
 fn options(max_length: usize) -> EncodeOptions {
-    EncodeOptions { max_length, overlong: Overlong::Truncate, train_on_prompt: false, names: Names::KEYS }
+    EncodeOptions {
+        max_length,
+        overlong: Overlong::Truncate,
+        train_on_prompt: false,
+        has_encoder: false,
+        names: Names::KEYS,
+    }
 }
 
 fn row(prompt: &str, completion: &str) -> Row {
