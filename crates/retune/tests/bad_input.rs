@@ -240,7 +240,7 @@ fn a_damaged_adapter_is_refused() {
     let whole = folder.read(config);
     let read: Value = serde_json::from_slice(&whole).unwrap();
     for (key, value) in
-        [("lora_bias", json!(true)), ("peft_type", json!("LOHA")), ("r", json!(0)), ("bias", json!("x"))]
+        [("use_qalora", json!(true)), ("peft_type", json!("LOHA")), ("r", json!(0)), ("bias", json!("x"))]
     {
         let mut changed = read.clone();
         changed[key] = value;
