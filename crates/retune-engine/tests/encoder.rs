@@ -71,9 +71,8 @@ fn what_is_kept_and_how_rows_are_packed_changes_nothing() {
     );
     let mut alone = vec![0.0; gradient.len()];
     let mut workspace = Workspace::new(&case.model, Saving::Full);
-    for number in 0..LENGTHS.len() {
+    for (number, &length) in LENGTHS.iter().enumerate() {
         let mut pass = case.empty_pass(true);
-        let length = LENGTHS[number];
         let source = row(100 + number as u64, 3 * length % 11 + 1);
         pass.push_answer(number as u64, &source, &row(number as u64, length), &vec![true; length]);
         case.run(&Compute::default(), &pass).loss_and_gradient(&mut alone, &mut workspace);
