@@ -18,7 +18,7 @@ use crate::targets::Ranks;
 pub const MAX_RANK: usize = 65_536;
 
 /// Initialisations of PEFT that are not available here, refused by name.
-const OTHER_INITIALISATIONS: &str = "loftq, eva, corda, lora_ga, orthogonal";
+const OTHER_INITIALISATIONS: [&str; 5] = ["loftq", "eva", "corda", "lora_ga", "orthogonal"];
 
 /// Most passes over the weight that a randomised decomposition may make; few are enough.
 const MAX_ITERATIONS: usize = 64;
@@ -62,7 +62,7 @@ pub struct LoraConfig {
     /// Train the lengths of the weight's rows apart from their directions, which A and B turn (DoRA, Liu et al. 2024): slower, and often better at a low rank.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub use_dora: bool,
-    /// B, and with use_dora the lengths, learn at this many times the learning rate of A (LoRA+, Hayou et al. 2024): 16 is usual, with a learning rate half as high.
+    /// B and every vector that is trained (lengths of use_dora, biases) learn at this many times the learning rate of A (LoRA+, Hayou et al. 2024): 16 is usual, with a learning rate half as high.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub loraplus_lr_ratio: Option<f64>,
 }
@@ -126,6 +126,20 @@ impl LoraConfig {
             && !(ratio > 0.0 && ratio.is_finite())
         {
             return config_error("loraplus_lr_ratio", format!("{ratio} is out of range; expected above 0, usually 16"));
+        }
+        if self.init_lora_weights.is_of_the_weight() {
+            // What is saved has twice the rank.
+            for (field, rank) in
+                [("r", &self.r)].into_iter().chain(self.rank_pattern.iter().map(|(_, rank)| ("rank_pattern", rank)))
+            {
+                if *rank > MAX_RANK / 2 {
+                    let problem = format!(
+                        "a rank of {rank} is out of range with such an init_lora_weights; expected 1 to {}",
+                        MAX_RANK / 2
+                    );
+                    return config_error(field, problem);
+                }
+            }
         }
         if self.use_dora && self.init_lora_weights.is_of_the_weight() {
             let problem = "such a start takes its part away from the weight whose row norms DoRA keeps, and PEFT's files hold no adapter of both; \
@@ -327,10 +341,13 @@ impl<'de> Deserialize<'de> for InitLoraWeights {
                     (_, Some(_)) => Err(E::custom(format!(
                         "init_lora_weights `{value}`: expected a number of iterations up to {MAX_ITERATIONS}, as in \"pissa_niter_4\""
                     ))),
-                    _ => Err(E::custom(format!(
-                        "init_lora_weights `{value}` is not available yet (nor are {OTHER_INITIALISATIONS}); use true, false, \"gaussian\", \
-                         \"pissa\", \"pissa_niter_4\" or \"olora\""
-                    ))),
+                    (name, _) => {
+                        let is_known = OTHER_INITIALISATIONS.contains(&name);
+                        let problem = if is_known { "is not available here" } else { "is no initialisation" };
+                        Err(E::custom(format!(
+                            "init_lora_weights `{value}` {problem}; use true, false, \"gaussian\", \"pissa\", \"pissa_niter_4\" or \"olora\""
+                        )))
+                    }
                 }
             }
         }
@@ -514,7 +531,9 @@ mod tests {
             (json!({"trainable_token_indices": [-1]}), "a list of token ids"),
             (json!({"lora_bias": true, "use_dora": true}), "lora_bias: is not available with use_dora"),
             (json!({"loraplus_lr_ratio": 0}), "loraplus_lr_ratio: 0 is out of range"),
-            (json!({"init_lora_weights": "loftq"}), "`loftq` is not available yet"),
+            (json!({"init_lora_weights": "loftq"}), "`loftq` is not available here"),
+            (json!({"init_lora_weights": "pisa"}), "`pisa` is no initialisation"),
+            (json!({"init_lora_weights": "pissa", "r": 40_000}), "r: a rank of 40000"),
             (json!({"init_lora_weights": "pissa_niter_x"}), "expected a number of iterations"),
             (json!({"init_lora_weights": "olora", "use_dora": true}), "init_lora_weights: such a start"),
             (json!({"target_modules": 3}), "a list of module names"),

@@ -188,6 +188,13 @@ pub enum Error {
     #[error("{} is damaged: {reason}; delete it to go on from the one before", .path.display())]
     CheckpointDamaged { path: PathBuf, reason: String },
 
+    /// The first parameters of a run, which its adapter stands on, cannot be read.
+    #[error(
+        "{} is damaged: {reason}. The run's adapter stands on what it started from: restore the file, or start anew with --overwrite",
+        .path.display()
+    )]
+    StartDamaged { path: PathBuf, reason: String },
+
     /// A checkpoint of a run with another model, adapter or length.
     #[error("{} belongs to another run: it holds {found}, this run has {expected}; use another output_dir", .path.display())]
     CheckpointOfAnotherRun { path: PathBuf, found: String, expected: String },

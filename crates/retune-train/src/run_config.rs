@@ -376,7 +376,12 @@ impl RawRunConfig {
                 "Remove the key to use all of the machine",
             )?;
         }
-        let rate = adapter.as_ref().map_or(method.learning_rate, |settings| settings.learning_rate());
+        // An adapter that is trained further brings its settings with it, and what they say of the rate.
+        let rate = match (&adapter, &adapter_init) {
+            (Some(settings), _) => Some(settings.learning_rate()),
+            (None, Some(_)) => None,
+            (None, None) => Some(method.learning_rate),
+        };
         let training = training.check(rate, &data)?;
         Ok(RunConfig { model, output_dir, method, adapter, adapter_init, base, data, training, threads })
     }
@@ -403,16 +408,16 @@ fn check_adapter(method: MethodName, adapter: Option<Value>, init: Option<&Path>
 }
 
 impl TrainingConfig {
-    /// The peak learning rate: the one that is given, which a checked configuration has, or the default method's.
+    /// The peak learning rate: the one that is given, which a checked configuration has but for an adapter that is trained further, or the default method's.
     pub fn peak_learning_rate(&self) -> f64 {
         self.learning_rate.unwrap_or(MethodName::default().learning_rate)
     }
 
     /// Checks ranges and contradictions, and takes the method's learning rate where none is given.
-    fn check(self, default_rate: f64, data: &DataConfig) -> Result<TrainingConfig, Error> {
-        let learning_rate = self.learning_rate.unwrap_or(default_rate);
+    fn check(self, default_rate: Option<f64>, data: &DataConfig) -> Result<TrainingConfig, Error> {
+        let learning_rate = self.learning_rate.or(default_rate);
         self.check_steps()?;
-        self.check_optimizer(learning_rate)?;
+        self.check_optimizer(learning_rate.unwrap_or(MethodName::default().learning_rate))?;
         let key = "training.tokens_per_pass";
         if let Some(tokens) = self.tokens_per_pass {
             require(tokens <= MOST_TOKENS, key, tokens, &format!("at most {MOST_TOKENS}"), "1024 is usual")?;
@@ -424,7 +429,7 @@ impl TrainingConfig {
                 "A row is computed in one pass: raise it or lower data.max_length",
             )?;
         }
-        Ok(TrainingConfig { learning_rate: Some(learning_rate), ..self })
+        Ok(TrainingConfig { learning_rate, ..self })
     }
 
     fn check_steps(&self) -> Result<(), Error> {

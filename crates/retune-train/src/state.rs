@@ -92,9 +92,15 @@ pub fn read_start(directory: &Path, params: &mut [f32]) -> Result<Option<()>, Er
     if !path.exists() {
         return Ok(None);
     }
-    let content = map(&path)?;
-    let file = SafeTensors::deserialize(&content).map_err(|error| damaged(&path, error))?;
-    read_into(&path, &file, NAMES[0], params).map(Some)
+    let mut read = || {
+        let content = map(&path)?;
+        let file = SafeTensors::deserialize(&content).map_err(|error| damaged(&path, error))?;
+        read_into(&path, &file, NAMES[0], params)
+    };
+    read().map(Some).map_err(|error| match error {
+        Error::CheckpointDamaged { path, reason } => Error::StartDamaged { path, reason },
+        other => other,
+    })
 }
 
 fn create(directory: &Path) -> Result<(), Error> {

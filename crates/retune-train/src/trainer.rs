@@ -552,7 +552,9 @@ struct PassBound<'a> {
 impl PassBound<'_> {
     fn over(&self, train: &[Example]) -> PassSize {
         let Prelude { virtual_ids, prefix, .. } = self.prelude;
-        let mut lengths: Vec<usize> = train.iter().map(|example| virtual_ids.len() + example.ids.len()).collect();
+        // Where there is an encoder, virtual tokens stand before what it reads.
+        let before = if self.prelude.decoder_start.is_some() { 0 } else { virtual_ids.len() };
+        let mut lengths: Vec<usize> = train.iter().map(|example| before + example.ids.len()).collect();
         let mut sources: Vec<usize> = train.iter().map(|example| virtual_ids.len() + example.source.len()).collect();
         let mut labels: Vec<usize> = train.iter().map(Example::trained_tokens).collect();
         let largest = |values: &mut Vec<usize>| -> usize {
@@ -574,6 +576,9 @@ impl PassBound<'_> {
 
 /// Whether any two rows would share what they begin with. In the order of their ids rows that begin alike are neighbours.
 fn any_share_a_prefix(prelude: &Prelude, examples: &[Example]) -> bool {
+    if prelude.decoder_start.is_some() {
+        return false;
+    }
     let mut sorted: Vec<&Example> = examples.iter().collect();
     sorted.sort_unstable_by(|a, b| a.ids.cmp(&b.ids));
     let mut pass = Pass::new(prelude.clone(), true);

@@ -2,8 +2,9 @@
 
 use std::fmt::Arguments;
 use std::io::{self, Write};
+use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 
 /// Writes to standard output.
 ///
@@ -17,6 +18,20 @@ pub fn write(text: Arguments) -> Result<()> {
 /// Writes a line to standard error, if that is possible.
 pub fn message(text: Arguments) {
     let _ = writeln!(io::stderr(), "{text}");
+}
+
+/// Refuses to write a result over something that it is made of: a file, or a file of a folder.
+///
+/// # Errors
+/// The file that is read.
+pub fn refuse_source(out: &Path, sources: &[&Path]) -> Result<()> {
+    let Ok(out) = out.canonicalize() else { return Ok(()) };
+    for source in sources {
+        if source.canonicalize().is_ok_and(|source| out.starts_with(&source)) {
+            bail!("{} is what this reads: give the result another name", out.display());
+        }
+    }
+    Ok(())
 }
 
 /// Whether an error says that nobody reads the output any more.

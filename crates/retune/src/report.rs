@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::Result;
 use retune_adapter::Method;
 use retune_engine::calibrate::Choice;
-use retune_train::data::{Names, read_rows};
+use retune_train::data::{Names, RowFormat, read_rows};
 use retune_train::run_config::RunConfig;
 use retune_train::state::Progress;
 use serde_json::{Value, json};
@@ -17,6 +17,7 @@ use crate::commands::print_json;
 use crate::compute;
 use crate::memory::{self, human};
 use crate::run_data::RunData;
+use crate::session;
 
 /// What there is to say of a run that has ended.
 pub struct Report<'a> {
@@ -80,15 +81,17 @@ impl Report<'_> {
             false => format!("--model {path}"),
             true => format!("--model {} --adapter {path}", shell_word(&self.config.model)),
         };
-        let question = self.first_question().unwrap_or_else(|| "Once upon a time".to_owned());
+        let question = self.first_question().unwrap_or_else(|| shell_word("Once upon a time"));
         outln!("\nNext:");
-        outln!("  {program} generate {model} {}", shell_word(&question));
+        outln!("  {program} generate {model} {question}");
         outln!("  {program} inspect {path}");
         match (saves_adapter, &self.config.data.eval) {
             (false, None) => {}
             (false, Some(eval)) => {
                 outln!("  {program} eval {model} --data {}", shell_word(&eval.to_string_lossy()));
             }
+            // No weight can hold it.
+            (true, _) if session::is_soft_prompt(self.method) => {}
             (true, _) => {
                 let merged = format!("{}-merged", self.config.output_dir.to_string_lossy());
                 outln!("  {program} merge {model} --out {}", shell_word(&merged));
@@ -161,15 +164,23 @@ impl Report<'_> {
         let path = data.eval.as_ref().unwrap_or(&data.train);
         let file = read_rows(path, data.format, &data.columns, &Names::KEYS).ok()?;
         let text = file.rows.first()?.text.question()?;
-        let mut question = String::new();
-        for word in text.split_whitespace() {
-            if question.len() + word.len() >= LONGEST {
-                break;
+        // What was trained on as it stands is asked as it stands.
+        let (flags, question) = match file.format {
+            RowFormat::PromptCompletion => ("--raw ", text.chars().take(LONGEST).collect()),
+            _ => {
+                let mut question = String::new();
+                for word in text.split_whitespace() {
+                    if question.len() + word.len() >= LONGEST {
+                        break;
+                    }
+                    question.push_str(if question.is_empty() { "" } else { " " });
+                    question.push_str(word);
+                }
+                ("", question)
             }
-            question.push_str(if question.is_empty() { "" } else { " " });
-            question.push_str(word);
-        }
-        Some(question).filter(|question| !question.is_empty())
+        };
+        let ends = if question.starts_with('-') { "-- " } else { "" };
+        (!question.is_empty()).then(|| format!("{flags}{ends}{}", shell_word(&question)))
     }
 }
 

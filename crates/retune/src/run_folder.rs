@@ -152,7 +152,8 @@ impl RunFolder {
         Ok(())
     }
 
-    fn check_same(&self, run: &Value) -> Result<()> {
+    /// Refuses to go on with a run of another configuration than the one that is here.
+    pub fn check_same(&self, run: &Value) -> Result<()> {
         let root = self.root.display();
         let text = fs::read_to_string(self.config()).with_context(|| format!("cannot read {root}/run.json"))?;
         let earlier: Value = serde_json::from_str(&text)

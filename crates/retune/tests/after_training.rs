@@ -506,6 +506,7 @@ fn what_a_plain_lora_cannot_hold_is_refused() {
     refuses("dora", Some("llama_tied"), &[], &["any rank up to", "--energy"]);
     refuses("prompt", Some("llama_tied"), &[], &["soft prompt", "changes no weight"]);
     refuses("prefix", Some("llama_tied"), &[], &["soft prompt", "changes no weight"]);
+    refuses("prefix", None, &[], &["method prefix_tuning", "changes no weight"]);
     refuses("ia3_save_head", Some("llama_untied_mha"), &[], &["any rank up to"]);
     refuses("lora_save_head", None, &[], &["modules that were trained whole"]);
     refuses("ia3_biases", Some("llama_bias"), &["--rank", "4"], &["factors on the bias of"]);

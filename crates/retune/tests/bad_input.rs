@@ -548,3 +548,54 @@ fn an_adapter_to_go_on_from_is_held_against_the_method() {
         "adapter_init=prompt/adapter",
     ]));
 }
+
+#[test]
+fn settings_that_would_have_no_effect_or_cannot_be_saved_are_refused() {
+    let folder = Folder::with_run();
+    let refused = |adapter: &str, words: &[&str]| {
+        folder.refuses(&["train", "run.yaml", "--set", &format!("adapter={adapter}")], words);
+    };
+    refused("{target_modules: [embed_tokens], lora_dropout: 0.2}", &["adapter.lora_dropout", "no effect on tables"]);
+    refused("{target_modules: [embed_tokens], loraplus_lr_ratio: 16}", &["adapter.loraplus_lr_ratio", "no effect"]);
+    refused("{target_modules: [k_proj], r: 100, init_lora_weights: olora}", &["adapter.r: a rank of 100 is more than"]);
+    refused("{r: 40000, init_lora_weights: pissa}", &["r: a rank of 40000 is out of range"]);
+    refused(
+        "{target_modules: [q_proj], trainable_token_indices: {embed_tokens: [3], model.embed_tokens: [4]}}",
+        &["adapter.trainable_token_indices: two entries mean model.embed_tokens"],
+    );
+    refused("{trainable_token_indices: [100000]}", &["there is no token 100000"]);
+}
+
+#[test]
+fn rows_of_other_tokens_and_another_scale_of_a_table_are_no_start() {
+    let folder = Folder::with_run();
+    let train = |adapter: &str, more: &[&str]| {
+        let adapter = format!("adapter={adapter}");
+        folder.retune(&joined(&[&["train", "run.yaml", "--set", "training.max_steps=2", "--set", &adapter], more]))
+    };
+    let rows = "{target_modules: [q_proj], r: 4, trainable_token_indices: [3, 50]}";
+    assert_eq!(train(rows, &[]).code, Some(0));
+    let from = ["--set", "adapter_init=out/adapter", "--set", "output_dir=again"];
+    let other = train(&rows.replace("[3, 50]", "[50, 3]"), &from);
+    assert!(other.code == Some(1) && other.stderr.contains("tokens [3, 50], the run's of [50, 3]"), "{}", other.stderr);
+    assert_eq!(train(rows, &from).code, Some(0));
+    let table = "{target_modules: [embed_tokens], r: 4, lora_alpha: 8}";
+    assert_eq!(train(table, &["--overwrite"]).code, Some(0));
+    let from = ["--set", "adapter_init=out/adapter", "--set", "output_dir=third"];
+    let other = train(&table.replace("lora_alpha: 8", "lora_alpha: 800"), &from);
+    assert!(other.code == Some(1) && other.stderr.contains("it scales a table by 2"), "{}", other.stderr);
+}
+
+#[test]
+fn a_result_does_not_replace_what_it_is_made_of() {
+    let folder = Folder::with_run();
+    let model = folder.path("model.gguf");
+    fs::copy(golden(MODEL), &model).unwrap();
+    let data = folder.read("eval.jsonl");
+    let eval = ["eval", "--model", "model.gguf", "--data", "eval.jsonl", "--generate", "--max-new-tokens", "2"];
+    folder.refuses(&joined(&[&eval, &["--predictions", "eval.jsonl"]]), &["eval.jsonl is what this reads"]);
+    assert_eq!(folder.read("eval.jsonl"), data);
+    let logits = ["logits", "--model", "model.gguf", "--tokens", "1,2", "--out", "model.gguf"];
+    folder.refuses(&logits, &["model.gguf is what this reads"]);
+    assert_eq!(fs::read(&model).unwrap(), fs::read(golden(MODEL)).unwrap());
+}

@@ -54,7 +54,11 @@ impl Method for LoraConfig {
         if strict {
             self.check_trainable(spec)?;
         }
-        on_targets(self, spec, &targets)
+        let overlay = on_targets(self, spec, &targets)?;
+        if strict {
+            self.check_effects(&targets, &overlay)?;
+        }
+        Ok(overlay)
     }
 
     fn initialise(
@@ -230,7 +234,9 @@ fn on_tables(
                 "is not available for a model with an encoder, both sides of which read the table; leave it out";
             return config_error(TOKENS, problem.to_owned());
         }
-        if let Some(target) = targets.iter().find(|target| target.module == module) {
+        let is_same =
+            |name: &str| name == module || spec.head.tied && module == spec.table.name && name == spec.head.linear.name;
+        if let Some(target) = targets.iter().find(|target| is_same(&target.module)) {
             let problem = format!(
                 "names rows of {}, which target_modules adapts as well; take it out of one of them",
                 target.module
@@ -301,23 +307,52 @@ impl LoraConfig {
         match &self.trainable_token_indices {
             None => Ok(Vec::new()),
             Some(TokenIndices::List(ids)) => Ok(table.map(|table| (table, ids.as_slice())).into_iter().collect()),
-            Some(TokenIndices::Map(map)) => map
-                .iter()
-                .map(|(entry, ids)| {
+            Some(TokenIndices::Map(map)) => {
+                let mut rows: Vec<(&'m str, &[u32])> = Vec::new();
+                for (entry, ids) in map {
                     let found = [table, head.filter(|_| !modules.is_tied)].into_iter().flatten();
                     let found = found.into_iter().find(|name| is_name_or_end(name, entry));
-                    let problem = || {
+                    let Some(name) = found else {
                         let tied = if modules.is_tied { ", which the head shares" } else { " and the head" };
-                        format!(
-                            "`{entry}` has no rows of tokens of its own; expected {}{tied}",
-                            table.unwrap_or("the token embedding")
-                        )
+                        let table = table.unwrap_or("the token embedding");
+                        let problem = format!("`{entry}` has no rows of tokens of its own; expected {table}{tied}");
+                        return config_error(TOKENS, problem);
                     };
-                    let name = found.ok_or_else(|| Error::Config { field: TOKENS, problem: problem() })?;
-                    Ok((name, ids.as_slice()))
-                })
-                .collect(),
+                    if rows.iter().any(|(known, _)| *known == name) {
+                        return config_error(TOKENS, format!("two entries mean {name}; give its tokens in one"));
+                    }
+                    rows.push((name, ids.as_slice()));
+                }
+                Ok(rows)
+            }
         }
+    }
+
+    /// Refuses settings that would have no effect on these targets, and a start that a weight has not enough of.
+    fn check_effects(&self, targets: &[LoraTarget], overlay: &Overlay) -> Result<(), Error> {
+        if self.lora_dropout > 0.0 && targets.iter().all(|target| target.is_table) {
+            let problem = "has no effect on tables, and nothing else is adapted; set it to 0".to_owned();
+            return config_error("lora_dropout", problem);
+        }
+        if self.loraplus_lr_ratio.is_some_and(|ratio| ratio != 1.0)
+            && overlay.layout.params().iter().all(|param| param.rate == 1.0)
+        {
+            let problem = "has no effect: neither a B of a linear module nor a vector is trained; remove it".to_owned();
+            return config_error("loraplus_lr_ratio", problem);
+        }
+        let most = |target: &LoraTarget| target.in_features.min(target.out_features);
+        if self.init_lora_weights.is_of_the_weight()
+            && let Some(target) = targets.iter().find(|target| target.r > most(target))
+        {
+            let LoraTarget { module, r, .. } = target;
+            let problem = format!(
+                "a rank of {r} is more than the {} that the weight of {module} has, and the rest could not be trained from such a start; lower it, or \
+                 name the module in rank_pattern",
+                most(target)
+            );
+            return config_error("r", problem);
+        }
+        Ok(())
     }
 
     /// The settings that scale a term of twice the rank as these do one of this.

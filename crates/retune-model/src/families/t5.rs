@@ -64,7 +64,11 @@ fn t5(c: &Fields<'_>) -> Result<ModelSpec, Error> {
     // transformers 5 ties whatever `tie_word_embeddings` says, unless the file has a head of its own, and keeps what the key meant
     // for the scale under a key of its own.
     let scaled = c.flag("scale_decoder_outputs", c.flag("tie_word_embeddings", true)?)?;
-    let start = c.token_ids("decoder_start_token_id")?;
+    let start = c.token_ids("decoder_start_token_id")?.first().copied().unwrap_or(0);
+    if start as usize >= sizes.vocab_size {
+        let expected = format!("a token of the vocabulary of {}", sizes.vocab_size);
+        return Err(field_error("decoder_start_token_id", start, expected));
+    }
     let of = T5Sizes { sizes, eps, function, gated, buckets, max_distance };
     let Sizes { vocab_size, hidden_size, .. } = of.sizes;
     Ok(ModelSpec {
@@ -73,10 +77,7 @@ fn t5(c: &Fields<'_>) -> Result<ModelSpec, Error> {
         hidden_size,
         context: c.size("n_positions", 512)?,
         table: Table { name: "shared".to_owned(), scale: 1.0, positions: None, norm: None },
-        encoder: Some(Encoder {
-            stack: of.stack("encoder", layers, false),
-            decoder_start: start.first().copied().unwrap_or(0),
-        }),
+        encoder: Some(Encoder { stack: of.stack("encoder", layers, false), decoder_start: start }),
         decoder: of.stack("decoder", decoder_layers, true),
         ropes: Vec::new(),
         head: Head {

@@ -27,6 +27,7 @@ use super::print_json;
 use crate::End;
 use crate::args::EvalArgs;
 use crate::compute;
+use crate::output::refuse_source;
 use crate::progress::{RowProgress, interrupted, watch_interrupts};
 use crate::session::{self, Session};
 
@@ -75,6 +76,12 @@ pub fn run(args: &EvalArgs) -> Result<End> {
     let Session { model, overlay, params, .. } = &session;
     session::refuse_long_rows(&model.spec, overlay, &data.examples, "--max-length")?;
     let questions = if args.generate { questions(args, &session, &file, &answering)? } else { Vec::new() };
+    if let Some(out) = &args.predictions {
+        let model = session.base.checkpoint.path();
+        let files = [args.examples_from.as_deref(), args.model.adapter.as_deref()];
+        let sources = [Some(args.data.as_path()), Some(model)].into_iter().chain(files);
+        refuse_source(out, &sources.flatten().collect::<Vec<_>>())?;
+    }
     let predictions = args.predictions.as_deref().map(Draft::create).transpose()?;
     watch_interrupts()?;
 

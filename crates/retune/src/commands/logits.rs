@@ -12,11 +12,14 @@ use retune_engine::{Run, Saving};
 
 use crate::args::LogitsArgs;
 use crate::compute;
+use crate::output::refuse_source;
 use crate::session::Session;
 
 /// Writes `logits` [T, V]; with labels also `loss` [1], and with an adapter the gradient of that loss by each of its tensors.
 pub fn run(args: &LogitsArgs) -> Result<()> {
     let Session { model, overlay, params, base } = Session::open(&args.model)?;
+    let sources = [Some(base.checkpoint.path()), args.model.adapter.as_deref()];
+    refuse_source(&args.out, &sources.into_iter().flatten().collect::<Vec<_>>())?;
     let vocab = model.spec.vocab_size;
     if let Some(id) = args.tokens.iter().find(|&&id| id as usize >= vocab) {
         bail!("token {id} is outside the model's vocabulary of {vocab}");

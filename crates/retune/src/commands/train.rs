@@ -12,6 +12,7 @@ use retune_engine::compute::Compute;
 use retune_engine::generate::{Generation, Sampling};
 use retune_engine::model::Model;
 use retune_engine::overlay::Overlay;
+use retune_engine::spec::ModelSpec;
 use retune_engine::workspace::Workspace;
 use retune_formats::atomic;
 use retune_kernels::parallel;
@@ -68,7 +69,7 @@ pub fn run(args: &TrainArgs, threads: Option<usize>) -> Result<End> {
     }
 }
 
-fn start(args: &TrainArgs, config: RunConfig, start: Instant) -> Result<End> {
+fn start(args: &TrainArgs, mut config: RunConfig, start: Instant) -> Result<End> {
     let path = fetch::resolve_or_fetch(&config.model, &|message| note!("{message}"))?;
     let base = Base::open(&path)?;
     base.check_finite()?;
@@ -94,6 +95,7 @@ fn start(args: &TrainArgs, config: RunConfig, start: Instant) -> Result<End> {
             );
         }
     }
+    config.training.learning_rate.get_or_insert(method.learning_rate());
     let mut record = serde_json::to_value(&config)?;
     if let Some(record) = record.as_object_mut() {
         // The number of threads changes no byte of the result.
@@ -143,11 +145,42 @@ fn rows_hash(examples: &[Example]) -> String {
     hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
+/// Refuses to go on from an adapter that means other things by the same tensors.
+fn refuse_other_settings(spec: &ModelSpec, ours: &Overlay, theirs: &Overlay) -> Result<()> {
+    let of_linears = spec.linears().zip(ours.linears.iter().zip(&theirs.linears)).filter_map(|(linear, changes)| {
+        let (Some(ours), Some(theirs)) = (changes.0.low_rank.first(), changes.1.low_rank.first()) else { return None };
+        Some((linear.name.as_str(), ours.scale, theirs.scale))
+    });
+    let tables = [(&ours.table_term, &theirs.table_term), (&ours.positions_term, &theirs.positions_term)];
+    let of_tables = tables.into_iter().filter_map(|terms| match terms {
+        (Some(ours), Some(theirs)) => Some(("a table", ours.scale, theirs.scale)),
+        _ => None,
+    });
+    if let Some((name, ours, theirs)) = of_linears.chain(of_tables).find(|(_, ours, theirs)| ours != theirs) {
+        bail!(
+            "it scales {name} by {theirs}, the run by {ours}; give the run the same lora_alpha, r and use_rslora, or leave `adapter` out to take \
+             them from there"
+        );
+    }
+    for (ours, theirs) in [(&ours.table_rows, &theirs.table_rows), (&ours.head_rows, &theirs.head_rows)] {
+        if let (Some(ours), Some(theirs)) = (ours, theirs)
+            && ours.ids != theirs.ids
+        {
+            bail!(
+                "its rows are those of the tokens {:?}, the run's of {:?}; give the run the same trainable_token_indices, or leave `adapter` out",
+                theirs.ids,
+                ours.ids
+            );
+        }
+    }
+    Ok(())
+}
+
 impl Run<'_> {
     fn train(&self) -> Result<End> {
         let Run { config, folder, data, .. } = self;
         let model = self.base.checkpoint.model()?;
-        let (overlay, params) = self.overlay(&model)?;
+        let mut overlay = self.overlay()?;
         let mut latent = self.method.reparameterisation(&model.spec, config.training.seed);
         if latent.is_some() && self.initial.is_some() {
             bail!(
@@ -161,6 +194,7 @@ impl Run<'_> {
         let held_out = data.eval.as_ref().map_or(&[][..], |eval| &eval.examples);
         session::refuse_long_rows(&model.spec, &overlay, held_out, "data.max_length")?;
         self.print_start(&model, &overlay, parameters);
+        let params = self.first_params(&model, &mut overlay)?;
         self.check_memory(&model, &overlay, parameters, self.computes_int8())?;
         let _lock = folder.prepare(&self.record, config, self.args)?;
         if self.method.keeps_start() && state::list(&folder.checkpoints())?.is_empty() {
@@ -237,61 +271,44 @@ impl Run<'_> {
         Ok(End::Done)
     }
 
-    /// What is to be trained on the model, and its first parameters.
-    fn overlay(&self, model: &Model) -> Result<(Overlay, Vec<f32>)> {
+    /// What is to be trained on the model.
+    fn overlay(&self) -> Result<Overlay> {
+        let spec = &self.base.checkpoint.spec;
+        match (&self.config.adapter, &self.initial) {
+            // What lies on disk is taken as peft takes it.
+            (None, Some(file)) => Ok(file.lower_for_training(spec)?),
+            // The texts begin with the key; its section is known here.
+            _ => self.method.lower(spec, true).map_err(|error| anyhow!("adapter.{error}")),
+        }
+    }
+
+    /// The first parameters of what is trained.
+    fn first_params(&self, model: &Model, overlay: &mut Overlay) -> Result<Vec<f32>> {
         let Run { config, base, .. } = self;
         let checkpoint = &base.checkpoint;
-        let (spec, seed) = (&checkpoint.spec, config.training.seed);
-        let mut overlay = match (&config.adapter, &self.initial) {
-            // What lies on disk is taken as peft takes it.
-            (None, Some(file)) => file.lower_for_training(spec)?,
-            // The texts begin with the key; its section is known here.
-            _ => self.method.lower(spec, true).map_err(|error| anyhow!("adapter.{error}"))?,
-        };
-        let params = match (&self.initial, &config.adapter_init) {
-            (Some(file), Some(directory)) => {
-                let theirs = file.lower(spec)?;
-                let scales = overlay.linears.iter().zip(&theirs.linears).zip(spec.linears());
-                for ((ours, theirs), linear) in scales {
-                    let ([ours], [theirs]) = (&ours.low_rank[..], &theirs.low_rank[..]) else { continue };
-                    if ours.scale != theirs.scale {
-                        bail!(
-                            "{} was made with another `adapter` than this run asks for: it scales {} by {}, the run by {}; give the run the \
-                             same lora_alpha, r and use_rslora, or leave `adapter` out to take them from there",
-                            directory.display(),
-                            linear.name,
-                            theirs.scale,
-                            ours.scale
-                        );
-                    }
-                }
-                file.params(&overlay).with_context(|| {
-                    format!("{} was made with another `adapter` than this run asks for", directory.display())
-                })?
-            }
-            _ => match self.first_params(&overlay)? {
-                Some(first) => {
-                    self.method.keep_start(&mut overlay, &first);
-                    first
-                }
-                None => {
-                    let texts = Texts {
-                        tokenize: &|text| base.tokenize(text),
-                        keys_and_values: &|ids| Base::keys_and_values(model, ids),
-                    };
-                    initial_params(&*self.method, spec, &mut overlay, checkpoint, &texts, seed)?
-                }
-            },
-        };
-        Ok((overlay, params))
+        if let (Some(file), Some(directory)) = (&self.initial, &config.adapter_init) {
+            let of_another =
+                || format!("{} was made with another `adapter` than this run asks for", directory.display());
+            refuse_other_settings(&model.spec, overlay, &file.lower(&model.spec)?).with_context(of_another)?;
+            return file.params(overlay).with_context(of_another);
+        }
+        if let Some(first) = self.kept_start(overlay)? {
+            self.method.keep_start(overlay, &first);
+            return Ok(first);
+        }
+        let texts =
+            Texts { tokenize: &|text| base.tokenize(text), keys_and_values: &|ids| Base::keys_and_values(model, ids) };
+        Ok(initial_params(&*self.method, &model.spec, overlay, checkpoint, &texts, config.training.seed)?)
     }
 
     /// The first parameters of a run that goes on, where its adapter keeps them: on another machine they could be others.
-    fn first_params(&self, overlay: &Overlay) -> Result<Option<Vec<f32>>> {
+    fn kept_start(&self, overlay: &Overlay) -> Result<Option<Vec<f32>>> {
         let checkpoints = self.folder.checkpoints();
         if !self.args.resume || !self.method.keeps_start() || state::list(&checkpoints)?.is_empty() {
             return Ok(None);
         }
+        // Another configuration is named as such before its file is found to be of another size.
+        self.folder.check_same(&self.record)?;
         let mut first = vec![0.0; overlay.layout.len()];
         if state::read_start(&checkpoints, &mut first)?.is_none() {
             bail!(
@@ -423,7 +440,9 @@ impl Run<'_> {
         let file = self.base.checkpoint.file_bytes() as usize;
         // What is computed from the parameters lies beside them.
         let computed = if parameters == overlay.layout.len() { 0 } else { overlay.layout.len() };
-        let (trained, optimizer) = (2 * 4 * (parameters + computed), 2 * 4 * parameters);
+        // A start that stays a part of the adapter is a third copy.
+        let start = if self.method.keeps_start() { overlay.layout.len() } else { 0 };
+        let (trained, optimizer) = (4 * (2 * (parameters + computed) + start), 2 * 4 * parameters);
         let activations = Workspace::planned_bytes(model, overlay, passes.saving, int8, size);
         let (base, quantized) = if int8 {
             // Scoring reads the whole file beside what the steps keep; without it only the calibration does, before their memory is in use.
