@@ -87,10 +87,10 @@ def main():
                 with args.json.open("a") as file:
                     file.write(json.dumps(found) + "\n")
             report, scored = found["report"], found["eval"]
-            label = scored.get("labels") or scored.get("label") or scored
-            print(f"| {name} | {seed} | {label.get('accuracy')} | {label.get('macro_f1')} | {scored.get('loss')} | "
-                  f"{report.get('trainable_parameters', 0)} | {found['bytes']} | {report.get('peak_rss_bytes', 0) / 1e6:.0f} | "
-                  f"{report.get('seconds', 0)} |", flush=True)
+            label = scored["by_likelihood"]
+            print(f"| {name} | {seed} | {label['accuracy']:.3f} | {label['macro_f1']:.3f} | {scored['loss']:.4f} | "
+                  f"{report.get('trainable_parameters', 0):,} | {found['bytes']:,} | {report.get('peak_rss_bytes', 0) / 1e6:.0f} | "
+                  f"{report.get('seconds', 0):.0f} |", flush=True)
 
 
 if __name__ == "__main__":
