@@ -87,7 +87,7 @@ def retune_side(args, folder, compute):
     config = {
         "model": str(folder / "model"), "output_dir": str(folder / "run"), "adapter_init": str(folder / "adapter"),
         "base": {"compute": compute},
-        "data": {"train": str(folder / "rows.jsonl"), "max_length": 2 * MAX_LENGTH, "shuffle": False},
+        "data": {"train": str(folder / "rows.jsonl"), "max_length": 2 * MAX_LENGTH, "shuffle": False, "eval_fraction": 0},
         "training": {"epochs": 1, "max_steps": args.steps, "batch_size": BATCH, "learning_rate": RATE, "lr_scheduler_type": "constant",
                      "warmup_steps": 0, "weight_decay": 0.0, "max_grad_norm": 0.0, "save_steps": 1_000_000},
     }
