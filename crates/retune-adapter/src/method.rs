@@ -65,6 +65,11 @@ pub trait Method: fmt::Debug + Send + Sync {
         params: &mut [f32],
     ) -> Result<(), Error>;
 
+    /// Whether what it trains stands before the tokens, where no weight can hold it.
+    fn is_soft_prompt(&self) -> bool {
+        false
+    }
+
     /// Takes up into the overlay what of the first parameters stays a part of the adapter while they are trained.
     fn keep_start(&self, _overlay: &mut Overlay, _first: &[f32]) {}
 

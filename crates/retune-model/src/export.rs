@@ -357,7 +357,10 @@ struct Export<'a> {
 }
 
 fn refuse_occupied(dir: &Path) -> Result<(), Error> {
-    match fs::read_dir(dir).map(|mut entries| entries.next().is_none()) {
+    // What a write that was killed left under a temporary name does not count, and is written over.
+    let is_leftover = |name: &str| name.starts_with('.') && name.ends_with(".tmp");
+    let counts = |entry: &fs::DirEntry| !is_leftover(&entry.file_name().to_string_lossy());
+    match fs::read_dir(dir).map(|entries| !entries.flatten().any(|entry| counts(&entry))) {
         Ok(true) => Ok(()),
         Ok(false) => Err(Error::OutputNotEmpty { dir: dir.to_owned() }),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),

@@ -202,6 +202,16 @@ fn a_base_in_4_bits_is_written_as_plain_numbers() {
 }
 
 #[test]
+fn what_a_killed_write_left_is_in_nobodys_way() {
+    let (_dir, checkpoint) = base("llama_tied");
+    let out = tempfile::tempdir().unwrap();
+    fs::write(out.path().join(".model.safetensors.tmp"), "half").unwrap();
+    copied(&checkpoint, out.path()).unwrap();
+    assert!(!out.path().join(".model.safetensors.tmp").exists());
+    assert!(copied(&checkpoint, out.path()).is_err(), "a model is no leftover");
+}
+
+#[test]
 fn a_base_alone_is_written_as_it_is() {
     for case in
         ["llama_tied", "llama_untied_mha", "llama_gqa_head_dim", "mistral_window", "gpt2", "bloom", "gemma3", "phi3"]

@@ -249,7 +249,8 @@ pub struct MergeArgs {
 #[derive(Args)]
 #[command(after_help = "\
 Unmerging gives the original weights back up to rounding: a last digit, where the model was merged and is written in the same type. \
-Biases and modules that were trained whole cannot be taken out: the merged model no longer has what they replaced.")]
+What was trained in the base's place (biases, whole modules, rows of tokens) and scales (DoRA, (IA)3) cannot be taken out: the merged model \
+no longer has what they replaced.")]
 pub struct UnmergeArgs {
     /// The merged model: a directory, a .gguf file or a Hub id
     #[arg(long, short, value_name = "MODEL")]

@@ -17,7 +17,6 @@ use crate::commands::print_json;
 use crate::compute;
 use crate::memory::{self, human};
 use crate::run_data::RunData;
-use crate::session;
 
 /// What there is to say of a run that has ended.
 pub struct Report<'a> {
@@ -63,6 +62,11 @@ impl Report<'_> {
         outln!();
         if let (Some(before), Some(after)) = (self.progress.initial_loss, self.progress.best_loss) {
             outln!("held-out loss  {before:.4} before, {after:.4} after");
+            if after > before {
+                outln!(
+                    "             ! it is worse than before: lower training.learning_rate, or look at the data (retune data)"
+                );
+            }
         }
         for sample in self.samples {
             let text = |key: &str| sample[key].as_str().unwrap_or_default().replace('\n', " ");
@@ -91,7 +95,7 @@ impl Report<'_> {
                 outln!("  {program} eval {model} --data {}", shell_word(&eval.to_string_lossy()));
             }
             // No weight can hold it.
-            (true, _) if session::is_soft_prompt(self.method) => {}
+            (true, _) if self.method.is_soft_prompt() => {}
             (true, _) => {
                 let merged = format!("{}-merged", self.config.output_dir.to_string_lossy());
                 outln!("  {program} merge {model} --out {}", shell_word(&merged));

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::OnceLock;
 
 use anyhow::{Context, Error, Result, bail};
-use retune_adapter::{AdapterFile, Method};
+use retune_adapter::AdapterFile;
 use retune_engine::generate::{Generation, Sampling};
 use retune_engine::model::Model;
 use retune_engine::overlay::Overlay;
@@ -223,9 +223,4 @@ pub fn check_tokens(base: &Base, directory: &Path, record: &Value) -> Result<()>
         }
     }
     Ok(())
-}
-
-/// Whether what a method trains stands before the tokens, where no weight can hold it.
-pub fn is_soft_prompt(method: &dyn Method) -> bool {
-    method.settings().is_ok_and(|settings| settings.get("num_virtual_tokens").is_some())
 }

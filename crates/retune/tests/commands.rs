@@ -491,3 +491,19 @@ fn the_schema_of_run_files_is_json() {
         assert!(schema["properties"][key].is_object(), "{key}");
     }
 }
+
+#[test]
+fn a_run_that_made_the_model_worse_says_so_and_a_soft_prompt_is_not_to_be_merged() {
+    let folder = Folder::with_run();
+    let train = |more: &[&str]| {
+        let run =
+            ["train", "run.yaml", "--overwrite", "--set", "training.max_steps=3", "--set", "training.warmup_steps=0"];
+        folder.succeeds(&joined(&[&run, more])).stdout
+    };
+    // One that has learnt, and a rate that throws it off.
+    folder.succeeds(&["train", "run.yaml", "--set", "output_dir=learnt"]);
+    let worse = train(&["--set", "adapter_init=learnt/adapter", "--set", "training.learning_rate=1"]);
+    assert!(worse.contains("it is worse than before") && worse.contains(" merge "), "{worse}");
+    let prompt = train(&["--set", "method=prompt_tuning", "--set", "adapter={num_virtual_tokens: 4}"]);
+    assert!(!prompt.contains("it is worse") && !prompt.contains(" merge "), "{prompt}");
+}

@@ -68,11 +68,10 @@ impl Method for LoraConfig {
         start: &Start<'_>,
         params: &mut [f32],
     ) -> Result<(), Error> {
+        self.start_tables(spec, overlay, start, params)?;
         if self.init_lora_weights.is_of_the_weight() {
-            self.start_tables(spec, overlay, start, params)?;
             return init::of_the_weights(&self.init_lora_weights, spec, overlay, start, params);
         }
-        self.start_tables(spec, overlay, start, params)?;
         for (linear, change) in spec.linears().zip(&overlay.linears) {
             let [LowRank { a: Factor::Trained(a), b: Factor::Trained(b), r, .. }] = &change.low_rank[..] else {
                 continue;

@@ -80,6 +80,10 @@ impl Method for PTuningConfig {
         &INFO
     }
 
+    fn is_soft_prompt(&self) -> bool {
+        true
+    }
+
     fn settings(&self) -> Result<Value, serde_json::Error> {
         serde_json::to_value(self)
     }

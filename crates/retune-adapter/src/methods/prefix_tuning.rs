@@ -116,6 +116,10 @@ impl Method for PrefixTuningConfig {
         &INFO
     }
 
+    fn is_soft_prompt(&self) -> bool {
+        true
+    }
+
     fn settings(&self) -> Result<Value, serde_json::Error> {
         serde_json::to_value(self)
     }

@@ -130,6 +130,10 @@ impl Method for PromptTuningConfig {
         &INFO
     }
 
+    fn is_soft_prompt(&self) -> bool {
+        true
+    }
+
     fn settings(&self) -> Result<Value, serde_json::Error> {
         serde_json::to_value(self)
     }

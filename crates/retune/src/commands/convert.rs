@@ -90,7 +90,7 @@ fn of_adapter(args: &ConvertArgs, path: &Path, base: Option<&Base>, keep: Option
             let deltas = retune_adapter::deltas(config, &file.tensors).with_context(|| name.to_string())?;
             kept(deltas, |(module, delta)| Ok((module, Kept::of_terms(delta, keep)?)))?
         }
-        (None, None) if session::is_soft_prompt(&*file.method) => bail!(
+        (None, None) if file.method.is_soft_prompt() => bail!(
             "{name} is an adapter of method {method}: a soft prompt or a prefix changes no weight, and cannot become a LoRA; keep it as it is"
         ),
         (None, None) => bail!(
