@@ -240,7 +240,7 @@ impl Compute {
         let measured = Arc::new(Mutex::new(Measured { linears, memory: Vec::new() }));
         let watched = Self::watched(Box::new(Calibration { measured: Arc::clone(&measured), is_candidate }));
         let norms = RowNorms::of(model, overlay, params);
-        let run = Run { model, overlay, params, norms: &norms, compute: &watched, pass, step: None };
+        let run = Run { model, overlay, params, norms: &norms, compute: &watched, pass, step: None, parts: &[] };
         let mut workspace = Workspace::new(model, Saving::BlockInputs);
         if backward {
             run.loss_and_gradient(&mut vec![0.0; params.len()], &mut workspace);

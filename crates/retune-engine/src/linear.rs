@@ -15,7 +15,7 @@ use retune_quant::Matrix;
 use crate::model::LinearId;
 use crate::overlay::{LowRank, MOST_TERMS, Offset, OutputScale};
 use crate::profile::{Operation, span};
-use crate::run::Run;
+use crate::run::{Part, Run};
 
 /// Most linears that read the same input (q, k and v).
 const MOST_INPUTS: usize = 3;
@@ -34,6 +34,8 @@ pub(crate) struct LinearScratch {
     b_gradient: Vec<f32>,
     /// A bias times an output scale, an offset times its scale, or the gradient of what an output is multiplied by.
     row: Vec<f32>,
+    /// Projections, and outputs before output scales, of a part of the tokens that has an overlay of its own.
+    of_part: [Vec<f32>; 2],
     quantized: [Int8Rows; MOST_INPUTS],
 }
 
@@ -190,6 +192,10 @@ fn project(run: Run, group: &[LinearId], x: &[f32], u: &mut [f32], scratch: &mut
 
 /// Computes a group's outputs for its input `x: [T, in]`, and keeps what the backward reads.
 pub(crate) fn forward(run: Run, group: &[LinearId], x: &[f32], mut to: To, keep: Keep, scratch: &mut LinearScratch) {
+    let is_changed = |part: &Part| group.iter().any(|&id| !part.overlay.change(id).is_empty());
+    if run.parts.iter().any(is_changed) {
+        return forward_parts(run, group, x, to, scratch);
+    }
     let Keep { u, unscaled, mut rounded } = keep;
     project(run, group, x, u, scratch);
     let Some(&first) = group.first() else { return };
@@ -232,17 +238,93 @@ pub(crate) fn forward(run: Run, group: &[LinearId], x: &[f32], mut to: To, keep:
                     let _span = span(Operation::Linear);
                     vector::add_bias(y, row, tokens, run.vector(bias));
                 }
-                if let Some(Offset { place, scale }) = &change.offset {
+                if let Some(offset) = &change.offset {
                     let _span = span(Operation::Linear);
-                    let offset = sized(&mut scratch.row, n);
-                    offset.iter_mut().zip(&run.params[place.clone()]).for_each(|(to, value)| *to = scale * value);
-                    vector::add_bias(y, row, tokens, offset);
+                    add_offset(run, offset, y, row, tokens, &mut scratch.row);
                 }
             }
         }
         first += n;
         column += change.rank();
     }
+}
+
+/// The same where not the same stands on all tokens: the product with the base for all of them, then what low-rank terms and offsets add to
+/// their own. Where a linear is scaled or its weight another, those tokens have a product of their own.
+fn forward_parts(run: Run, group: &[LinearId], x: &[f32], mut to: To, scratch: &mut LinearScratch) {
+    let Some(&first) = group.first() else { return };
+    let k = run.model.linear(first).cols();
+    let tokens = x.len() / k;
+    let is_added = |part: &&Part| group.iter().all(|&id| part.overlay.change(id).only_adds());
+    if run.parts.iter().any(|part| is_added(&part)) {
+        let to = match &mut to {
+            To::Nowhere => To::Nowhere,
+            To::Columns(y) => To::Columns(y),
+            To::Sum(y, addend) => To::Sum(y, addend),
+        };
+        let keep = Keep { u: &mut [], unscaled: &mut [], rounded: None };
+        forward(Run { parts: &[], ..run }, group, x, to, keep, scratch);
+    }
+    let [mut u, mut unscaled] = std::mem::take(&mut scratch.of_part);
+    for part in run.parts {
+        let (own, rows) = (run.of_part(part), part.tokens.len());
+        let x = &x[part.tokens.start * k..part.tokens.end * k];
+        let u = sized(&mut u, rows * part.overlay.ranks(group));
+        let of_rows = |len: usize| part.tokens.start * (len / tokens)..part.tokens.end * (len / tokens);
+        if is_added(&part) {
+            let (To::Columns(y) | To::Sum(y, _)) = &mut to else { continue };
+            let range = of_rows(y.len());
+            project(own, group, x, u, scratch);
+            add_terms(own, group, u, &mut y[range], rows, scratch);
+        } else {
+            let unscaled = sized(&mut unscaled, rows * part.overlay.unscaled(run.model, group));
+            let keep = Keep { u, unscaled, rounded: None };
+            let to = match &mut to {
+                To::Nowhere => To::Nowhere,
+                To::Columns(y) => {
+                    let range = of_rows(y.len());
+                    To::Columns(&mut y[range])
+                }
+                To::Sum(y, addend) => {
+                    let range = of_rows(y.len());
+                    To::Sum(&mut y[range.clone()], &addend[range])
+                }
+            };
+            forward(own, group, x, to, keep, scratch);
+        }
+    }
+    scratch.of_part = [u, unscaled];
+}
+
+/// Adds low-rank terms, whose projections are `u: [T, Σ r]`, and offsets to outputs that the base has written.
+fn add_terms(run: Run, group: &[LinearId], u: &[f32], y: &mut [f32], tokens: usize, scratch: &mut LinearScratch) {
+    let _span = span(Operation::LowRank);
+    let (row, width) = (y.len() / tokens.max(1), run.overlay.ranks(group));
+    let (mut column, mut first) = (0, 0);
+    for &id in group {
+        let (n, change) = (run.model.linear(id).rows(), run.overlay.change(id));
+        let mut terms = ArrayVec::<Term, MOST_TERMS>::new();
+        for term in &change.low_rank {
+            let b = Rhs::View(MatRef::rows(term.b.values(run.params), term.r).t());
+            terms.push(Term::scaled(term.r, MatRef::rows(u, width).from(0, column), b, term.scale));
+            column += term.r;
+        }
+        if !terms.is_empty() {
+            gemm(tokens, n, &terms, Out::add(&mut y[first..], row));
+        }
+        if let Some(offset) = &change.offset {
+            add_offset(run, offset, &mut y[first..], row, tokens, &mut scratch.row);
+        }
+        first += n;
+    }
+}
+
+/// Adds an offset to each of a linear's outputs, which lie `row` elements apart.
+fn add_offset(run: Run, offset: &Offset, y: &mut [f32], row: usize, tokens: usize, memory: &mut Vec<f32>) {
+    let values = &run.params[offset.place.clone()];
+    let scaled = sized(memory, values.len());
+    scaled.iter_mut().zip(values).for_each(|(to, value)| *to = offset.scale * value);
+    vector::add_bias(y, row, tokens, scaled);
 }
 
 /// Writes the product of what a linear reads with its weight, and its low-rank terms: all but output scale and bias.

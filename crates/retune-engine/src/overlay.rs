@@ -179,6 +179,11 @@ impl Change {
             || self.low_rank.iter().any(is_trained)
     }
 
+    /// Whether it does no more than add to the base's outputs.
+    pub(crate) fn only_adds(&self) -> bool {
+        self.weight.is_none() && self.input_scale.is_none() && self.output_scale.is_none()
+    }
+
     /// Whether it leaves the linear as it is.
     pub fn is_empty(&self) -> bool {
         !self.is_trained() && self.low_rank.is_empty()
@@ -194,6 +199,15 @@ impl Overlay {
     /// One that changes nothing of a model with these numbers of linears and vectors.
     pub fn of_sizes(linears: usize, vectors: usize) -> Self {
         Self { linears: vec![Change::default(); linears], vectors: vec![None; vectors], ..Self::default() }
+    }
+
+    /// Whether it changes linears alone, and what precedes each row: then a pass can have other overlays on other tokens.
+    pub fn stands_beside_others(&self) -> bool {
+        let Self { layout: _, table, positions, table_rows, head_rows, table_term, positions_term, vectors, .. } = self;
+        let of_tables = [table, positions].into_iter().any(Option::is_some)
+            || [table_rows, head_rows].into_iter().any(Option::is_some)
+            || [table_term, positions_term].into_iter().any(Option::is_some);
+        !of_tables && vectors.iter().all(Option::is_none)
     }
 
     /// What it puts before each row of a model of this spec.

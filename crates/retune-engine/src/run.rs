@@ -5,7 +5,7 @@ use std::ops::Range;
 use retune_kernels::F32Panel;
 
 use crate::compute::Compute;
-use crate::generate::Cache;
+use crate::generate::Continued;
 use crate::linear::Weight;
 use crate::model::{LinearId, Model, Stack, VectorId};
 use crate::overlay::Overlay;
@@ -35,6 +35,18 @@ pub struct Run<'a> {
     pub pass: &'a Pass,
     /// The step that dropout is of; none applies without.
     pub step: Option<Step>,
+    /// What stands on the linears for runs of the tokens, where it is not the same for all: then `overlay` is an empty one. Together they are
+    /// all tokens of the pass, in order. Not with a backward.
+    pub parts: &'a [Part<'a>],
+}
+
+/// What stands on a model's linears for some tokens of a pass.
+#[derive(Clone)]
+pub struct Part<'a> {
+    pub tokens: Range<usize>,
+    pub overlay: &'a Overlay,
+    pub params: &'a [f32],
+    pub norms: &'a RowNorms,
 }
 
 /// Where the activations of a pass stopped being numbers.
@@ -52,6 +64,12 @@ impl<'a> Run<'a> {
     /// The same on the sources of the pass, which an encoder reads.
     pub(crate) fn of_source(&self) -> Option<Self> {
         self.pass.source.as_deref().map(|pass| Self { pass, ..*self })
+    }
+
+    /// The same with what stands on some of the tokens alone, for functions that are given no others.
+    pub(crate) fn of_part(&self, part: &Part<'a>) -> Self {
+        let Part { overlay, params, norms, .. } = *part;
+        Self { overlay, params, norms, parts: &[], ..*self }
     }
 
     /// A linear's weight: the base's, or what is trained in its place.
@@ -122,7 +140,7 @@ impl<'a> Run<'a> {
     }
 
     /// Runs the sub-layers; afterwards the last one's output is in the workspace. With `backward` what the backward reads is kept.
-    pub(crate) fn forward(&self, workspace: &mut Workspace, backward: bool, cache: Option<&mut [Cache]>) {
+    pub(crate) fn forward(&self, workspace: &mut Workspace, backward: bool, cache: Option<Continued>) {
         let (model, pass) = (self.model, self.pass);
         // A cache holds what precedes the pass.
         let is_right = cache.is_some() || pass.made_for() == self.overlay.prelude(&model.spec);
@@ -149,7 +167,7 @@ impl<'a> Run<'a> {
         saving: Saving,
         temporary: &mut Temporary,
         backward: bool,
-        mut cache: Option<&mut [Cache]>,
+        mut cache: Option<Continued>,
     ) {
         let tokens = self.pass.tokens();
         let d = self.model.spec.hidden_size;
@@ -169,9 +187,9 @@ impl<'a> Run<'a> {
             // Input and output are two different buffers of `x`.
             let mut output = std::mem::take(&mut x[to]);
             let cache = match (&mut cache, sub_layer.attention()) {
-                (Some(caches), Some(_)) => {
+                (Some(Continued { cache, texts }), Some(_)) => {
                     attentions += 1;
-                    caches.get_mut(attentions - 1)
+                    cache.get_mut(attentions - 1).map(|cache| Continued { cache, texts })
                 }
                 _ => None,
             };

@@ -8,11 +8,11 @@ use retune_kernels::heads::{HeadLayout, Heads, HeadsMut};
 use retune_kernels::{activation, bf16, glu, rows, vector};
 
 use crate::distances::Biases;
-use crate::generate::Cache;
+use crate::generate::{Cache, Continued};
 use crate::linear::{self, Gradient, Input, Keep, To};
 use crate::model::{Attention, LinearId, Middle, Model, SubLayer};
 use crate::overlay::Overlay;
-use crate::pass::Pass;
+use crate::pass::{Pass, Sequence};
 use crate::profile::{Operation, span};
 use crate::rope::{Direction, Rotations};
 use crate::run::Run;
@@ -36,7 +36,7 @@ impl SubLayer {
         Kept { saved, mut rounded }: Kept,
         t: &mut Temporary,
         y: Option<&mut [f32]>,
-        cache: Option<&mut Cache>,
+        cache: Option<Continued<Cache>>,
     ) {
         let tokens = run.pass.tokens();
         let d = run.model.spec.hidden_size;
@@ -54,7 +54,7 @@ impl SubLayer {
         let is_mixed = is_projected || !change.low_rank.is_empty() || change.output_scale.is_some();
         let mixed = match &self.middle {
             Middle::Attention(attention) => {
-                if cache.as_ref().is_none_or(|cache| cache.tokens() == 0) {
+                if cache.as_ref().is_none_or(|of| of.texts.iter().any(|&text| of.cache.tokens(text) == 0)) {
                     attention.remember(run, saved, rounded.as_deref_mut(), t);
                 }
                 attention.forward(run, saved, rounded.as_deref_mut(), t, cache);
@@ -397,7 +397,7 @@ impl Attention {
         saved: &mut Saved,
         mut rounded: Option<&mut Rounded>,
         t: &mut Temporary,
-        cache: Option<&mut Cache>,
+        cache: Option<Continued<Cache>>,
     ) {
         let tokens = run.pass.tokens();
         let inner = &mut saved.inner[..tokens * self.q.row];
@@ -428,15 +428,23 @@ impl Attention {
                 let segments = if self.memory.is_some() { &t.cross_segments } else { &t.segments };
                 attention::forward(&scores, segments, q, k, v, out, lse);
             }
-            Some(cache) => {
-                match &self.memory {
-                    None => cache.append(k, v, tokens),
-                    // What is made of the encoder's output stays the same.
-                    Some(_) if cache.tokens() == 0 => cache.append(k, v, run.pass.source_tokens()),
-                    Some(_) => {}
+            Some(Continued { cache, texts }) => {
+                for (&text, sequence) in texts.iter().zip(&run.pass.sequences) {
+                    match &self.memory {
+                        None => cache.append(text, k, v, sequence.tokens.clone()),
+                        // What is made of the encoder's output stays the same.
+                        Some(_) if cache.tokens(text) == 0 => cache.append(text, k, v, 0..run.pass.source_tokens()),
+                        Some(_) => {}
+                    }
                 }
-                let segment = Segment { queries: 0..tokens, keys: 0..cache.tokens() };
-                attention::forward(&scores, &[segment], q, cache.keys(), cache.values(), out, lse);
+                t.segments.clear();
+                let rows = texts.iter().zip(&run.pass.sequences);
+                let segment = |(&text, of): (&usize, &Sequence)| Segment {
+                    queries: of.tokens.clone(),
+                    keys: cache.stretch(text),
+                };
+                t.segments.extend(rows.map(segment));
+                attention::forward(&scores, &t.segments, q, cache.keys(), cache.values(), out, lse);
             }
         }
         if let Some(rounded) = rounded {

@@ -5,9 +5,9 @@ mod common;
 
 use std::sync::Arc;
 
-use common::{Case, everything, llama, pass, relative, row, values};
+use common::{Case, encoder_decoder, everything, llama, pass, relative, row, values};
 use retune_engine::compute::Compute;
-use retune_engine::generate::{Generation, Sampling};
+use retune_engine::generate::{Generation, Question, Sampling, Standing};
 use retune_engine::model::Weights;
 use retune_engine::overlay::{Factor, LowRank, OutputScale};
 use retune_engine::pass::Pass;
@@ -529,4 +529,81 @@ fn norms_are_those_of_the_parameters_they_were_refreshed_with() {
         let run = Run { norms: &norms, ..case.run(&compute, &pass) };
         assert_eq!(run.loss(&mut workspace), fresh);
     }
+}
+
+/// Everything that can stand beside something else: nothing, each kind on linears, and what precedes rows.
+fn beside_others(spec: &ModelSpec) -> Vec<Case> {
+    let mut cases = vec![Case::bare(spec), Case::adapted(spec, 2), Case::adapted(spec, 3).with_virtual_tokens(2)];
+    cases.push(Case::bare(spec).with_prefix(3));
+    cases.extend(KINDS.iter().filter(|(_, kind)| !kind.bias).map(|(_, kind)| case(spec, *kind, |_| true)));
+    // On a part of a group alone.
+    cases.push(case(spec, KINDS[6].1, |name| !name.ends_with('k') && !name.ends_with("up")));
+    cases
+}
+
+#[test]
+fn texts_with_different_overlays_are_answered_together_as_each_alone() {
+    let (mut stopped, mut whole) = (0, 0);
+    for spec in [llama(false), llama(true), everything(false), encoder_decoder(true)] {
+        let cases = beside_others(&spec);
+        let standings: Vec<Standing<'_>> =
+            cases.iter().map(|case| Standing { overlay: &case.overlay, params: &case.params }).collect();
+        // Prompts of all lengths, some with a beginning in common, and each overlay three times.
+        let question = |i: usize| Question { standing: i * 7 % cases.len(), ids: row(i as u64 % 5, 1 + i * 5 % 13) };
+        let questions: Vec<Question> = (0..3 * cases.len()).map(question).collect();
+        for sampling in [Sampling::GREEDY, Sampling { temperature: 1.0, top_p: 1.0, top_k: 0, seed: 5 }] {
+            let alone = |Question { standing, ids }: &Question| {
+                let Standing { overlay, params } = standings[*standing];
+                Generation::new(&cases[0].model, overlay, params, sampling).run(ids, 9, &[7, 8], |_| true)
+            };
+            let expected: Vec<Vec<u32>> = questions.iter().map(alone).collect();
+            let ended = expected.iter().filter(|answer| answer.len() < 9).count();
+            (stopped, whole) = (stopped + ended, whole + expected.len() - ended);
+            for texts in [1, 4, 50] {
+                let mut generation = Generation::of_many(&cases[0].model, &standings, texts, sampling);
+                let mut answers = vec![None; questions.len()];
+                generation.answer_all(
+                    &questions,
+                    9,
+                    &[7, 8],
+                    || true,
+                    |number, answer| {
+                        assert!(answers[number].replace(answer).is_none());
+                        true
+                    },
+                );
+                for (number, (answer, expected)) in answers.iter().zip(&expected).enumerate() {
+                    assert_eq!(answer.as_ref(), Some(expected), "{number} of {texts} at once, {:?}", questions[number]);
+                }
+            }
+        }
+    }
+    assert!(stopped > 20 && whole > 20, "{stopped}, {whole}");
+}
+
+#[test]
+fn texts_are_left_where_that_is_asked_for() {
+    let case = Case::bare(&llama(false));
+    let standing = Standing { overlay: &case.overlay, params: &case.params };
+    let questions: Vec<Question> = (0..6).map(|i| Question { standing: 0, ids: row(i, 4) }).collect();
+    let mut generation = Generation::of_many(&case.model, &[standing], 2, Sampling::GREEDY);
+    let mut answered = 0;
+    generation.answer_all(
+        &questions,
+        3,
+        &[],
+        || true,
+        |_, _| {
+            answered += 1;
+            answered < 3
+        },
+    );
+    assert_eq!(answered, 3);
+    let mut steps = 0;
+    let stop_at_once = || {
+        steps += 1;
+        false
+    };
+    generation.answer_all(&questions, 3, &[], stop_at_once, |_, _| panic!("nothing is done yet"));
+    assert_eq!(steps, 1);
 }

@@ -1,15 +1,21 @@
-//! Answers to questions, one after another, by the likeliest token each time.
+//! Answers to questions, several at a time, by the likeliest token each time.
 
-use retune_engine::generate::{Generation, Sampling};
+use retune_engine::generate::{Generation, Question, Sampling, Standing};
 use retune_engine::model::Model;
 use retune_engine::overlay::Overlay;
 use retune_text::tokenizer::Tokenizer;
 
+/// Answers that are generated at once: the products then cost little more than for one, and caches stay small beside a model.
+const AT_ONCE: usize = 16;
+
 /// A model that answers.
 pub struct Answerer<'a> {
-    generation: Generation<'a>,
-    tokenizer: &'a Tokenizer,
-    max_new_tokens: usize,
+    pub model: &'a Model,
+    pub overlay: &'a Overlay,
+    pub params: &'a [f32],
+    pub tokenizer: &'a Tokenizer,
+    /// Longest answer.
+    pub max_new_tokens: usize,
 }
 
 /// What it answered.
@@ -22,26 +28,24 @@ pub struct Answer {
     pub ended: bool,
 }
 
-impl<'a> Answerer<'a> {
-    /// Answers in f32, with up to `max_new_tokens` tokens.
-    pub fn new(
-        model: &'a Model,
-        overlay: &'a Overlay,
-        params: &'a [f32],
-        tokenizer: &'a Tokenizer,
-        max_new_tokens: usize,
-    ) -> Self {
-        let generation = Generation::new(model, overlay, params, Sampling::GREEDY);
-        Self { generation, tokenizer, max_new_tokens }
-    }
-
-    /// Answers a prompt; `None` where `go_on`, asked after each token, says no.
-    pub fn answer(&mut self, prompt: &[u32], go_on: impl Fn() -> bool) -> Option<Answer> {
-        // Prompts with the same examples or instruction have their beginning in common, which is read once.
-        self.generation.read_text(prompt);
+impl Answerer<'_> {
+    /// Answers prompts in f32. `on_answer` is called with the number of each and its answer, as they are done, until `go_on`, asked after
+    /// each token, says no.
+    pub fn answer_all(
+        &self,
+        prompts: impl IntoIterator<Item = Vec<u32>>,
+        go_on: impl FnMut() -> bool,
+        mut on_answer: impl FnMut(usize, Answer),
+    ) {
+        let questions: Vec<Question> = prompts.into_iter().map(|ids| Question { standing: 0, ids }).collect();
+        let texts = AT_ONCE.min(questions.len());
+        let standing = Standing { overlay: self.overlay, params: self.params };
+        let mut generation = Generation::of_many(self.model, &[standing], texts, Sampling::GREEDY);
         let stop = self.tokenizer.eos_token_ids();
-        let ids = self.generation.go_on(self.max_new_tokens, stop, |_| go_on());
-        let text = self.tokenizer.decode(&ids, true).trim().to_owned();
-        go_on().then_some(Answer { text, tokens: ids.len(), ended: ids.len() < self.max_new_tokens })
+        generation.answer_all(&questions, self.max_new_tokens, stop, go_on, |number, ids| {
+            let text = self.tokenizer.decode(&ids, true).trim().to_owned();
+            on_answer(number, Answer { text, tokens: ids.len(), ended: ids.len() < self.max_new_tokens });
+            true
+        });
     }
 }

@@ -204,7 +204,7 @@ impl Case {
     /// A pass through it.
     pub fn run<'a>(&'a self, compute: &'a Compute, pass: &'a Pass) -> Run<'a> {
         let Self { model, overlay, params, norms, .. } = self;
-        Run { model, overlay, params, norms, compute, pass, step: None }
+        Run { model, overlay, params, norms, compute, pass, step: None, parts: &[] }
     }
 
     /// The logits of all tokens of a pass.

@@ -129,7 +129,16 @@ pub struct Trained<'a> {
 impl<'a> Trained<'a> {
     /// A pass of it; the norms are those of the parameters.
     pub fn run(self, params: &'a [f32], norms: &'a RowNorms, pass: &'a Pass) -> Run<'a> {
-        Run { model: self.model, overlay: self.overlay, params, norms, compute: self.compute, pass, step: None }
+        Run {
+            model: self.model,
+            overlay: self.overlay,
+            params,
+            norms,
+            compute: self.compute,
+            pass,
+            step: None,
+            parts: &[],
+        }
     }
 }
 

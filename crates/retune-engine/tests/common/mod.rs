@@ -302,7 +302,7 @@ impl Case {
     /// A pass through it in f32.
     pub fn run<'a>(&'a self, compute: &'a Compute, pass: &'a Pass) -> Run<'a> {
         let Self { model, overlay, params, norms, step, .. } = self;
-        Run { model, overlay, params, norms, compute, pass, step: *step }
+        Run { model, overlay, params, norms, compute, pass, step: *step, parts: &[] }
     }
 
     pub fn logits(&self, pass: &Pass) -> Vec<f32> {

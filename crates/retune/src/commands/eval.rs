@@ -325,16 +325,22 @@ impl<'a> Scoring<'a> {
     /// Answers the questions.
     fn answers(&mut self, questions: &[Question], max_new_tokens: usize) -> Result<()> {
         let Session { base, model, overlay, params } = self.session;
-        let mut answerer = Answerer::new(model, overlay, params, base.tokenizer()?, max_new_tokens);
+        let answerer = Answerer { model, overlay, params, tokenizer: base.tokenizer()?, max_new_tokens };
         let mut progress = RowProgress::new("answered", questions.len());
         let start = Instant::now();
-        for (done, question) in questions.iter().enumerate() {
-            let Some(answer) = answerer.answer(&question.prompt, || !interrupted()) else { break };
-            if let Some(row) = self.rows.get_mut(question.row) {
-                row.answer = Some(answer);
-            }
-            progress.set(done + 1);
-        }
+        let prompts = questions.iter().map(|question| question.prompt.clone());
+        let mut done = 0;
+        answerer.answer_all(
+            prompts,
+            || !interrupted(),
+            |number, answer| {
+                if let Some(row) = self.rows.get_mut(questions[number].row) {
+                    row.answer = Some(answer);
+                }
+                done += 1;
+                progress.set(done);
+            },
+        );
         self.seconds = start.elapsed().as_secs_f64();
         Ok(())
     }

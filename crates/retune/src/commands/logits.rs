@@ -50,6 +50,7 @@ pub fn run(args: &LogitsArgs) -> Result<()> {
         compute: &compute,
         pass: &pass,
         step: None,
+        parts: &[],
     };
     let mut workspace = Workspace::new(&model, Saving::Full);
     let all: Vec<u32> = pass.sequences.iter().flat_map(|sequence| pass.tokens_of(sequence)).collect();
