@@ -1,6 +1,6 @@
 //! The command line, as clap reads it. What the arguments mean is decided in `commands`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use retune_adapter::combine::{Kind, MajoritySign};
@@ -134,8 +134,13 @@ pub struct SamplingArgs {
 
 #[derive(Args)]
 pub struct GenerateArgs {
-    #[command(flatten)]
-    pub model: ModelArgs,
+    /// The base model: a directory, a .gguf file or a Hub id
+    #[arg(long, short, value_name = "MODEL")]
+    pub model: String,
+
+    /// A PEFT adapter directory to put on it; of several, which may have names, and `none` for the base alone, each answers beside the others
+    #[arg(long = "adapter", short, value_name = "[NAME=]DIR", value_parser = perhaps_named)]
+    pub adapters: Vec<NamedAdapter>,
 
     /// The message to answer, or with --raw the text to continue; read from standard input when absent
     pub prompt: Option<String>,
@@ -202,6 +207,12 @@ pub struct NamedAdapter {
 
 /// The name of the base alone among adapters.
 pub const NO_ADAPTER: &str = "none";
+
+/// What is not named is called by its path.
+fn perhaps_named(text: &str) -> Result<NamedAdapter, String> {
+    let is_path = text == NO_ADAPTER || !text.contains('=') || Path::new(text).exists();
+    if is_path { Ok(NamedAdapter { name: text.to_owned(), path: text.into() }) } else { named(text) }
+}
 
 fn named(text: &str) -> Result<NamedAdapter, String> {
     let wanted = "expected a name and a folder, such as a=runs/a/adapter";

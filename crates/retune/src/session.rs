@@ -15,7 +15,7 @@ use retune_text::tokenizer::Tokenizer;
 use retune_train::data::Example;
 use serde_json::{Value, json};
 
-use crate::args::ModelArgs;
+use crate::args::{ModelArgs, NO_ADAPTER, NamedAdapter};
 use crate::fetch;
 
 /// Where stamps are kept, within the cache. No model's folder begins with a dot.
@@ -135,6 +135,43 @@ impl Session {
             }
         };
         Ok(Self { base, model, overlay, params })
+    }
+}
+
+/// What stands on a model under a name.
+pub struct Loaded {
+    pub name: String,
+    /// The method, in words.
+    pub method: &'static str,
+    pub overlay: Overlay,
+    pub params: Vec<f32>,
+}
+
+impl Loaded {
+    /// The base alone.
+    pub fn nothing(model: &Model) -> Self {
+        let (overlay, params) = (Overlay::empty(model), Vec::new());
+        Self { name: NO_ADAPTER.to_owned(), method: "the base alone", overlay, params }
+    }
+
+    /// Reads adapters for a base they fit.
+    ///
+    /// # Errors
+    /// Two of the same name, and those of [`adapted`].
+    pub fn all(base: &Base, model: &Model, adapters: &[NamedAdapter]) -> Result<Vec<Self>> {
+        let mut names: Vec<&str> = adapters.iter().map(|adapter| adapter.name.as_str()).collect();
+        names.sort_unstable();
+        if let Some(pair) = names.windows(2).find(|pair| pair[0] == pair[1]) {
+            bail!("two adapters have the name {}: give each its own", pair[0]);
+        }
+        let load = |NamedAdapter { name, path }: &NamedAdapter| {
+            if name == NO_ADAPTER {
+                return Ok(Self::nothing(model));
+            }
+            let (overlay, params, file) = adapted(base, path)?;
+            Ok(Self { name: name.clone(), method: file.method.info().name, overlay, params })
+        };
+        adapters.iter().map(load).collect()
     }
 }
 

@@ -125,3 +125,30 @@ fn what_cannot_be_talked_with_is_refused() {
         assert_eq!(output.code, Some(2), "{bad}: {}", output.stderr);
     }
 }
+
+#[test]
+fn adapters_answer_side_by_side_as_each_alone() {
+    let folder = folder();
+    let alone = |more: &[&str]| answer(&folder, "the sand", more);
+    let expected =
+        [alone(&["-a", "b/adapter"]), alone(&[]), alone(&["-a", "soft/adapter"]), alone(&["-a", "a/adapter"])];
+    let named = ["-a", "b=b/adapter", "-a", "none", "-a", "soft=soft/adapter", "-a", "a/adapter"];
+    let names = ["b", "none", "soft", "a/adapter"];
+    let lines: Vec<String> =
+        names.iter().zip(&expected).map(|(name, answer)| format!("[{name}] {}", answer.trim())).collect();
+    assert_eq!(answer(&folder, "the sand", &named), lines.join("\n"));
+    let found: serde_json::Value =
+        serde_json::from_str(&answer(&folder, "the sand", &joined(&[&named, &["--json"]]))).unwrap();
+    for (i, text) in expected.iter().enumerate() {
+        assert_eq!(found["answers"][i]["adapter"], names[i]);
+        assert_eq!(found["answers"][i]["text"], **text);
+    }
+    // What is trained in the place of tables and norms has no place beside others.
+    let whole = ["--set", "output_dir=norms", "--set", "method=partial", "--set", "adapter={norms: true}"];
+    folder.succeeds(&joined(&[&["train", "run.yaml", "--set", "training.max_steps=2"], &whole]));
+    let model = golden(MODEL);
+    let args = ["generate", "-m", &model, "-a", "a/adapter", "-a", "n=norms/adapter", "the sand"];
+    folder.refuses(&args, &["the adapter n (", "give it alone"]);
+    let args = ["generate", "-m", &model, "-a", "x=a/adapter", "-a", "x=b/adapter", "the sand"];
+    folder.refuses(&args, &["two adapters have the name x"]);
+}

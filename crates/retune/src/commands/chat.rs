@@ -19,15 +19,7 @@ use retune_text::tokenizer::Tokenizer;
 use super::generate::answer;
 use crate::args::{ChatArgs, NO_ADAPTER};
 use crate::fetch;
-use crate::session::{self, Base};
-
-/// What stands on the model under a name.
-struct Loaded<'a> {
-    name: &'a str,
-    method: &'static str,
-    overlay: Overlay,
-    params: Vec<f32>,
-}
+use crate::session::{Base, Loaded};
 
 /// Which of them answers.
 enum Standing {
@@ -40,11 +32,6 @@ enum Standing {
 /// Reads messages and commands from standard input until its end.
 pub fn run(args: &ChatArgs) -> Result<()> {
     let sampling = args.sampling.checked()?;
-    let mut names: Vec<&str> = args.adapters.iter().map(|adapter| adapter.name.as_str()).collect();
-    names.sort_unstable();
-    if let Some(pair) = names.windows(2).find(|pair| pair[0] == pair[1]) {
-        bail!("two adapters have the name {}: give each its own", pair[0]);
-    }
     let base = Base::open(&fetch::resolve(&args.model)?)?;
     base.check_finite()?;
     let model = base.checkpoint.model()?;
@@ -58,13 +45,8 @@ pub fn run(args: &ChatArgs) -> Result<()> {
     let template = tokenizer.chat_template().with_context(|| {
         format!("{} has no chat template: use `retune generate --raw`, or an instruction-tuned model", args.model)
     })?;
-    let nothing =
-        Loaded { name: NO_ADAPTER, method: "the base alone", overlay: Overlay::empty(&model), params: vec![] };
-    let mut loaded = vec![nothing];
-    for adapter in &args.adapters {
-        let (overlay, params, file) = session::adapted(&base, &adapter.path)?;
-        loaded.push(Loaded { name: &adapter.name, method: file.method.info().name, overlay, params });
-    }
+    let mut loaded = vec![Loaded::nothing(&model)];
+    loaded.extend(Loaded::all(&base, &model, &args.adapters)?);
     let mut chat = Chat { args, model: &model, tokenizer, template, loaded: &loaded, said: Vec::new() };
     chat.forget();
     chat.talk_by_turns(sampling, loaded.len().min(2) - 1)
@@ -77,7 +59,7 @@ struct Chat<'a> {
     tokenizer: &'a Tokenizer,
     template: &'a ChatTemplate,
     /// The base alone, then the adapters.
-    loaded: &'a [Loaded<'a>],
+    loaded: &'a [Loaded],
     said: Vec<Message>,
 }
 
@@ -85,7 +67,7 @@ impl<'a> Chat<'a> {
     /// Talks through one adapter after another, from that of number `first`.
     fn talk_by_turns(&mut self, sampling: Sampling, first: usize) -> Result<()> {
         let model = self.model;
-        let new = |loaded: &'a Loaded<'a>| Generation::new(model, &loaded.overlay, &loaded.params, sampling);
+        let new = |loaded: &'a Loaded| Generation::new(model, &loaded.overlay, &loaded.params, sampling);
         let mut generations: Vec<Generation<'_>> = self.loaded.iter().map(new).collect();
         let mut next = Some(Standing::One(first));
         while let Some(standing) = next {
@@ -140,7 +122,7 @@ impl<'a> Chat<'a> {
 
     fn list(&self, standing: &str) -> Result<()> {
         for Loaded { name, method, .. } in self.loaded {
-            outln!("{} {name}  ({method})", if *name == standing { '*' } else { ' ' });
+            outln!("{} {name}  ({method})", if name == standing { '*' } else { ' ' });
         }
         if !self.loaded.iter().any(|loaded| loaded.name == standing) {
             outln!("* {standing}");
@@ -200,7 +182,7 @@ impl<'a> Chat<'a> {
     fn number(&self, name: &str) -> Result<usize> {
         let found = self.loaded.iter().position(|loaded| loaded.name == name);
         found.ok_or_else(|| {
-            let names: Vec<&str> = self.loaded.iter().map(|loaded| loaded.name).collect();
+            let names: Vec<&str> = self.loaded.iter().map(|loaded| loaded.name.as_str()).collect();
             anyhow!("there is no adapter {name}; there are {}", names.join(", "))
         })
     }

@@ -4,24 +4,32 @@ use std::io::Write;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use retune_engine::generate::{Generation, Sampling};
+use retune_engine::generate::{Generation, Question, Sampling, Standing};
+use retune_engine::model::Model;
 use retune_text::chat_template::Message;
 use retune_text::tokenizer::Tokenizer;
 use serde_json::json;
 
 use super::{print_json, text_or_stdin};
 use crate::args::{GenerateArgs, SamplingArgs};
-use crate::session::Session;
+use crate::fetch;
+use crate::session::{Base, Loaded};
 
 /// Streams the answer to standard output.
 pub fn run(args: &GenerateArgs) -> Result<()> {
     let sampling = args.sampling.checked()?;
-    let session = Session::open(&args.model)?;
-    let tokenizer = session.base.tokenizer()?;
+    let base = Base::open(&fetch::resolve(&args.model)?)?;
+    base.check_finite()?;
+    let model = base.checkpoint.model()?;
+    let mut loaded = Loaded::all(&base, &model, &args.adapters)?;
+    if loaded.is_empty() {
+        loaded.push(Loaded::nothing(&model));
+    }
+    let tokenizer = base.tokenizer()?;
     if args.system.is_some() && tokenizer.chat_template().is_none() {
         bail!(
             "--system needs a chat template, which {} does not have: put its words into the prompt, or use an instruction-tuned model",
-            args.model.model
+            args.model
         );
     }
     let text = text_or_stdin(args.prompt.as_deref(), "prompt")?;
@@ -34,22 +42,27 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
     if text.is_empty() || prompt.is_empty() {
         bail!("the prompt is empty; expected a message to answer, or with --raw a text to continue");
     }
-    let spec = &session.model.spec;
-    let (limit, own) = (spec.context, session.overlay.prelude(spec).len());
-    // An encoder reads the prompt, and its decoder writes from the first position on.
-    let needed = match spec.encoder {
-        None => (own + prompt.len()).saturating_add(args.max_new_tokens),
-        Some(_) => (own + prompt.len()).max(args.max_new_tokens),
-    };
-    if needed > limit {
-        let of_adapter = if own == 0 { String::new() } else { format!(", {own} of the adapter") };
-        bail!(
-            "{} tokens of prompt{of_adapter} and {} to generate exceed the model's context of {limit}: shorten the prompt or lower --max-new-tokens",
-            prompt.len(),
-            args.max_new_tokens
-        );
+    let spec = &model.spec;
+    for Loaded { name, overlay, .. } in &loaded {
+        let (limit, own) = (spec.context, overlay.prelude(spec).len());
+        // An encoder reads the prompt, and its decoder writes from the first position on.
+        let needed = match spec.encoder {
+            None => (own + prompt.len()).saturating_add(args.max_new_tokens),
+            Some(_) => (own + prompt.len()).max(args.max_new_tokens),
+        };
+        if needed > limit {
+            let of_adapter = if own == 0 { String::new() } else { format!(", {own} of the adapter {name}") };
+            bail!(
+                "{} tokens of prompt{of_adapter} and {} to generate exceed the model's context of {limit}: shorten the prompt or lower --max-new-tokens",
+                prompt.len(),
+                args.max_new_tokens
+            );
+        }
     }
-    let mut generation = Generation::new(&session.model, &session.overlay, &session.params, sampling);
+    let [Loaded { overlay, params, .. }] = &loaded[..] else {
+        return answer_side_by_side(args, &model, &loaded, tokenizer, &prompt);
+    };
+    let mut generation = Generation::new(&model, overlay, params, sampling);
     let start = Instant::now();
     generation.read_text(&prompt);
     let ids = answer(&mut generation, tokenizer, args.max_new_tokens, !args.json)?;
@@ -65,6 +78,51 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
         }))?;
     } else {
         outln!();
+    }
+    Ok(())
+}
+
+/// Answers through each adapter at once, and prints one answer after the other, in the order of the adapters.
+fn answer_side_by_side(
+    args: &GenerateArgs,
+    model: &Model,
+    loaded: &[Loaded],
+    tokenizer: &Tokenizer,
+    prompt: &[u32],
+) -> Result<()> {
+    if let Some(Loaded { name, method, .. }) = loaded.iter().find(|loaded| !loaded.overlay.stands_beside_others()) {
+        bail!(
+            "the adapter {name} ({method}) changes more of the model than linears, so that it cannot answer beside others: give it alone"
+        );
+    }
+    let standings: Vec<Standing<'_>> =
+        loaded.iter().map(|Loaded { overlay, params, .. }| Standing { overlay, params }).collect();
+    let question = |standing| Question { standing, ids: prompt.to_vec() };
+    let questions: Vec<Question> = (0..loaded.len()).map(question).collect();
+    let mut answers = vec![Vec::new(); loaded.len()];
+    let start = Instant::now();
+    let mut generation = Generation::of_many(model, &standings, loaded.len(), args.sampling.checked()?);
+    let on_answer = |number: usize, ids| {
+        answers[number] = ids;
+        true
+    };
+    generation.answer_all(&questions, args.max_new_tokens, tokenizer.eos_token_ids(), || true, on_answer);
+    if args.json {
+        let of_adapter = |(loaded, ids): (&Loaded, &Vec<u32>)| {
+            json!({
+                "adapter": loaded.name,
+                "text": tokenizer.decode(ids, true),
+                "ids": ids,
+                "generated_tokens": ids.len(),
+                "stopped": ids.len() < args.max_new_tokens,
+            })
+        };
+        let answers: Vec<_> = loaded.iter().zip(&answers).map(of_adapter).collect();
+        let seconds = start.elapsed().as_secs_f64();
+        return print_json(&json!({ "answers": answers, "prompt_tokens": prompt.len(), "seconds": seconds }));
+    }
+    for (loaded, ids) in loaded.iter().zip(&answers) {
+        outln!("[{}] {}", loaded.name, tokenizer.decode(ids, true).trim());
     }
     Ok(())
 }
