@@ -227,6 +227,7 @@ pub struct Tensor<'a> {
 pub enum Values<'a> {
     F32(&'a [f32]),
     I64(&'a [i64]),
+    U8(&'a [u8]),
 }
 
 impl Values<'_> {
@@ -234,13 +235,29 @@ impl Values<'_> {
         match self {
             Values::F32(_) => Dtype::F32,
             Values::I64(_) => Dtype::I64,
+            Values::U8(_) => Dtype::U8,
         }
+    }
+
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        match self {
+            Values::F32(values) => values.len(),
+            Values::I64(values) => values.len(),
+            Values::U8(values) => values.len(),
+        }
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
     }
 
     fn write(&self, file: &mut File) -> io::Result<()> {
         match self {
             Values::F32(values) => write_values(values, f32::to_le_bytes, file),
             Values::I64(values) => write_values(values, i64::to_le_bytes, file),
+            Values::U8(values) => file.write_all(values),
         }
     }
 }

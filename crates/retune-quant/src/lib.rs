@@ -6,6 +6,7 @@
 
 mod blocks;
 mod bytes;
+pub mod dynamic;
 mod error;
 mod format;
 mod four_bit;

@@ -16,6 +16,7 @@ use serde_json::{Map, Value};
 
 use crate::data::{ColumnMap, DataFormat, EncodeOptions, Names, Overlong, read_text};
 use crate::error::Error;
+use crate::optimizer::OptimizerName;
 use crate::schedule::SchedulerType;
 pub use method::{MethodName, Settings};
 
@@ -203,7 +204,11 @@ pub struct TrainingConfig {
     pub warmup_steps: Option<usize>,
     /// The part of all steps in which the learning rate rises from 0, rounded up.
     pub warmup_ratio: f64,
-    /// Decoupled weight decay of AdamW, on matrices alone.
+    /// The optimizer: `adamw`; `adamw_8bit`, with moments in 8 bits, a quarter of its memory; or `adafactor`, next to none, which has no first
+    /// moment.
+    #[serde(skip_serializing_if = "OptimizerName::is_default")]
+    pub optim: OptimizerName,
+    /// Decoupled weight decay, on matrices alone.
     pub weight_decay: f64,
     /// AdamW's decay of the mean of gradients.
     pub adam_beta1: f64,
@@ -244,6 +249,7 @@ impl Default for TrainingConfig {
             lr_scheduler_type: SchedulerType::Cosine,
             warmup_steps: None,
             warmup_ratio: 0.03,
+            optim: OptimizerName::Adamw,
             weight_decay: 0.0,
             adam_beta1: 0.9,
             adam_beta2: 0.999,
@@ -504,6 +510,17 @@ impl TrainingConfig {
             "layers are run again from inputs kept in f32, so that nothing else is saved",
         )?;
         let (beta1, beta2) = (self.adam_beta1, self.adam_beta2);
+        let usual = Self::default();
+        if self.optim == OptimizerName::Adafactor {
+            for (key, value, default) in [
+                ("training.adam_beta1", beta1, usual.adam_beta1),
+                ("training.adam_beta2", beta2, usual.adam_beta2),
+                ("training.adam_epsilon", self.adam_epsilon, usual.adam_epsilon),
+            ] {
+                let advice = "Adafactor has none: its decay grows with the steps";
+                require(value == default, key, value, "nothing with training.optim: adafactor", advice)?;
+            }
+        }
         require(
             part.contains(&beta1) && (beta1 as f32) < 1.0,
             "training.adam_beta1",

@@ -1,7 +1,7 @@
 //! Checkpoints of a run: everything that is needed to go on and end with the same bytes.
 //!
-//! A checkpoint is one safetensors file, `checkpoints/step-00000050.safetensors`: parameters and both moments, and the progress as JSON
-//! in its metadata. It appears under its name only when it is whole; the newest few are kept. The parameters with the best held-out loss
+//! A checkpoint is one safetensors file, `checkpoints/step-00000050.safetensors`: parameters and what the optimizer keeps, and the progress as
+//! JSON in its metadata. It appears under its name only when it is whole; the newest few are kept. The parameters with the best held-out loss
 //! are kept beside them.
 
 use std::fs::{self, File};
@@ -14,8 +14,9 @@ use safetensors::tensor::Dtype;
 use serde::{Deserialize, Serialize};
 
 use crate::error::Error;
+use crate::optimizer::{Optimizer, StateMut};
 
-const NAMES: [&str; 3] = ["parameters", "first_moment", "second_moment"];
+const PARAMETERS: &str = "parameters";
 const PROGRESS: &str = "progress";
 const BEST: &str = "best.safetensors";
 const START: &str = "start.safetensors";
@@ -40,22 +41,29 @@ pub struct Progress {
     pub owes_score: bool,
 }
 
-fn write_file(path: &Path, tensors: &[(&str, &[f32])], progress: &Progress) -> Result<(), Error> {
+fn write_file(path: &Path, tensors: &[(&str, Values<'_>)], progress: &Progress) -> Result<(), Error> {
     let text = serde_json::to_string(progress).map_err(|error| Error::Serialize { error: error.to_string() })?;
     let lengths: Vec<[usize; 1]> = tensors.iter().map(|(_, values)| [values.len()]).collect();
     let tensors = tensors.iter().zip(&lengths);
     let tensors: Vec<Tensor<'_>> =
-        tensors.map(|((name, values), shape)| Tensor { name, shape, values: Values::F32(values) }).collect();
+        tensors.map(|((name, values), shape)| Tensor { name, shape, values: *values }).collect();
     Ok(stage(path, &[(PROGRESS, &text)], &tensors)?.commit()?)
 }
 
-/// Writes a checkpoint and removes all but the newest `keep`; returns its path.
+/// Writes a checkpoint, of parameters and what the optimizer keeps, and removes all but the newest `keep`; returns its path.
 ///
 /// # Errors
 /// A file that cannot be written, such as on a full disk; older checkpoints are untouched then.
-pub fn write(directory: &Path, progress: &Progress, tensors: [&[f32]; 3], keep: usize) -> Result<PathBuf, Error> {
+pub fn write(
+    directory: &Path,
+    progress: &Progress,
+    params: &[f32],
+    optimizer: &Optimizer,
+    keep: usize,
+) -> Result<PathBuf, Error> {
     let path = directory.join(format!("step-{:08}.safetensors", progress.step));
-    let tensors: Vec<_> = NAMES.into_iter().zip(tensors).collect();
+    let mut tensors = vec![(PARAMETERS, Values::F32(params))];
+    tensors.extend(optimizer.state());
     create(directory)?;
     write_file(&path, &tensors, progress)?;
     let checkpoints = list(directory)?;
@@ -71,7 +79,7 @@ pub fn write(directory: &Path, progress: &Progress, tensors: [&[f32]; 3], keep: 
 /// As [`write`].
 pub fn write_best(directory: &Path, progress: &Progress, params: &[f32]) -> Result<(), Error> {
     create(directory)?;
-    write_file(&directory.join(BEST), &[(NAMES[0], params)], progress)
+    write_file(&directory.join(BEST), &[(PARAMETERS, Values::F32(params))], progress)
 }
 
 /// Writes the first parameters, for a run whose adapter keeps them.
@@ -80,7 +88,7 @@ pub fn write_best(directory: &Path, progress: &Progress, params: &[f32]) -> Resu
 /// As [`write`].
 pub fn write_start(directory: &Path, params: &[f32]) -> Result<(), Error> {
     create(directory)?;
-    write_file(&directory.join(START), &[(NAMES[0], params)], &Progress::default())
+    write_file(&directory.join(START), &[(PARAMETERS, Values::F32(params))], &Progress::default())
 }
 
 /// Reads the first parameters of a run; nothing where none were written.
@@ -95,7 +103,7 @@ pub fn read_start(directory: &Path, params: &mut [f32]) -> Result<Option<()>, Er
     let mut read = || {
         let content = map(&path)?;
         let file = SafeTensors::deserialize(&content).map_err(|error| damaged(&path, error))?;
-        read_into(&path, &file, NAMES[0], params)
+        read_into(&path, &file, PARAMETERS, StateMut::F32(params))
     };
     read().map(Some).map_err(|error| match error {
         Error::CheckpointDamaged { path, reason } => Error::StartDamaged { path, reason },
@@ -133,32 +141,44 @@ fn damaged(path: &Path, reason: impl std::fmt::Display) -> Error {
     Error::CheckpointDamaged { path: path.to_owned(), reason: reason.to_string() }
 }
 
-fn read_into(path: &Path, file: &SafeTensors, name: &str, values: &mut [f32]) -> Result<(), Error> {
+fn read_into(path: &Path, file: &SafeTensors, name: &str, values: StateMut<'_>) -> Result<(), Error> {
     let tensor = file.tensor(name).map_err(|error| damaged(path, error))?;
-    if tensor.dtype() != Dtype::F32 || tensor.data().len() != size_of_val(values) {
+    let (dtype, len, bytes) = match &values {
+        StateMut::F32(values) => (Dtype::F32, values.len(), size_of_val(*values)),
+        StateMut::U8(values) => (Dtype::U8, values.len(), values.len()),
+    };
+    if tensor.dtype() != dtype || tensor.data().len() != bytes {
         return Err(Error::CheckpointOfAnotherRun {
             path: path.to_owned(),
             found: format!("{} values of {:?} in {name}", tensor.shape().iter().product::<usize>(), tensor.dtype()),
-            expected: format!("{} of F32", values.len()),
+            expected: format!("{len} of {dtype:?}"),
         });
     }
-    for (value, bytes) in values.iter_mut().zip(tensor.data().as_chunks::<4>().0) {
-        *value = f32::from_le_bytes(*bytes);
+    match values {
+        StateMut::U8(values) => values.copy_from_slice(tensor.data()),
+        StateMut::F32(values) => {
+            for (value, bytes) in values.iter_mut().zip(tensor.data().as_chunks::<4>().0) {
+                *value = f32::from_le_bytes(*bytes);
+            }
+        }
     }
     Ok(())
 }
 
-/// Reads a checkpoint into parameters, first and second moments.
+/// Reads a checkpoint into parameters and an optimizer, which takes up the steps.
 ///
 /// # Errors
 /// A file that is damaged, or holds another number of parameters.
-pub fn read(path: &Path, tensors: [&mut Vec<f32>; 3]) -> Result<Progress, Error> {
+pub fn read(path: &Path, params: &mut [f32], optimizer: &mut Optimizer) -> Result<Progress, Error> {
     let content = map(path)?;
     let file = SafeTensors::deserialize(&content).map_err(|error| damaged(path, error))?;
-    for (name, values) in NAMES.into_iter().zip(tensors) {
+    read_into(path, &file, PARAMETERS, StateMut::F32(params))?;
+    for (name, values) in optimizer.state_mut() {
         read_into(path, &file, name, values)?;
     }
-    read_progress(path, &content)
+    let progress = read_progress(path, &content)?;
+    optimizer.steps = progress.step;
+    Ok(progress)
 }
 
 fn read_progress(path: &Path, content: &[u8]) -> Result<Progress, Error> {
@@ -191,43 +211,71 @@ pub fn read_best(directory: &Path, step: u64, params: &mut [f32]) -> Result<(), 
     if found != step {
         return Err(damaged(&path, format!("it holds step {found}, where the run's best is step {step}")));
     }
-    read_into(&path, &file, NAMES[0], params)
+    read_into(&path, &file, PARAMETERS, StateMut::F32(params))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::optimizer::{OptimizerName, Options};
+    use retune_engine::params::ParamLayout;
+
+    /// An optimizer that has taken a step on a tensor of `len` values and one of 2, and the parameters that it left.
+    fn stepped(name: OptimizerName, len: usize) -> (Optimizer, Vec<f32>) {
+        let mut layout = ParamLayout::default();
+        layout.add("a".into(), vec![len / 64, 64], None);
+        layout.add("b".into(), vec![2], None);
+        let options = Options { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.1 };
+        let mut optimizer = Optimizer::new(name, options, &layout);
+        let mut params = vec![0.5; layout.len()];
+        let mut gradients: Vec<f32> = (0..layout.len()).map(|i| (i as f32).sin()).collect();
+        optimizer.step(&layout, 0.1, 1.0, &mut gradients, &mut params);
+        (optimizer, params)
+    }
 
     #[test]
     fn checkpoints_round_trip_rotate_and_refuse_damage() {
-        let directory = tempfile::tempdir().unwrap();
-        let (p, m, v) = (vec![1.5, -2.0], vec![0.25, 0.5], vec![3.0, 4.0]);
-        let mut progress = Progress { total_steps: 9, best_loss: Some(0.1 + 0.2), ..Progress::default() };
-        for step in 1..=4 {
-            progress.step = step;
-            write(directory.path(), &progress, [&p, &m, &v], 2).unwrap();
-        }
-        let kept = list(directory.path()).unwrap();
-        assert_eq!(kept.len(), 2);
-        let (mut a, mut b, mut c) = (vec![0.0; 2], vec![0.0; 2], vec![0.0; 2]);
-        assert_eq!(read(&kept[1], [&mut a, &mut b, &mut c]).unwrap(), progress);
-        assert_eq!((a, b, c), (p.clone(), m, v));
+        for name in [OptimizerName::Adamw, OptimizerName::Adamw8bit, OptimizerName::Adafactor] {
+            let directory = tempfile::tempdir().unwrap();
+            let (optimizer, p) = stepped(name, 8192);
+            let mut progress = Progress { total_steps: 9, best_loss: Some(0.1 + 0.2), ..Progress::default() };
+            for step in 1..=4 {
+                progress.step = step;
+                write(directory.path(), &progress, &p, &optimizer, 2).unwrap();
+            }
+            let kept = list(directory.path()).unwrap();
+            assert_eq!(kept.len(), 2);
+            let fresh = |len| (stepped(name, len).0, vec![0.0; len + 2]);
+            let (mut back, mut params) = fresh(8192);
+            for (_, values) in back.state_mut() {
+                match values {
+                    StateMut::F32(values) => values.fill(0.0),
+                    StateMut::U8(values) => values.fill(0),
+                }
+            }
+            assert_ne!(back.state().len(), 0);
+            assert_eq!(read(&kept[1], &mut params, &mut back).unwrap(), progress);
+            let expected = { let mut optimizer = optimizer.clone(); optimizer.steps = 4; optimizer };
+            assert_eq!((back, &params), (expected, &p));
 
-        let other = read(&kept[1], [&mut vec![0.0; 3], &mut vec![0.0; 3], &mut vec![0.0; 3]]);
-        assert!(matches!(other, Err(Error::CheckpointOfAnotherRun { .. })));
-        let whole = fs::read(&kept[1]).unwrap();
-        for len in [0, 7, 20, whole.len() - 1] {
-            fs::write(&kept[1], &whole[..len]).unwrap();
-            let result = read(&kept[1], [&mut vec![0.0; 2], &mut vec![0.0; 2], &mut vec![0.0; 2]]);
-            assert!(matches!(result, Err(Error::CheckpointDamaged { .. })), "{len} bytes");
-        }
+            let (mut other, mut others) = fresh(8256);
+            let error = read(&kept[1], &mut others, &mut other);
+            assert!(matches!(error, Err(Error::CheckpointOfAnotherRun { .. })));
+            let whole = fs::read(&kept[1]).unwrap();
+            for len in [0, 7, 20, whole.len() - 1] {
+                fs::write(&kept[1], &whole[..len]).unwrap();
+                let (mut back, mut params) = fresh(8192);
+                let result = read(&kept[1], &mut params, &mut back);
+                assert!(matches!(result, Err(Error::CheckpointDamaged { .. })), "{len} bytes");
+            }
 
-        progress.best_step = 3;
-        write_best(directory.path(), &progress, &p).unwrap();
-        let mut best = vec![0.0; 2];
-        assert!(matches!(read_best(directory.path(), 2, &mut best), Err(Error::CheckpointDamaged { .. })));
-        read_best(directory.path(), 3, &mut best).unwrap();
-        assert_eq!(best, p);
-        assert_eq!(list(directory.path()).unwrap().len(), 2, "the best parameters are no checkpoint");
+            progress.best_step = 3;
+            write_best(directory.path(), &progress, &p).unwrap();
+            let mut best = vec![0.0; p.len()];
+            assert!(matches!(read_best(directory.path(), 2, &mut best), Err(Error::CheckpointDamaged { .. })));
+            read_best(directory.path(), 3, &mut best).unwrap();
+            assert_eq!(best, p);
+            assert_eq!(list(directory.path()).unwrap().len(), 2, "the best parameters are no checkpoint");
+        }
     }
 }

@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::data::{Example, batches, order, steps_per_epoch};
 use crate::error::Error;
-use crate::optimizer::{AdamW, AdamWOptions};
+use crate::optimizer::{Optimizer, Options};
 use crate::run_config::{ActivationCheckpointing, SavedActivations, TrainingConfig};
 use crate::schedule::{self, Schedule};
 use crate::state::{self, Progress};
@@ -159,7 +159,7 @@ pub struct Trainer<'a> {
     norms: RowNorms,
     /// The gradient of `params`; zeros between steps.
     grads: Vec<f32>,
-    optimizer: AdamW,
+    optimizer: Optimizer,
     workspace: Workspace,
     /// Tokens that the workspace is made for: passes that are scored hold no more.
     workspace_tokens: usize,
@@ -187,6 +187,17 @@ fn largest_step(prelude: &Prelude, config: &TrainingConfig, train: &[Example]) -
     longest * config.batch_size * config.gradient_accumulation_steps
 }
 
+/// The optimizer of a run that has not begun.
+fn optimizer(config: &TrainingConfig, layout: &ParamLayout) -> Optimizer {
+    let options = Options {
+        beta1: config.adam_beta1,
+        beta2: config.adam_beta2,
+        epsilon: config.adam_epsilon,
+        weight_decay: config.weight_decay,
+    };
+    Optimizer::new(config.optim, options, layout)
+}
+
 /// Number of optimizer steps of a run over `rows` rows.
 pub fn total_steps(config: &TrainingConfig, rows: usize) -> usize {
     let per_epoch = steps_per_epoch(rows, config.batch_size, config.gradient_accumulation_steps);
@@ -204,12 +215,6 @@ impl<'a> Trainer<'a> {
         eval: &'a [Example],
         params: Vec<f32>,
     ) -> Self {
-        let options = AdamWOptions {
-            beta1: config.adam_beta1,
-            beta2: config.adam_beta2,
-            epsilon: config.adam_epsilon,
-            weight_decay: config.weight_decay,
-        };
         let total = total_steps(config, train.len());
         let warmup_steps = schedule::warmup_steps(total, config.warmup_steps, config.warmup_ratio);
         let prelude = trained.overlay.prelude(&trained.model.spec);
@@ -225,7 +230,7 @@ impl<'a> Trainer<'a> {
             train,
             eval,
             grads: vec![0.0; params.len()],
-            optimizer: AdamW::new(options, params.len()),
+            optimizer: optimizer(config, &trained.overlay.layout),
             params,
             norms: RowNorms::default(),
             workspace: Workspace::for_passes(trained.model, passes.saving, workspace_tokens),
@@ -243,7 +248,7 @@ impl<'a> Trainer<'a> {
     pub fn through(mut self, map: &'a dyn Reparameterisation, latent: Vec<f32>) -> Self {
         let flat = std::mem::replace(&mut self.params, latent);
         self.grads = vec![0.0; self.params.len()];
-        self.optimizer = AdamW::new(self.optimizer.options, self.params.len());
+        self.optimizer = optimizer(self.config, map.layout());
         self.latent = Some(Latent { map, gradient: vec![0.0; flat.len()], flat });
         self.expand();
         self
@@ -274,8 +279,7 @@ impl<'a> Trainer<'a> {
     /// # Errors
     /// A checkpoint that cannot be read or belongs to another run.
     pub fn resume(&mut self, checkpoint: &Path) -> Result<(), Error> {
-        let progress =
-            state::read(checkpoint, [&mut self.params, &mut self.optimizer.first, &mut self.optimizer.second])?;
+        let progress = state::read(checkpoint, &mut self.params, &mut self.optimizer)?;
         if progress.total_steps != self.progress.total_steps {
             return Err(Error::CheckpointOfAnotherRun {
                 path: checkpoint.to_owned(),
@@ -283,7 +287,6 @@ impl<'a> Trainer<'a> {
                 expected: format!("{} steps", self.progress.total_steps),
             });
         }
-        self.optimizer.steps = progress.step;
         self.progress = progress;
         self.expand();
         Ok(())
@@ -334,8 +337,7 @@ impl<'a> Trainer<'a> {
     }
 
     fn save(&self, directory: &Path) -> Result<(), Error> {
-        let tensors = [&self.params[..], &self.optimizer.first, &self.optimizer.second];
-        state::write(directory, &self.progress, tensors, self.config.save_total_limit)?;
+        state::write(directory, &self.progress, &self.params, &self.optimizer, self.config.save_total_limit)?;
         Ok(())
     }
 

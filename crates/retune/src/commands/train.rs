@@ -12,6 +12,7 @@ use retune_engine::compute::Compute;
 use retune_engine::generate::{Generation, Sampling};
 use retune_engine::model::Model;
 use retune_engine::overlay::Overlay;
+use retune_engine::params::ParamLayout;
 use retune_engine::spec::ModelSpec;
 use retune_engine::workspace::Workspace;
 use retune_formats::atomic;
@@ -189,13 +190,13 @@ impl Run<'_> {
                 self.method.info().name
             );
         }
-        let parameters = latent.as_ref().map_or(overlay.layout.len(), |(_, latent)| latent.len());
+        let layout = latent.as_ref().map_or(&overlay.layout, |(map, _)| map.layout()).clone();
         session::refuse_long_rows(&model.spec, &overlay, &data.train.examples, "data.max_length")?;
         let held_out = data.eval.as_ref().map_or(&[][..], |eval| &eval.examples);
         session::refuse_long_rows(&model.spec, &overlay, held_out, "data.max_length")?;
-        self.print_start(&model, &overlay, parameters);
+        self.print_start(&model, &overlay, layout.len());
         let params = self.first_params(&model, &mut overlay)?;
-        self.check_memory(&model, &overlay, parameters, self.computes_int8())?;
+        self.check_memory(&model, &overlay, &layout, self.computes_int8())?;
         let _lock = folder.prepare(&self.record, config, self.args)?;
         if self.method.keeps_start() && state::list(&folder.checkpoints())?.is_empty() {
             state::write_start(&folder.checkpoints(), &params)?;
@@ -203,7 +204,7 @@ impl Run<'_> {
         let (compute, choices) = self.choose_compute(&model, &overlay, &params)?;
         let int8 = compute.uses_int8();
         if int8 != self.computes_int8() {
-            self.check_memory(&model, &overlay, parameters, int8)?;
+            self.check_memory(&model, &overlay, &layout, int8)?;
         }
         watch_interrupts()?;
 
@@ -255,7 +256,7 @@ impl Run<'_> {
             method: &*self.method,
             data,
             resumed: self.args.resume,
-            trained: parameters,
+            trained: layout.len(),
             progress: &progress,
             result: &out,
             samples: &samples,
@@ -430,8 +431,8 @@ impl Run<'_> {
     }
 
     /// Says what the run will take with its base in 8 bits or in f32, and warns when that is more than is free.
-    fn check_memory(&self, model: &Model, overlay: &Overlay, parameters: usize, int8: bool) -> Result<()> {
-        let training = &self.config.training;
+    fn check_memory(&self, model: &Model, overlay: &Overlay, layout: &ParamLayout, int8: bool) -> Result<()> {
+        let (training, parameters) = (&self.config.training, layout.len());
         let passes = self.passes(model, overlay, int8);
         let eval = self.data.eval.as_ref().map_or(&[][..], |eval| &eval.examples);
         let prelude = overlay.prelude(&model.spec);
@@ -442,7 +443,8 @@ impl Run<'_> {
         let computed = if parameters == overlay.layout.len() { 0 } else { overlay.layout.len() };
         // A start that stays a part of the adapter is a third copy.
         let start = if self.method.keeps_start() { overlay.layout.len() } else { 0 };
-        let (trained, optimizer) = (4 * (2 * (parameters + computed) + start), 2 * 4 * parameters);
+        let trained = 4 * (2 * (parameters + computed) + start);
+        let optimizer = training.optim.state_bytes(layout);
         let activations = Workspace::planned_bytes(model, overlay, passes.saving, int8, size);
         let (base, quantized) = if int8 {
             // Scoring reads the whole file beside what the steps keep; without it only the calibration does, before their memory is in use.

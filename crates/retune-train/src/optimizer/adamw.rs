@@ -1,32 +1,22 @@
 //! AdamW over the flat parameter vector (Loshchilov and Hutter 2019), in PyTorch's form.
 
-use retune_engine::params::ParamLayout;
-use retune_engine::profile::{Operation, span};
+use retune_engine::params::{Param, ParamLayout};
+use retune_formats::safetensors::Values;
 use retune_kernels::multiversion;
 use retune_kernels::parallel::{self, SharedMut};
 
-/// Constants of AdamW.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct AdamWOptions {
-    pub beta1: f64,
-    pub beta2: f64,
-    pub epsilon: f64,
-    pub weight_decay: f64,
-}
+use super::{Options, StateMut, Step};
 
 /// The moments, one value each per trainable parameter.
 #[derive(Clone, Debug, PartialEq)]
-pub struct AdamW {
-    pub options: AdamWOptions,
-    /// Steps taken.
-    pub steps: u64,
-    pub first: Vec<f32>,
-    pub second: Vec<f32>,
+pub(super) struct AdamW {
+    first: Vec<f32>,
+    second: Vec<f32>,
 }
 
 /// Factors of one step, for a piece of one tensor.
 #[derive(Clone, Copy)]
-struct Factors {
+pub(super) struct Factors {
     beta1: f32,
     beta2: f32,
     /// 1 − β₁ and 1 − β₂, subtracted before they are rounded.
@@ -44,7 +34,7 @@ struct Factors {
 }
 
 multiversion! {
-    fn update(factors: Factors, gradients: &mut [f32], parameters: &mut [f32], first: &mut [f32], second: &mut [f32]) {
+    pub(super) fn update(factors: Factors, gradients: &mut [f32], parameters: &mut [f32], first: &mut [f32], second: &mut [f32]) {
         let Factors { beta1, beta2, gain1, gain2, epsilon, rate, second: correction, keep, scale } = factors;
         for (((p, gradient), m), v) in parameters.iter_mut().zip(gradients).zip(first).zip(second) {
             let g = scale * *gradient;
@@ -56,47 +46,45 @@ multiversion! {
     }
 }
 
-impl AdamW {
-    /// Moments of zero for `len` parameters.
-    pub fn new(options: AdamWOptions, len: usize) -> Self {
-        Self { options, steps: 0, first: vec![0.0; len], second: vec![0.0; len] }
-    }
+/// Elements that are worked on at a time.
+const PIECE: usize = 1 << 15;
 
-    /// Takes one step with `scale · gradients`, and leaves zeros there for the sums of the next one: of a whole model's gradients every pass
-    /// over the memory counts. Weight decay is decoupled and spares vectors (norm weights and biases).
-    pub fn step(
-        &mut self,
-        layout: &ParamLayout,
-        learning_rate: f64,
-        scale: f32,
-        gradients: &mut [f32],
-        parameters: &mut [f32],
-    ) {
-        const PIECE: usize = 1 << 15;
-        let _span = span(Operation::Optimizer);
-        self.steps += 1;
-        let AdamWOptions { beta1, beta2, epsilon, weight_decay } = self.options;
-        let t = self.steps as f64;
-        let factors = Factors {
+/// Bytes of the moments of a tensor.
+pub(super) fn state_bytes(param: &Param) -> usize {
+    2 * size_of::<f32>() * param.range.len()
+}
+
+impl Factors {
+    /// Those of a step for one tensor.
+    pub fn of(step: Step, param: &Param) -> Self {
+        let Options { beta1, beta2, epsilon, weight_decay } = step.options;
+        let (t, learning_rate) = (step.number as f64, step.learning_rate * param.rate);
+        Self {
             beta1: beta1 as f32,
             beta2: beta2 as f32,
             gain1: (1.0 - beta1) as f32,
             gain2: (1.0 - beta2) as f32,
             epsilon: epsilon as f32,
-            rate: 0.0,
+            rate: (learning_rate / (1.0 - beta1.powf(t))) as f32,
             second: (1.0 / (1.0 - beta2.powf(t)).sqrt()) as f32,
-            keep: 1.0,
-            scale,
-        };
+            keep: if param.decay { (1.0 - learning_rate * weight_decay) as f32 } else { 1.0 },
+            scale: step.scale,
+        }
+    }
+}
+
+impl AdamW {
+    /// Moments of zero.
+    pub fn new(layout: &ParamLayout) -> Self {
+        Self { first: vec![0.0; layout.len()], second: vec![0.0; layout.len()] }
+    }
+
+    pub fn step(&mut self, layout: &ParamLayout, step: Step, gradients: &mut [f32], parameters: &mut [f32]) {
         let (p, m, v) = (SharedMut::new(parameters), SharedMut::new(&mut self.first), SharedMut::new(&mut self.second));
         let g = SharedMut::new(gradients);
         for param in layout.params() {
-            let learning_rate = learning_rate * param.rate;
-            let rate = (learning_rate / (1.0 - beta1.powf(t))) as f32;
-            let keep = if param.decay { (1.0 - learning_rate * weight_decay) as f32 } else { 1.0 };
-            let factors = Factors { rate, keep, ..factors };
-            let len = param.range.len();
-            parallel::for_each(len.div_ceil(PIECE), |piece| {
+            let factors = Factors::of(step, param);
+            parallel::for_each(param.range.len().div_ceil(PIECE), |piece| {
                 let start = param.range.start + piece * PIECE;
                 let n = PIECE.min(param.range.end - start);
                 // SAFETY: pieces are disjoint.
@@ -106,10 +94,19 @@ impl AdamW {
             });
         }
     }
+
+    pub fn state(&self) -> Vec<(&'static str, Values<'_>)> {
+        vec![("first_moment", Values::F32(&self.first)), ("second_moment", Values::F32(&self.second))]
+    }
+
+    pub fn state_mut(&mut self) -> Vec<(&'static str, StateMut<'_>)> {
+        vec![("first_moment", StateMut::F32(&mut self.first)), ("second_moment", StateMut::F32(&mut self.second))]
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::{Optimizer, OptimizerName};
     use super::*;
 
     #[test]
@@ -117,8 +114,8 @@ mod tests {
         // torch.optim.AdamW(lr=0.1, weight_decay=0.5) on [1.0, -2.0] with the gradients below, three steps.
         let mut layout = ParamLayout::default();
         layout.add("w".into(), vec![1, 2], None);
-        let options = AdamWOptions { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.5 };
-        let mut optimizer = AdamW::new(options, 2);
+        let options = Options { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.5 };
+        let mut optimizer = Optimizer::new(OptimizerName::Adamw, options, &layout);
         let mut p = [1.0, -2.0];
         for (mut gradients, expected) in EXPECTED {
             gradients.iter_mut().for_each(|g| *g *= 4.0);
@@ -132,14 +129,15 @@ mod tests {
 
     #[test]
     fn a_tensors_own_rate_is_that_of_a_run_with_it() {
-        let options = AdamWOptions { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.5 };
+        let options = Options { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.5 };
         let after = |rate: f64, learning_rate: f64| {
             let mut layout = ParamLayout::default();
             layout.add("a".into(), vec![1, 2], None);
             layout.add("b".into(), vec![2, 1], None);
             layout.set_rate(rate, |param| param.name == "b");
             let mut p = [1.0, -2.0, 1.0, -2.0];
-            AdamW::new(options, 4).step(&layout, learning_rate, 1.0, &mut [0.3, -1.5, 0.3, -1.5], &mut p);
+            let mut optimizer = Optimizer::new(OptimizerName::Adamw, options, &layout);
+            optimizer.step(&layout, learning_rate, 1.0, &mut [0.3, -1.5, 0.3, -1.5], &mut p);
             p
         };
         let (plain, faster, all) = (after(1.0, 0.01), after(16.0, 0.01), after(1.0, 0.16));
@@ -151,9 +149,9 @@ mod tests {
     fn vectors_do_not_decay() {
         let mut layout = ParamLayout::default();
         layout.add("norm".into(), vec![2], None);
-        let options = AdamWOptions { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.5 };
+        let options = Options { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.5 };
         let mut p = [1.0, -2.0];
-        AdamW::new(options, 2).step(&layout, 0.1, 1.0, &mut [0.0, 0.0], &mut p);
+        Optimizer::new(OptimizerName::Adamw, options, &layout).step(&layout, 0.1, 1.0, &mut [0.0, 0.0], &mut p);
         assert_eq!(p, [1.0, -2.0]);
     }
 
