@@ -162,6 +162,8 @@ impl Kept {
             note!("! the quantized base cannot be kept, and will be quantized again next time: {error:#}");
             return Ok(None);
         }
+        let size = fs::metadata(&self.path).map_or(0, |metadata| metadata.len());
+        note!("quantized the base's linears to {encoding}, and keep them in {} ({})", self.path.display(), human(size));
         if StampFile::of(&self.stamps, &self.files).as_ref() == Some(&self.before)
             && let Some(stamp) = self.stamp()
         {

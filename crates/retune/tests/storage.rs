@@ -167,7 +167,11 @@ fn a_quantized_model_is_the_base_as_it_is_held() {
         assert!(storage.contains_key(&to[..3].to_uppercase()) && storage.contains_key("F32"), "{storage:?}");
     }
     let written = folder.succeeds(&["quantize", &model, "--to", "nf4", "--out", "again"]);
-    assert!(written.stdout.contains("14 linears") && written.stdout.contains("bits a parameter"), "{}", written.stdout);
+    assert!(
+        written.stdout.contains("14 in nf4, ") && written.stdout.contains("bits a parameter"),
+        "{}",
+        written.stdout
+    );
     folder.refuses(&["quantize", &model, "--to", "nf4", "--out", "again"], &["again is not empty"]);
     folder.refuses(&["quantize", "nf4", "--to", "fp4", "--out", "twice"], &["is stored as NF4 already"]);
 }

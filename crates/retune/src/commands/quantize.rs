@@ -40,7 +40,7 @@ pub fn run(args: &QuantizeArgs) -> Result<()> {
         }));
     }
     outln!("quantized      {}  ({} in {} file(s))", args.out.display(), human(report.bytes), report.shards);
-    outln!("to {encoding:<12}{} linears, {:.3} bits a parameter", report.linears, report.bits_per_parameter);
+    outln!("linears        {} in {encoding}, {:.2} bits a parameter", report.linears, report.bits_per_parameter);
     outln!("try            retune generate --model {} \"Hello\"", args.out.display());
     Ok(())
 }
