@@ -16,6 +16,7 @@ the middle of two codes; last blocks that are shorter), for each case and both c
   <case>.<code>.weight, .absmax                   what bitsandbytes makes of it
   <case>.nested.absmax, .nested_absmax, .offset   the same magnitudes with double quantization
   <case>.int8.weight, .int8.SCB                   LLM.int8() of the values in float16, where they are in its range
+  magnitudes.absmax, .codes, .scales, .offset     4,100 magnitudes and what double quantization makes of them
 crates/retune-model/tests/goldens/bnb_*/: config.json and model.safetensors as transformers saves them; golden.safetensors holds the values
 of every matrix that is stored in 4 or 8 bits, under its name, as [out, in]; bases of adapters have none.
 crates/retune-model/tests/goldens/nf4_*/: LoRA over such a base, as common.py says of adapter cases; the reference is peft over the plain
@@ -28,7 +29,8 @@ import tempfile
 
 import numpy as np
 import torch
-from bitsandbytes.functional import QuantState, dequantize_4bit, get_4bit_type, int8_vectorwise_quant, quantize_4bit
+from bitsandbytes.functional import (QuantState, dequantize_4bit, get_4bit_type, int8_vectorwise_quant, quantize_4bit,
+                                     quantize_blockwise)
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch
@@ -119,6 +121,27 @@ def between():
     return torch.from_numpy(np.stack(rows))
 
 
+def divided_or_multiplied():
+    """A block that begins with its greatest magnitude and goes on with values whose code depends on whether they are divided by that or
+    multiplied by its reciprocal."""
+    generator = np.random.default_rng(0)
+    middles = {}
+    for quant_type in ("nf4", "fp4"):
+        code = np.sort(get_4bit_type(quant_type, device="cpu").numpy())
+        middles[quant_type] = ((code[1:] + code[:-1]) / np.float32(2)).astype(np.float32)
+    while True:
+        largest = np.float32(generator.uniform(0.5, 2))
+        found = [largest]
+        for bounds in middles.values():
+            for start in (bounds * largest).astype(np.float32):
+                for value in (start, np.nextafter(start, np.float32(9)), np.nextafter(start, np.float32(-9))):
+                    divided, multiplied = value / largest, value * (np.float32(1) / largest)
+                    if np.searchsorted(bounds, divided) != np.searchsorted(bounds, multiplied):
+                        found.append(value)
+        if len(found) > 4:
+            return torch.from_numpy(np.array(found, np.float32))
+
+
 def make_encodings():
     generator = torch.Generator().manual_seed(1)
 
@@ -132,7 +155,9 @@ def make_encodings():
         "random": random(6, 128), "straddling": random(9, 80), "odd": random(7, 33), "short": random(3, 5),
         "one": random(1, 1), "kinds": torch.stack(kinds), "kinds_short": torch.cat([*kinds, torch.zeros(7)])[None],
         "tiny_short": torch.cat([torch.ones(64), torch.full((9,), 1e-45)])[None], "between": between(),
-        "constant": 0.05 * torch.ones(8, 64), "zero": torch.zeros(8, 64), "wide": random(97, 200).bfloat16(),
+        "divided": torch.cat([torch.ones(64), divided_or_multiplied()])[None],
+        "multiplied": torch.nn.functional.pad(divided_or_multiplied(), (0, 64))[:64][None],
+        "constant": 0.05 * torch.ones(8, 64), "zero": torch.zeros(8, 64), "wide": random(97, 110).bfloat16(),
     }.items():
         tensors[f"{case}.values"] = weight
         for quant_type in ("nf4", "fp4"):
@@ -144,6 +169,12 @@ def make_encodings():
         assert torch.equal(nested.offset, state.absmax.mean()) and nested.state2.blocksize == 256
         tensors |= {f"{case}.nested.absmax": nested.absmax, f"{case}.nested.nested_absmax": nested.state2.absmax,
                     f"{case}.nested.offset": nested.offset.reshape(1)}
+    absmax = torch.rand(4100, generator=generator)
+    codes, state = quantize_blockwise(absmax - absmax.mean(), blocksize=256)
+    distances = ((absmax - absmax.mean()) / state.absmax.repeat_interleave(256)[:4100])[:, None] - state.code
+    assert (codes != distances.abs().argmin(1)).any(), "codes that are not the nearest are wanted"
+    tensors |= {"magnitudes.absmax": absmax, "magnitudes.codes": codes, "magnitudes.scales": state.absmax,
+                "magnitudes.offset": absmax.mean().reshape(1)}
     folder = GOLDENS.parents[2] / "retune-quant" / "tests" / "goldens"
     save_torch({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / "bitsandbytes_encoding.safetensors")
 
