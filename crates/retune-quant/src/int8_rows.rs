@@ -10,7 +10,7 @@ use crate::bytes::SharedBytes;
 use crate::error::Error;
 
 /// 1 / 127 as bitsandbytes writes it.
-const STEP: f32 = 7.874_015_7e-3;
+const STEP: f32 = 7.874_016e-3;
 
 /// Values in 8 bits, of a matrix whose shape [`Matrix::from_int8_rows`](crate::Matrix::from_int8_rows) gives.
 #[derive(Debug)]

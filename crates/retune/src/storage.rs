@@ -178,7 +178,7 @@ pub fn describe(checkpoint: &Checkpoint, storage: Storage) -> Option<String> {
     let encoding = storage.encoding()?;
     let weights =
         checkpoint.spec.linears().filter_map(|linear| checkpoint.tensor(&format!("{}.weight", linear.name)).ok());
-    let weights: Vec<_> = weights.filter(|weight| quantize::is_quantized(weight)).collect();
+    let weights: Vec<_> = weights.filter(quantize::is_quantized).collect();
     let bytes: usize = weights.iter().map(|weight| weight.bytes_len()).sum();
     let values: usize = weights.iter().map(|weight| weight.rows() * weight.cols()).sum();
     let bits = 8.0 * bytes as f64 / values.max(1) as f64;
