@@ -56,6 +56,10 @@ fn what_was_trained_on_a_quantized_base_is_used_on_it_again() {
         let merged = loss(&folder.succeeds(&joined(&[&eval, &["--model", out]])), "loss");
         assert!(close(merged, expected), "{out}: {merged}, expected {expected}");
     }
+    folder.succeeds(&joined(&[&TRAIN, &["--set", "output_dir=plain"]]));
+    let both = ["--adapter", "a=out/adapter", "--adapter", "b=plain/adapter", "--max-new-tokens", "2"];
+    let several = folder.succeeds(&joined(&[&["generate", "hi", "--model", &model], &both]));
+    assert!(several.stderr.contains("held in several ways"), "{}", several.stderr);
     for command in [&["generate", "hi", "--max-new-tokens", "2"][..], &["logits", "--tokens", "1,2", "--out", "logits"]]
     {
         let output = folder.succeeds(&joined(&[command, &on]));
