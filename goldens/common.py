@@ -151,8 +151,8 @@ def gradients(model):
     return grads
 
 
-def adapter_case(case, base, config, seed, start=randomise, **arguments):
-    """A case of an adapter whose parameters `start` sets; `arguments` are those of `save_pretrained`."""
+def adapter_case(case, base, config, seed, start=randomise, load=load, **arguments):
+    """A case of an adapter whose parameters `start` sets; `arguments` are those of `save_pretrained`, `load` makes the base's model."""
     folder = fresh(GOLDENS / case)
     torch.manual_seed(seed)
     model = get_peft_model(load(base), config)

@@ -1,16 +1,21 @@
-//! Weights that bitsandbytes has stored in 4 bits, as a Hugging Face directory holds them.
+//! Weights that bitsandbytes stores in 4 or 8 bits, as a Hugging Face directory holds them: reading them, and their tensors to be written.
 //!
-//! The tensor `X.weight` holds packed indices then. Beside it lie `X.weight.absmax`, `X.weight.quant_map` and a description in JSON, stored as
+//! In 4 bits, the tensor `X.weight` holds packed indices then. Beside it lie `X.weight.absmax`, `X.weight.quant_map` and a description in JSON, stored as
 //! bytes, whose name ends with the code: `X.weight.quant_state.bitsandbytes__nf4` or `..__fp4`. Double quantization adds
 //! `X.weight.nested_absmax` and `X.weight.nested_quant_map`. The names are those of `QuantState.as_dict` in bitsandbytes' `functional.py`;
 //! [`FourBit`] says what the numbers mean.
+//!
+//! In 8 bits (LLM.int8()) the weight is of signed bytes, and beside `X.weight` lie `X.SCB`, the greatest magnitude of each row, and perhaps
+//! `X.weight_format`, which says that rows are rows.
 
 use std::collections::BTreeMap;
 
 use ::safetensors::Dtype;
 use retune_kernels::PanelSource;
-use retune_quant::{FourBit, Matrix, QuantType, SharedBytes, nested_absmax};
-use serde::Deserialize;
+use retune_quant::dynamic::dynamic_map;
+use retune_quant::encode::{self, NestedAbsmax};
+use retune_quant::{Absmax, Encoding, FourBit, Int8Rows, Matrix, QuantType, SharedBytes};
+use serde::{Deserialize, Serialize};
 
 use crate::error::Error;
 use crate::safetensors::RawTensor;
@@ -18,40 +23,185 @@ use crate::weights::{matrix, rows_and_cols};
 
 /// What follows a weight's name in that of its description, before the code.
 const DESCRIPTION: &str = ".quant_state.bitsandbytes__";
+/// What `weight_format` says of rows that are rows.
+const ROW_FORMAT: u8 = 0;
 /// A description has about 200.
 const MAX_DESCRIPTION_BYTES: usize = 1 << 16;
 /// The type in which bitsandbytes computes the block magnitudes of double quantization.
 const NESTED_DTYPE: &str = "float32";
 
-/// The description of a weight; what is not read says in which type bitsandbytes returns the values.
-#[derive(Deserialize)]
+/// The longest number that JSON has for an f64: a description is as long as one with it, so that it is known before the number is.
+const LONGEST_NUMBER: f64 = -2.225_073_858_507_201_4e-308;
+/// The tensors of a weight take a multiple of this together, so that those of the next lie at multiples of their values' size.
+const ALIGNMENT: usize = 8;
+
+/// The description of a weight.
+#[derive(Deserialize, Serialize)]
 struct QuantState {
     quant_type: String,
     blocksize: usize,
+    /// In which type bitsandbytes returns the values; nothing that is read.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    dtype: Option<serde_json::Value>,
     shape: Vec<usize>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     nested_blocksize: Option<usize>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     nested_dtype: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     nested_offset: Option<f64>,
 }
 
-/// A weight in 4 bits.
-pub struct FourBitWeight {
+/// A weight in 4 or 8 bits.
+pub struct QuantizedWeight {
     pub matrix: Matrix,
     /// The bytes of all tensors it consists of, always in the same order.
     pub parts: Vec<SharedBytes>,
 }
 
-/// The weight `name` of this `shape`, whose own tensor holds `indices`. What else belongs to it is taken out of `tensors`. `None` when it is
-/// not described there as one in 4 bits.
+/// A weight that is to be written.
+pub struct EncodedWeight {
+    pub encoding: Encoding,
+    /// `[out, in]`
+    pub shape: [usize; 2],
+    /// In which type bitsandbytes is to return the values, in PyTorch's words.
+    pub dtype: &'static str,
+    /// Two codes of 4 bits a byte, or one of 8.
+    pub codes: Vec<u8>,
+    /// The greatest magnitude of each block, or of each row.
+    pub absmax: Vec<f32>,
+}
+
+/// A tensor of such a weight: its name, type, shape, and its bytes where they are known.
+pub struct Part {
+    pub name: String,
+    pub dtype: Dtype,
+    pub shape: Vec<usize>,
+    pub bytes: Vec<u8>,
+}
+
+/// The tensors of which the weight `name` will consist, without their bytes: what the header of a file needs.
+pub fn layout(name: &str, encoding: Encoding, shape: [usize; 2], dtype: &'static str) -> Vec<Part> {
+    let (values, rows) = (shape[0] * shape[1], shape[0]);
+    let part = |suffix: &str, dtype, shape: &[usize]| Part {
+        name: format!("{name}{suffix}"),
+        dtype,
+        shape: shape.to_vec(),
+        bytes: Vec::new(),
+    };
+    let Encoding::FourBit { quant_type, double } = encoding else {
+        let module = name.strip_suffix("weight").unwrap_or(name);
+        let of_module =
+            |suffix: &str, dtype, shape: &[usize]| Part { name: format!("{module}{suffix}"), ..part("", dtype, shape) };
+        return vec![
+            of_module("SCB", Dtype::F32, &[rows]),
+            part("", Dtype::I8, &shape),
+            of_module("weight_format", Dtype::U8, &[]),
+        ];
+    };
+    let blocks = values.div_ceil(encode::BLOCKSIZE);
+    let mut parts = vec![part(".quant_map", Dtype::F32, &[16])];
+    if double {
+        parts.push(part(".nested_quant_map", Dtype::F32, &[256]));
+        parts.push(part(".nested_absmax", Dtype::F32, &[blocks.div_ceil(encode::NESTED_BLOCKSIZE)]));
+    } else {
+        parts.push(part(".absmax", Dtype::F32, &[blocks]));
+    }
+    parts.push(part("", Dtype::U8, &[values.div_ceil(2), 1]));
+    if double {
+        parts.push(part(".absmax", Dtype::U8, &[blocks]));
+    }
+    let others: usize = parts.iter().map(Part::len).sum();
+    let longest = description(quant_type, shape, dtype, double.then_some(LONGEST_NUMBER)).len();
+    let length = (others + longest).next_multiple_of(ALIGNMENT) - others;
+    parts.push(part(&format!("{DESCRIPTION}{}", quant_type.key()), Dtype::U8, &[length]));
+    parts
+}
+
+/// A description as JSON.
+fn description(quant_type: QuantType, shape: [usize; 2], dtype: &str, offset: Option<f64>) -> String {
+    let state = QuantState {
+        quant_type: quant_type.key().to_owned(),
+        blocksize: encode::BLOCKSIZE,
+        dtype: Some(dtype.into()),
+        shape: shape.to_vec(),
+        nested_blocksize: offset.map(|_| encode::NESTED_BLOCKSIZE),
+        nested_dtype: offset.map(|_| NESTED_DTYPE.to_owned()),
+        nested_offset: offset,
+    };
+    serde_json::json!(state).to_string()
+}
+
+impl Part {
+    /// Bytes it takes.
+    pub fn len(&self) -> usize {
+        self.shape.iter().product::<usize>() * self.dtype.bitsize() / 8
+    }
+
+    /// Whether it takes none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+impl EncodedWeight {
+    /// The tensors it consists of, as [`layout`] has them, with their bytes.
+    pub fn into_parts(self, name: &str) -> Vec<Part> {
+        let mut parts = layout(name, self.encoding, self.shape, self.dtype);
+        let mut put = |dtype, suffix: &str, bytes: Vec<u8>| {
+            if let Some(part) = parts.iter_mut().find(|part| part.dtype == dtype && part.name.ends_with(suffix)) {
+                part.bytes = bytes;
+            }
+        };
+        match self.encoding {
+            Encoding::Int8 => {
+                put(Dtype::F32, "SCB", f32_bytes(&self.absmax));
+                put(Dtype::I8, "", self.codes);
+                put(Dtype::U8, "weight_format", vec![ROW_FORMAT]);
+            }
+            Encoding::FourBit { quant_type, double } => {
+                put(Dtype::F32, ".quant_map", f32_bytes(&quant_type.code()));
+                put(Dtype::U8, name, self.codes);
+                let nested = double.then(|| NestedAbsmax::of(&self.absmax));
+                let offset = nested.as_ref().map(|nested| f64::from(nested.offset));
+                match nested {
+                    None => put(Dtype::F32, ".absmax", f32_bytes(&self.absmax)),
+                    Some(nested) => {
+                        put(Dtype::F32, ".nested_quant_map", f32_bytes(&dynamic_map(true)));
+                        put(Dtype::F32, ".nested_absmax", f32_bytes(&nested.scales));
+                        put(Dtype::U8, ".absmax", nested.indices);
+                    }
+                }
+                let description = description(quant_type, self.shape, self.dtype, offset);
+                if let Some(part) = parts.last_mut() {
+                    part.bytes = description.into_bytes();
+                    part.bytes.resize(part.len(), b' ');
+                }
+            }
+        }
+        parts
+    }
+}
+
+fn f32_bytes(values: &[f32]) -> Vec<u8> {
+    values.iter().flat_map(|value| value.to_le_bytes()).collect()
+}
+
+/// The weight `name` of this `shape`, whose own tensor is `raw`. What else belongs to it is taken out of `tensors`. `None` when it is
+/// not described there as one in 4 or 8 bits.
 ///
 /// # Errors
 /// Parts that are missing, damaged or of another size than the shape needs; codes and types that are not known.
 pub fn take_weight(
     name: &str,
     shape: &[usize],
-    indices: &SharedBytes,
+    raw: &RawTensor,
     tensors: &mut BTreeMap<String, RawTensor>,
-) -> Result<Option<FourBitWeight>, Error> {
+) -> Result<Option<QuantizedWeight>, Error> {
+    if raw.dtype == Dtype::I8 {
+        return int8_weight(name, shape, raw, tensors);
+    }
+    let indices = &raw.bytes;
     let prefix = format!("{name}{DESCRIPTION}");
     let described = tensors.range(prefix.clone()..).next().map(|(key, _)| key);
     let Some(key) = described.filter(|key| key.starts_with(&prefix)).cloned() else { return Ok(None) };
@@ -73,7 +223,36 @@ pub fn take_weight(
     let matrix = FourBit::new(quant_type, state.blocksize, code, absmax, indices.clone())
         .and_then(|values| Matrix::from_four_bit(rows, cols, values))
         .map_err(|error| Error::Tensor { tensor: name.to_owned(), error })?;
-    Ok(Some(FourBitWeight { matrix, parts: parts.taken }))
+    Ok(Some(QuantizedWeight { matrix, parts: parts.taken }))
+}
+
+/// A weight of signed bytes; `None` without the scales of its rows.
+fn int8_weight(
+    name: &str,
+    shape: &[usize],
+    raw: &RawTensor,
+    tensors: &mut BTreeMap<String, RawTensor>,
+) -> Result<Option<QuantizedWeight>, Error> {
+    let module = name.strip_suffix("weight").unwrap_or(name);
+    let (scales_key, format_key) = (format!("{module}SCB"), format!("{module}weight_format"));
+    let Some(scales) = tensors.remove(&scales_key) else { return Ok(None) };
+    if raw.shape != shape {
+        return Err(Error::TensorShape { tensor: name.to_owned(), found: raw.shape.clone(), expected: shape.to_vec() });
+    }
+    if let Some(format) = tensors.remove(&format_key)
+        && format.bytes[..] != [ROW_FORMAT]
+    {
+        return Err(Error::Unsupported {
+            what: "bitsandbytes' weight_format",
+            found: format!("{:?} (in {format_key})", &format.bytes[..]),
+            supported: "0, rows as they are",
+        });
+    }
+    let absmax = floats(&scales_key, &scales, None)?.to_f32();
+    let (rows, cols) = rows_and_cols(shape);
+    let matrix = Matrix::from_int8_rows(rows, cols, Int8Rows::new(raw.bytes.clone(), absmax));
+    let matrix = matrix.map_err(|error| Error::Tensor { tensor: name.to_owned(), error })?;
+    Ok(Some(QuantizedWeight { matrix, parts: vec![raw.bytes.clone(), scales.bytes] }))
 }
 
 fn describe(key: &str, json: &[u8]) -> Result<QuantState, Error> {
@@ -118,11 +297,16 @@ impl Parts<'_> {
     }
 
     /// The magnitude of each block.
-    fn absmax(&mut self, state: &QuantState, description: &str) -> Result<Vec<f32>, Error> {
+    fn absmax(&mut self, state: &QuantState, description: &str) -> Result<Absmax, Error> {
         let key = self.key("absmax");
         let raw = self.take(&key)?;
-        if raw.dtype != Dtype::U8 {
-            return Ok(floats(&key, &raw, None)?.to_f32());
+        match raw.dtype {
+            Dtype::U8 => {}
+            Dtype::F32 => {
+                let absmax = Absmax::plain(raw.bytes);
+                return absmax.map_err(|error| Error::Tensor { tensor: key, error });
+            }
+            _ => return Ok(floats(&key, &raw, None)?.to_f32().into()),
         }
         let (Some(blocksize), Some(offset), Some(dtype)) =
             (state.nested_blocksize, state.nested_offset, &state.nested_dtype)
@@ -139,7 +323,7 @@ impl Parts<'_> {
         let nested_key = self.key("nested_absmax");
         let nested = self.take(&nested_key)?;
         let scales = floats(&nested_key, &nested, None)?.to_f32();
-        nested_absmax(&raw.bytes, &map, &scales, blocksize, offset as f32)
+        Absmax::nested(raw.bytes, map, scales, blocksize, offset as f32)
             .map_err(|error| Error::Tensor { tensor: key, error })
     }
 }
@@ -224,13 +408,12 @@ mod tests {
             self
         }
 
-        fn read_as(mut self, key: &str, description: Vec<u8>) -> Result<Option<FourBitWeight>, Error> {
+        fn read_as(mut self, key: &str, description: Vec<u8>) -> Result<Option<QuantizedWeight>, Error> {
             self.tensors.insert(key.to_owned(), raw(Dtype::U8, description));
-            let indices = SharedBytes::from_vec(self.indices);
-            take_weight(NAME, &[ROWS, COLS], &indices, &mut self.tensors)
+            take_weight(NAME, &[ROWS, COLS], &raw(Dtype::U8, self.indices), &mut self.tensors)
         }
 
-        fn read(self) -> Result<Option<FourBitWeight>, Error> {
+        fn read(self) -> Result<Option<QuantizedWeight>, Error> {
             let description = self.description.to_string().into_bytes();
             self.read_as(KEY, description)
         }
@@ -252,11 +435,74 @@ mod tests {
     }
 
     #[test]
+    fn what_is_written_is_read_back_and_as_long_as_its_layout() {
+        let double = Encoding::NF4_DOUBLE;
+        for (encoding, magnitude) in [
+            (Encoding::NF4, 1.0),
+            (double, 1.0),
+            (double, 1e-38),
+            (double, 0.0),
+            (Encoding::FP4, 3e38),
+            (Encoding::Int8, 2.0),
+        ] {
+            for shape in [[3usize, 22], [1, 1], [5, 64], [130, 150]] {
+                let values = shape[0] * shape[1];
+                let blocks = if encoding == Encoding::Int8 { shape[0] } else { values.div_ceil(encode::BLOCKSIZE) };
+                let codes = if encoding == Encoding::Int8 { values } else { values.div_ceil(2) };
+                let weight = EncodedWeight {
+                    encoding,
+                    shape,
+                    dtype: "bfloat16",
+                    codes: (0..codes).map(|i| (37 * i) as u8).collect(),
+                    absmax: (0..blocks).map(|i| magnitude * ((1.0 + i as f32 / 3.0) / 200.0)).collect(),
+                };
+                let layout = layout(NAME, encoding, shape, "bfloat16");
+                let parts = weight.into_parts(NAME);
+                let facts = |part: &Part| (part.name.clone(), part.dtype, part.shape.clone());
+                assert!(layout.iter().map(facts).eq(parts.iter().map(facts)));
+                assert!(parts.iter().all(|part| part.bytes.len() == part.len()), "{encoding} {shape:?}");
+                if encoding != Encoding::Int8 {
+                    assert!(parts.iter().map(Part::len).sum::<usize>().is_multiple_of(ALIGNMENT));
+                }
+                let raw = |part: Part| {
+                    (
+                        part.name,
+                        RawTensor { dtype: part.dtype, shape: part.shape, bytes: SharedBytes::from_vec(part.bytes) },
+                    )
+                };
+                let mut tensors: BTreeMap<String, RawTensor> = parts.into_iter().map(raw).collect();
+                let stored = tensors.remove(NAME).unwrap();
+                let read = take_weight(NAME, &shape, &stored, &mut tensors).unwrap().unwrap();
+                assert!(tensors.is_empty() && (read.matrix.rows(), read.matrix.cols()) == (shape[0], shape[1]));
+                assert!(read.matrix.to_f32().iter().all(|value| value.is_finite()), "{encoding} {shape:?} {magnitude}");
+            }
+        }
+    }
+
+    #[test]
+    fn signed_bytes_without_their_scales_are_no_weight() {
+        let weight = |scales: Option<&[f32]>, format: Option<u8>| {
+            let mut tensors = BTreeMap::new();
+            scales.map(|scales| tensors.insert("w.SCB".to_owned(), f32s(scales)));
+            format.map(|format| tensors.insert("w.weight_format".to_owned(), raw(Dtype::U8, vec![format])));
+            let stored = RawTensor { shape: vec![2, 3], ..raw(Dtype::I8, vec![127, 0, 129, 1, 2, 254]) };
+            take_weight("w.weight", &[2, 3], &stored, &mut tensors)
+        };
+        assert!(weight(None, Some(0)).unwrap().is_none());
+        let read = weight(Some(&[127.0, 254.0]), None).unwrap().unwrap();
+        let (values, expected) = (read.matrix.to_f32(), [127.0, 0.0, -127.0, 2.0, 4.0, -4.0]);
+        assert!(values.iter().zip(expected).all(|(value, expected)| (value - expected).abs() < 1e-4), "{values:?}");
+        assert_eq!((read.matrix.storage(), read.matrix.bytes_len()), ("INT8", 14));
+        let text = |scales, format| weight(scales, format).err().unwrap().to_string();
+        assert!(text(Some(&[1.0]), Some(0)).contains("1 row scales (SCB) for 2 rows"));
+        assert!(text(Some(&[1.0, 2.0]), Some(1)).contains("weight_format [1]"));
+    }
+
+    #[test]
     fn a_weight_without_a_description_is_not_in_4_bits() {
         let mut tensors = Example::plain().tensors;
         tensors.insert("w.weight2.quant_state.bitsandbytes__nf4".to_owned(), raw(Dtype::U8, vec![0]));
-        let indices = SharedBytes::from_vec(vec![0; 33]);
-        assert!(take_weight(NAME, &[ROWS, COLS], &indices, &mut tensors).unwrap().is_none());
+        assert!(take_weight(NAME, &[ROWS, COLS], &raw(Dtype::U8, vec![0; 33]), &mut tensors).unwrap().is_none());
         assert_eq!(tensors.len(), 3);
     }
 

@@ -3,6 +3,7 @@
 //! A stamp is a small JSON file in a folder of the cache. It is named after the files' canonical paths and holds their sizes and times of
 //! change: where one of them differs, it says nothing. A stamp only saves time, so that one that cannot be read or written is no error.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::UNIX_EPOCH;
@@ -66,6 +67,11 @@ impl StampFile {
         let files: Vec<FileState> = files.iter().map(|path| FileState::of(path)).collect::<Option<_>>()?;
         let paths = files.iter().fold(Sha256::new(), |hash, file| hash.chain_update(&file.path).chain_update([0]));
         Some(Self { path: folder.join(format!("{:x}.json", paths.finalize())), files })
+    }
+
+    /// The name of these files in the cache: it follows from their paths, and not from what they hold.
+    pub fn name(&self) -> &str {
+        self.path.file_stem().and_then(OsStr::to_str).unwrap_or_default()
     }
 
     /// What is known of the files; nothing where they have changed since it was written.

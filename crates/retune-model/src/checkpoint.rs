@@ -13,7 +13,7 @@ use std::sync::Arc;
 use half::{bf16, f16};
 use rayon::prelude::*;
 use retune_engine::spec::{Linear, ModelSpec, Module, NormKind, Order};
-use retune_formats::bitsandbytes::{self, FourBitWeight};
+use retune_formats::bitsandbytes::{self, QuantizedWeight};
 use retune_formats::files::{map_file, read_json};
 use retune_formats::gguf::{Gguf, Metadata, TensorInfo};
 use retune_formats::safetensors::{self, RawTensor};
@@ -31,6 +31,9 @@ use crate::translate::Translation;
 pub(crate) const CONFIG: &str = "config.json";
 /// Values decoded at a time when all weights are looked through: 256 KB per thread.
 const CHECK_VALUES: usize = 1 << 16;
+
+/// Bytes read of all weights before what is in memory of them is given back: looking through a model larger than memory takes no more.
+pub(crate) const READ_AT_ONCE: usize = 1 << 28;
 
 /// What models that see pictures have besides the text model.
 const VISION: [&str; 4] =
@@ -71,6 +74,8 @@ struct StoredTensor {
     storage: &'static str,
     /// As the spec has it: in transformers' row order, a linear's weight as `[out, in]`.
     matrix: Matrix,
+    /// What the matrix is read from, where that is not the parts.
+    held: Vec<SharedBytes>,
 }
 
 impl Checkpoint {
@@ -174,6 +179,24 @@ impl Checkpoint {
         &self.notes
     }
 
+    /// Puts other matrices, of the same shapes, in the place of those of these names: what the files hold is held otherwise. The content's hash
+    /// stays that of the files.
+    ///
+    /// # Errors
+    /// A name that the model does not have.
+    pub fn replace(&mut self, weights: BTreeMap<String, QuantizedWeight>) -> Result<(), Error> {
+        for (name, weight) in weights {
+            let Some(tensor) = self.tensors.get_mut(&name) else { return Err(Error::UnknownTensor { tensor: name }) };
+            (tensor.matrix, tensor.held) = (weight.matrix, weight.parts);
+        }
+        Ok(())
+    }
+
+    /// Bytes that the model's tensors take as they are held.
+    pub fn held_bytes(&self) -> u64 {
+        self.tensors.values().map(|tensor| tensor.matrix.bytes_len() as u64).sum()
+    }
+
     /// Whether it is a directory or a file.
     pub fn kind(&self) -> CheckpointKind {
         match self.source {
@@ -184,7 +207,7 @@ impl Checkpoint {
 
     /// Gives back the memory of the weight files, which are mapped: what is used again is read again.
     pub fn release(&self) {
-        self.tensors.values().flat_map(|tensor| &tensor.parts).for_each(SharedBytes::release);
+        self.tensors.values().flat_map(|tensor| tensor.parts.iter().chain(&tensor.held)).for_each(SharedBytes::release);
     }
 
     /// Total size of the weight files.
@@ -238,7 +261,22 @@ impl Checkpoint {
         let digest = |tensor: &StoredTensor| -> [u8; 32] {
             tensor.parts.iter().fold(Sha256::new(), |hash, part| hash.chain_update(&part[..])).finalize().into()
         };
-        let digests: Vec<[u8; 32]> = tensors.par_iter().map(|(_, tensor)| digest(tensor)).collect();
+        let mut digests: Vec<[u8; 32]> = Vec::with_capacity(tensors.len());
+        let bytes_of = |tensor: &StoredTensor| tensor.parts.iter().map(|part| part.len()).sum::<usize>();
+        let mut rest = &tensors[..];
+        while !rest.is_empty() {
+            let mut read = 0;
+            let fits = rest.iter().take_while(|(_, tensor)| {
+                read += bytes_of(tensor);
+                read <= READ_AT_ONCE
+            });
+            let (group, after) = rest.split_at(fits.count().max(1));
+            digests.par_extend(group.par_iter().map(|(_, tensor)| digest(tensor)));
+            rest = after;
+            if !rest.is_empty() {
+                self.release();
+            }
+        }
         let mut whole = Sha256::new();
         for ((name, tensor), digest) in tensors.iter().zip(&digests) {
             let (rows, cols) = (tensor.matrix.rows(), tensor.matrix.cols());
@@ -263,14 +301,20 @@ impl Checkpoint {
                 starts.map(move |start| (name.as_str(), matrix, start..(start + step).min(matrix.rows())))
             })
             .collect();
-        let bad = panels
-            .par_iter()
-            .map_init(Vec::new, |buffer, (name, matrix, rows)| first_not_finite(name, matrix, rows, buffer))
-            .find_map_first(|bad| bad);
-        match bad {
-            Some(error) => Err(error.at(&self.path)),
-            None => Ok(()),
+        let groups = panels.chunks(READ_AT_ONCE / size_of::<f32>() / CHECK_VALUES);
+        for (number, group) in groups.enumerate() {
+            if number > 0 {
+                self.release();
+            }
+            let bad = group
+                .par_iter()
+                .map_init(Vec::new, |buffer, (name, matrix, rows)| first_not_finite(name, matrix, rows, buffer))
+                .find_map_first(|bad| bad);
+            if let Some(error) = bad {
+                return Err(error.at(&self.path));
+            }
         }
+        Ok(())
     }
 }
 
@@ -295,15 +339,7 @@ impl Files {
                     missing.push(name);
                     continue;
                 };
-                if is_transposed && self.tensors.contains_key(&format!("{stored_name}.absmax")) {
-                    let found = format!("of {stored_name}");
-                    let supported = "4 bits of weights that are stored as [out, in]";
-                    return Err(Error::Unsupported { what: "4-bit storage", found, supported });
-                }
-                let mut tensor = self.tensor(&stored_name, &shape, raw)?;
-                if is_transposed && shape.len() == 2 {
-                    tensor.matrix = tensor.matrix.transposed();
-                }
+                let tensor = self.tensor(&stored_name, &shape, raw, is_transposed)?;
                 tensors.insert(name, tensor);
             }
         }
@@ -377,13 +413,22 @@ impl Files {
         self.tensors.remove_entry(&self.name_of(name)?)
     }
 
-    /// A tensor as its file holds it; what else belongs to it is taken as well.
-    fn tensor(&mut self, name: &str, shape: &[usize], raw: RawTensor) -> Result<StoredTensor, Error> {
+    /// A tensor of this shape in its file; what else belongs to it is taken as well. One that is transposed is a linear's of `[in, out]`, but
+    /// not where it is quantized: bitsandbytes has them all as `[out, in]`.
+    fn tensor(
+        &mut self,
+        name: &str,
+        shape: &[usize],
+        raw: RawTensor,
+        is_transposed: bool,
+    ) -> Result<StoredTensor, Error> {
+        let is_transposed = is_transposed && shape.len() == 2;
+        let rows_first: Vec<usize> = if is_transposed { shape.iter().rev().copied().collect() } else { shape.to_vec() };
         // First, because packed indices may be stored as if they were floating-point numbers.
-        if let Some(FourBitWeight { matrix, parts }) =
-            bitsandbytes::take_weight(name, shape, &raw.bytes, &mut self.tensors)?
+        if let Some(QuantizedWeight { matrix, parts }) =
+            bitsandbytes::take_weight(name, &rows_first, &raw, &mut self.tensors)?
         {
-            return Ok(StoredTensor { storage: matrix.storage(), parts, matrix });
+            return Ok(StoredTensor { storage: matrix.storage(), parts, matrix, held: Vec::new() });
         }
         let Some(format) = raw.format() else {
             return Err(Error::TensorType { tensor: name.to_owned(), dtype: raw.dtype.to_string() });
@@ -391,7 +436,8 @@ impl Files {
         check_shape(name, raw.shape, shape)?;
         let (rows, cols) = rows_and_cols(shape);
         let matrix = matrix(name, format, rows, cols, raw.bytes.clone())?;
-        Ok(StoredTensor { parts: vec![raw.bytes], storage: format.name(), matrix })
+        let matrix = if is_transposed { matrix.transposed() } else { matrix };
+        Ok(StoredTensor { parts: vec![raw.bytes], storage: format.name(), matrix, held: Vec::new() })
     }
 
     /// Whether the model computes the same without a tensor: what sees pictures, frequencies that follow from the configuration, GPT-2's
@@ -551,7 +597,7 @@ fn gguf_tensor(info: &TensorInfo, row_map: Option<&Arc<[u32]>>, is_plus_one: boo
             stored.with_row_map(Arc::clone(map)).map_err(|error| Error::Tensor { tensor: info.name.clone(), error })?
         }
     };
-    Ok(StoredTensor { parts: vec![info.bytes.clone()], storage: info.format.name(), matrix })
+    Ok(StoredTensor { parts: vec![info.bytes.clone()], storage: info.format.name(), matrix, held: Vec::new() })
 }
 
 fn check_shape(name: &str, found: Vec<usize>, expected: &[usize]) -> Result<(), Error> {

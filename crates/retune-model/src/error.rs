@@ -118,6 +118,17 @@ pub enum Error {
     )]
     SoftPrompt,
 
+    /// A weight that is to be quantized and is.
+    #[error(
+        "tensor {tensor} is stored as {found} already, and quantizing it again would only add an error: take the model as it is, or quantize \
+         its unquantized files"
+    )]
+    QuantizedAlready { tensor: String, found: &'static str },
+
+    /// A file of quantized weights that is not what it should be.
+    #[error("it does not hold the model's quantized weights: {reason}")]
+    Quantized { reason: String },
+
     /// A weight beyond the range of the type it is to be written as.
     #[error(
         "tensor {tensor} would hold {value} at row {row}, column {column}, which {dtype} cannot represent; write f32, or bf16, whose range is nearly the same"

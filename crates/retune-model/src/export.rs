@@ -27,7 +27,7 @@ use crate::error::Error;
 use crate::families;
 use crate::merge::{merge_bias, merge_rows, merge_table_rows};
 
-const GENERATION_CONFIG: &str = "generation_config.json";
+pub(crate) const GENERATION_CONFIG: &str = "generation_config.json";
 
 /// Values of a panel. It exists three times, before and after the change and as bytes: 12 MB.
 const PANEL_VALUES: usize = 1 << 20;
@@ -46,7 +46,7 @@ pub enum ExportType {
 
 impl ExportType {
     /// Bytes of a value.
-    fn bytes(self) -> usize {
+    pub(crate) fn bytes(self) -> usize {
         match self {
             ExportType::F32 => 4,
             ExportType::BF16 | ExportType::F16 => 2,
@@ -54,7 +54,7 @@ impl ExportType {
     }
 
     /// The type in a safetensors header.
-    fn dtype(self) -> Dtype {
+    pub(crate) fn dtype(self) -> Dtype {
         match self {
             ExportType::F32 => Dtype::F32,
             ExportType::BF16 => Dtype::BF16,
@@ -63,7 +63,7 @@ impl ExportType {
     }
 
     /// The name in `config.json`.
-    fn torch_name(self) -> &'static str {
+    pub(crate) fn torch_name(self) -> &'static str {
         match self {
             ExportType::F32 => "float32",
             ExportType::BF16 => "bfloat16",
@@ -72,7 +72,7 @@ impl ExportType {
     }
 
     /// Whether a value is finite and stays so when it is rounded to this type.
-    fn holds(self, value: f32) -> bool {
+    pub(crate) fn holds(self, value: f32) -> bool {
         // Half a step beyond the greatest value is where rounding gives infinity.
         let limit = match self {
             ExportType::F32 => f32::INFINITY,
@@ -92,7 +92,7 @@ impl ExportType {
     }
 
     /// Rounds values to the nearest of this type, ties to even; `bytes` has their size.
-    fn encode(self, values: &[f32], bytes: &mut [u8]) {
+    pub(crate) fn encode(self, values: &[f32], bytes: &mut [u8]) {
         match self {
             ExportType::F32 => encode(values, bytes, f32::to_le_bytes),
             ExportType::BF16 => encode(values, bytes, |value| bf16::from_f32(value).to_le_bytes()),
@@ -356,7 +356,7 @@ struct Export<'a> {
     config: Vec<u8>,
 }
 
-fn refuse_occupied(dir: &Path) -> Result<(), Error> {
+pub(crate) fn refuse_occupied(dir: &Path) -> Result<(), Error> {
     // What a write that was killed left under a temporary name does not count, and is written over.
     let is_leftover = |name: &str| name.starts_with('.') && name.ends_with(".tmp");
     let counts = |entry: &fs::DirEntry| !is_leftover(&entry.file_name().to_string_lossy());
@@ -410,7 +410,7 @@ fn into_shards<'a>(tensors: Vec<Tensor<'a>>, options: &MergeOptions) -> Vec<Vec<
 }
 
 /// The source's `config.json`, made true of what is written.
-fn config_json(checkpoint: &Checkpoint, dtype: ExportType, tied: bool) -> Result<Vec<u8>, Error> {
+pub(crate) fn config_json(checkpoint: &Checkpoint, dtype: ExportType, tied: bool) -> Result<Vec<u8>, Error> {
     let mut config = checkpoint.hf_config_json()?;
     if let Some(fields) = config.as_object_mut() {
         // However the base is stored, what is written is plain numbers.
@@ -431,7 +431,7 @@ fn config_json(checkpoint: &Checkpoint, dtype: ExportType, tied: bool) -> Result
 }
 
 /// The source's file, or the tokens that begin and end a text.
-fn generation_config(checkpoint: &Checkpoint, tokenizer: &Tokenizer) -> Result<Vec<u8>, Error> {
+pub(crate) fn generation_config(checkpoint: &Checkpoint, tokenizer: &Tokenizer) -> Result<Vec<u8>, Error> {
     if checkpoint.kind() == CheckpointKind::HuggingFace {
         let path = checkpoint.path().join(GENERATION_CONFIG);
         if path.is_file() {
@@ -454,7 +454,7 @@ fn generation_config(checkpoint: &Checkpoint, tokenizer: &Tokenizer) -> Result<V
     pretty(&Value::Object(fields))
 }
 
-fn pretty(json: &Value) -> Result<Vec<u8>, Error> {
+pub(crate) fn pretty(json: &Value) -> Result<Vec<u8>, Error> {
     let mut text = serde_json::to_vec_pretty(json).map_err(|error| Error::Json { error })?;
     text.push(b'\n');
     Ok(text)
@@ -497,7 +497,7 @@ impl Export<'_> {
     }
 }
 
-fn shard_names(count: usize) -> Vec<String> {
+pub(crate) fn shard_names(count: usize) -> Vec<String> {
     match count {
         1 => vec![SINGLE.to_owned()],
         _ => (1..=count).map(|number| format!("model-{number:05}-of-{count:05}.safetensors")).collect(),

@@ -260,8 +260,10 @@ impl<'a> Fields<'a> {
         if let Some(quantization) = self.get("quantization_config").filter(|value| !value.is_null()) {
             let method = quantization.get("quant_method");
             let is_bitsandbytes = method.is_none_or(|method| *method == "bitsandbytes");
-            if !(is_bitsandbytes && quantization.get("load_in_4bit") == Some(&Value::Bool(true))) {
-                let supported = "bitsandbytes with load_in_4bit, unquantized F32, F16 or BF16 weights, and GGUF files";
+            let in_bits =
+                ["load_in_4bit", "load_in_8bit"].iter().any(|key| quantization.get(*key) == Some(&Value::Bool(true)));
+            if !(is_bitsandbytes && in_bits) {
+                let supported = "bitsandbytes with load_in_4bit or load_in_8bit, unquantized F32, F16 or BF16 weights, and GGUF files";
                 return Err(unsupported("quantization_config", method.unwrap_or(quantization), supported));
             }
         }

@@ -10,6 +10,7 @@ pub mod families;
 pub mod fields;
 mod load;
 pub mod merge;
+pub mod quantize;
 pub mod rope;
 mod translate;
 pub mod unmerge;

@@ -10,13 +10,16 @@ const QUERY: &str = "model.layers.0.self_attn.q_proj.weight";
 
 #[test]
 fn every_weight_has_the_values_of_bitsandbytes() {
-    // NF4 with double quantization; FP4 without, its bytes declared as bf16.
-    for (case, storage) in [("bnb_nf4_double", "NF4"), ("bnb_fp4_in_bf16", "FP4")] {
+    // NF4 with double quantization; FP4 without, its bytes declared as bf16; LLM.int8(); linears that GPT-2 has as [in, out], quantized as
+    // [out, in].
+    for (case, storage, count) in
+        [("bnb_nf4_double", "NF4", 7), ("bnb_fp4_in_bf16", "FP4", 7), ("bnb_int8", "INT8", 7), ("bnb_gpt2", "NF4", 4)]
+    {
         let checkpoint = checkpoint(case);
         checkpoint.check_finite().unwrap();
         let file = fs::read(goldens().join(case).join("golden.safetensors")).unwrap();
         let expected = SafeTensors::deserialize(&file).unwrap();
-        assert_eq!(expected.len(), 7);
+        assert_eq!(expected.len(), count);
         for (name, values) in expected.tensors() {
             let matrix = checkpoint.tensor(&name).unwrap();
             assert_eq!(matrix.storage(), storage, "{case}: {name}");
@@ -24,7 +27,7 @@ fn every_weight_has_the_values_of_bitsandbytes() {
             let bytes: Vec<u8> = matrix.to_f32().iter().flat_map(|value| value.to_le_bytes()).collect();
             assert_eq!(bytes, values.data(), "{case}: {name}");
         }
-        for name in ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"] {
+        for name in checkpoint.names().filter(|name| expected.tensor(name).is_err()) {
             assert_eq!(checkpoint.tensor(name).unwrap().storage(), "F32", "{case}: {name}");
         }
     }
@@ -77,6 +80,12 @@ fn what_is_missing_or_damaged_is_named() {
         bytes[at] = b'[';
     });
     assert!(text.contains(&description) && text.contains("is not valid"), "{text}");
+    let other_format = changed("bnb_int8", |bytes| {
+        let at = data_of(bytes, "model.layers.0.self_attn.q_proj.weight_format");
+        bytes[at] = 2;
+    });
+    let text = Checkpoint::open(other_format.path()).err().expect("must be refused").to_string();
+    assert!(text.contains("weight_format") && text.contains("[2]"), "{text}");
     let text = refusal(&|bytes| bytes.truncate(bytes.len() - 1));
     assert!(text.contains("model.safetensors") && text.contains("truncated"), "{text}");
 }

@@ -127,7 +127,10 @@ mod tests {
         codes.decode(&of_values, magnitude, &mut back);
         assert_eq!((magnitude, back[0], back[2]), (3.0, 0.0, 0.0));
         // The lowest value of the signed codes is -0.993.
-        assert!((back[1] + 3.0).abs() < 0.03 && (back[3] - 2.9).abs() < 0.03 && (back[4] - 0.3).abs() < 0.003, "{back:?}");
+        assert!(
+            (back[1] + 3.0).abs() < 0.03 && (back[3] - 2.9).abs() < 0.03 && (back[4] - 0.3).abs() < 0.003,
+            "{back:?}"
+        );
         let unsigned = DynamicCodes::new(false);
         let magnitude = unsigned.encode(&[1.0, 1e-12, 0.0], &mut of_values[..3]);
         unsigned.decode(&of_values[..3], magnitude, &mut back[..3]);

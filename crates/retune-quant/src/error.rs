@@ -50,6 +50,13 @@ pub enum Error {
     )]
     AbsmaxCount { values: usize, blocksize: usize, expected: usize, found: usize },
 
+    /// Another number of scales than rows.
+    #[error(
+        "{found} row scales (SCB) for {expected} rows; there must be one for each: the file is damaged, or its parts belong to \
+         different tensors"
+    )]
+    RowScales { expected: usize, found: usize },
+
     /// A row map that does not name each row once.
     #[error("a row map of {found} entries was given to a matrix of {expected} rows; give one entry for each row")]
     RowMapLength { expected: usize, found: usize },

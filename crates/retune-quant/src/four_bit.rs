@@ -2,8 +2,10 @@
 //!
 //! All values of a matrix, row after row, are one sequence that is cut into blocks of `blocksize`, so that a block may begin in one row
 //! and end in the next. A value is one of the 16 of `code` times the greatest magnitude of its block, `absmax`. Two indices into `code`
-//! share a byte, the first in its high half. With double quantization the magnitudes are stored in 8 bits themselves ([`nested_absmax`]).
-//! The layout is that of `QuantState` and `dequantize_4bit` in bitsandbytes' `functional.py`.
+//! share a byte, the first in its high half. With double quantization the magnitudes are stored in 8 bits themselves ([`Absmax::nested`]).
+//! The layout is that of `QuantState` and `dequantize_4bit` in bitsandbytes' `functional.py`. [`encode`](mod@encode) is the way there.
+
+pub mod encode;
 
 use std::ops::{Range, RangeInclusive};
 
@@ -41,6 +43,107 @@ impl QuantType {
             QuantType::FP4 => "FP4",
         }
     }
+
+    /// The code's name in a checkpoint.
+    pub const fn key(self) -> &'static str {
+        match self {
+            QuantType::NF4 => "nf4",
+            QuantType::FP4 => "fp4",
+        }
+    }
+}
+
+/// The greatest magnitude of each block, as it is stored.
+#[derive(Clone, Debug)]
+pub struct Absmax(Magnitudes);
+
+#[derive(Clone, Debug)]
+enum Magnitudes {
+    /// Little-endian f32, which may lie anywhere in a file.
+    Plain(SharedBytes),
+    /// `map[index]` times the magnitude of the index's own block, plus `offset`.
+    Nested { indices: SharedBytes, map: Box<[f32; 256]>, scales: Vec<f32>, blocksize: usize, offset: f32 },
+}
+
+impl Absmax {
+    /// Magnitudes in f32, one after the other, little-endian.
+    ///
+    /// # Errors
+    /// Bytes that are no whole number of values.
+    pub fn plain(bytes: SharedBytes) -> Result<Self, Error> {
+        let (rows, cols, found) = (1, bytes.len() / size_of::<f32>(), bytes.len());
+        let expected = cols * size_of::<f32>();
+        if found != expected {
+            return Err(Error::ByteCount { storage: "F32", rows, cols, expected, found });
+        }
+        Ok(Self(Magnitudes::Plain(bytes)))
+    }
+
+    /// Magnitudes of a matrix with double quantization: `map[index]` times the magnitude of the index's own block of `blocksize`, plus `offset`.
+    ///
+    /// # Errors
+    /// A block size that bitsandbytes does not have, and another number of scales than blocks that `indices` make.
+    pub fn nested(
+        indices: SharedBytes,
+        map: [f32; 256],
+        scales: Vec<f32>,
+        blocksize: usize,
+        offset: f32,
+    ) -> Result<Self, Error> {
+        check_blocksize(blocksize)?;
+        check_absmax(indices.len(), blocksize, scales.len())?;
+        Ok(Self(Magnitudes::Nested { indices, map: Box::new(map), scales, blocksize, offset }))
+    }
+
+    /// Number of blocks.
+    fn len(&self) -> usize {
+        match &self.0 {
+            Magnitudes::Plain(bytes) => bytes.len() / size_of::<f32>(),
+            Magnitudes::Nested { indices, .. } => indices.len(),
+        }
+    }
+
+    /// Bytes they take.
+    fn bytes_len(&self) -> usize {
+        match &self.0 {
+            Magnitudes::Plain(bytes) => bytes.len(),
+            Magnitudes::Nested { indices, scales, .. } => indices.len() + size_of_val(scales.as_slice()),
+        }
+    }
+}
+
+impl From<Vec<f32>> for Absmax {
+    fn from(values: Vec<f32>) -> Self {
+        Self(Magnitudes::Plain(SharedBytes::from_f32(values)))
+    }
+}
+
+/// The same, looked up once for all the blocks of a panel.
+#[derive(Clone, Copy)]
+enum Lookup<'a> {
+    Plain(&'a [[u8; 4]]),
+    Nested { indices: &'a [u8], map: &'a [f32; 256], scales: &'a [f32], blocksize: usize, offset: f32 },
+}
+
+impl<'a> Lookup<'a> {
+    fn of(absmax: &'a Absmax) -> Self {
+        match &absmax.0 {
+            Magnitudes::Plain(bytes) => Lookup::Plain(bytes.as_chunks().0),
+            Magnitudes::Nested { indices, map, scales, blocksize, offset } => {
+                Lookup::Nested { indices, map, scales, blocksize: *blocksize, offset: *offset }
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn block(self, block: usize) -> f32 {
+        match self {
+            Lookup::Plain(values) => f32::from_le_bytes(values[block]),
+            Lookup::Nested { indices, map, scales, blocksize, offset } => {
+                map[usize::from(indices[block])] * scales[block / blocksize] + offset
+            }
+        }
+    }
 }
 
 /// Values in 4 bits, of a matrix whose shape [`Matrix::from_four_bit`](crate::Matrix::from_four_bit) gives.
@@ -50,7 +153,7 @@ pub struct FourBit {
     blocksize: usize,
     /// The two values that each byte of indices stands for, before scaling: one look-up instead of two.
     pairs: [[f32; 2]; 256],
-    absmax: Vec<f32>,
+    absmax: Absmax,
     indices: SharedBytes,
 }
 
@@ -63,7 +166,7 @@ impl FourBit {
         quant_type: QuantType,
         blocksize: usize,
         code: [f32; 16],
-        absmax: Vec<f32>,
+        absmax: Absmax,
         indices: SharedBytes,
     ) -> Result<Self, Error> {
         check_blocksize(blocksize)?;
@@ -78,7 +181,7 @@ impl FourBit {
 
     /// Bytes of indices and block magnitudes.
     pub(crate) fn bytes_len(&self) -> usize {
-        self.indices.len() + size_of_val(self.absmax.as_slice())
+        self.indices.len() + self.absmax.bytes_len()
     }
 
     /// Refuses a shape that has not exactly these values.
@@ -93,25 +196,6 @@ impl FourBit {
         }
         check_absmax(values, self.blocksize, self.absmax.len())
     }
-}
-
-/// The block magnitudes of a matrix with double quantization: `map[index]` times the magnitude of the index's own block, plus `offset`.
-///
-/// # Errors
-/// A block size that bitsandbytes does not have, and another number of blocks than `indices` make.
-pub fn nested_absmax(
-    indices: &[u8],
-    map: &[f32; 256],
-    absmax: &[f32],
-    blocksize: usize,
-    offset: f32,
-) -> Result<Vec<f32>, Error> {
-    check_blocksize(blocksize)?;
-    check_absmax(indices.len(), blocksize, absmax.len())?;
-    let blocks = indices.chunks(blocksize).zip(absmax);
-    Ok(blocks
-        .flat_map(|(block, scale)| block.iter().map(move |&index| map[usize::from(index)] * scale + offset))
-        .collect())
 }
 
 fn check_blocksize(blocksize: usize) -> Result<(), Error> {
@@ -140,22 +224,22 @@ multiversion! {
         cols: Range<usize>,
         dst: &mut [f32],
     ) {
-        let indices: &[u8] = &stored.indices;
+        let (indices, absmax): (&[u8], _) = (&stored.indices, Lookup::of(&stored.absmax));
         for (row, out) in rows.zip(dst.chunks_exact_mut(cols.len())) {
             let row = row_map.map_or(row, |map| map[row] as usize);
-            decode_values(stored, indices, row * row_len + cols.start, out);
+            decode_values(stored, indices, absmax, row * row_len + cols.start, out);
         }
     }
 }
 
 /// Decodes `dst.len()` values from number `start` of the whole matrix on, block by block.
 #[inline(always)]
-fn decode_values(stored: &FourBit, indices: &[u8], start: usize, dst: &mut [f32]) {
+fn decode_values(stored: &FourBit, indices: &[u8], absmax: Lookup<'_>, start: usize, dst: &mut [f32]) {
     let (mut at, mut dst) = (start, dst);
     while !dst.is_empty() {
         let n = dst.len().min(stored.blocksize - at % stored.blocksize);
         let (block, rest) = dst.split_at_mut(n);
-        decode_block(&stored.pairs, indices, at, stored.absmax[at / stored.blocksize], block);
+        decode_block(&stored.pairs, indices, at, absmax.block(at / stored.blocksize), block);
         at += n;
         dst = rest;
     }
@@ -195,8 +279,8 @@ mod tests {
         let index = |i: usize| (7 * i % 16) as u8;
         let bytes = (0..count).step_by(2).map(|i| index(i) << 4 | index(i + 1)).collect();
         let code = std::array::from_fn(|index| index as f32 - 5.0);
-        let absmax = (0..count.div_ceil(BLOCKSIZE)).map(|block| 100f32.powi(block as i32)).collect();
-        FourBit::new(QuantType::NF4, BLOCKSIZE, code, absmax, SharedBytes::from_vec(bytes)).unwrap()
+        let absmax: Vec<f32> = (0..count.div_ceil(BLOCKSIZE)).map(|block| 100f32.powi(block as i32)).collect();
+        FourBit::new(QuantType::NF4, BLOCKSIZE, code, absmax.into(), SharedBytes::from_vec(bytes)).unwrap()
     }
 
     fn value(i: usize) -> f32 {
@@ -207,7 +291,7 @@ mod tests {
     fn the_first_index_of_a_byte_is_in_its_high_half() {
         let code = std::array::from_fn(|index| index as f32);
         let bytes = SharedBytes::from_vec(vec![0x1F, 0xA0]);
-        let values = FourBit::new(QuantType::FP4, 64, code, vec![0.5], bytes).unwrap();
+        let values = FourBit::new(QuantType::FP4, 64, code, vec![0.5].into(), bytes).unwrap();
         let matrix = Matrix::from_four_bit(1, 3, values).unwrap();
         assert_eq!(matrix.to_f32(), [0.5, 7.5, 5.0]);
         assert_eq!((matrix.storage(), matrix.bytes_len()), ("FP4", 6));
@@ -248,25 +332,30 @@ mod tests {
         assert_eq!(refused(0, 31), Error::ByteCount { storage, rows: 0, cols: 31, expected: 0, found });
         assert_eq!(refused(usize::MAX, 2), Error::TooLarge { storage, rows: usize::MAX, cols: 2 });
         let FourBit { blocksize, pairs, indices, .. } = example(93);
-        let short = FourBit { quant_type: QuantType::NF4, blocksize, pairs, absmax: vec![1.0; 2], indices };
+        let short = FourBit { quant_type: QuantType::NF4, blocksize, pairs, absmax: vec![1.0; 2].into(), indices };
         let expected = Error::AbsmaxCount { values: 93, blocksize, expected: 3, found: 2 };
         assert_eq!(Matrix::from_four_bit(3, 31, short).unwrap_err(), expected);
         for found in [0, 1, 16, 48, 8192, usize::MAX] {
             let bytes = SharedBytes::from_vec(vec![0; 8]);
-            let values = FourBit::new(QuantType::NF4, found, [0.0; 16], vec![1.0], bytes);
+            let values = FourBit::new(QuantType::NF4, found, [0.0; 16], vec![1.0].into(), bytes);
             assert_eq!(values.unwrap_err(), Error::Blocksize { found });
-            assert_eq!(nested_absmax(&[0], &[0.0; 256], &[1.0], found, 0.0), Err(Error::Blocksize { found }));
+            let nested = Absmax::nested(SharedBytes::from_vec(vec![0]), [0.0; 256], vec![1.0], found, 0.0);
+            assert_eq!(nested.unwrap_err(), Error::Blocksize { found });
         }
     }
 
     #[test]
     fn magnitudes_of_magnitudes_go_by_their_own_blocks() {
         let map: [f32; 256] = std::array::from_fn(|index| index as f32);
-        let indices: Vec<u8> = (0..65).collect();
-        let absmax = nested_absmax(&indices, &map, &[1.0, -10.0, 100.0], 32, 0.5).unwrap();
-        assert_eq!((absmax.len(), absmax[31], absmax[32], absmax[64]), (65, 31.5, -319.5, 6400.5));
-        let error = nested_absmax(&indices, &map, &[1.0, 2.0], 32, 0.5).unwrap_err();
+        let nested = |scales| Absmax::nested(SharedBytes::from_vec((0..65).collect()), map, scales, 32, 0.5);
+        let absmax = nested(vec![1.0, -10.0, 100.0]).unwrap();
+        assert_eq!((absmax.len(), absmax.bytes_len()), (65, 65 + 12));
+        let lookup = Lookup::of(&absmax);
+        assert_eq!([31, 32, 64].map(|block| lookup.block(block)), [31.5, -319.5, 6400.5]);
+        let error = nested(vec![1.0, 2.0]).unwrap_err();
         assert_eq!(error, Error::AbsmaxCount { values: 65, blocksize: 32, expected: 3, found: 2 });
+        let error = Absmax::plain(SharedBytes::from_vec(vec![0; 7])).unwrap_err();
+        assert!(matches!(error, Error::ByteCount { expected: 4, found: 7, .. }));
     }
 
     #[test]
@@ -274,5 +363,9 @@ mod tests {
         assert_eq!(QuantType::from_name("nf4"), Some(QuantType::NF4));
         assert_eq!(QuantType::from_name("fp4"), Some(QuantType::FP4));
         assert_eq!(QuantType::from_name("NF4"), None);
+        assert_eq!(
+            [QuantType::NF4, QuantType::FP4].map(|code| QuantType::from_name(code.key())),
+            [Some(QuantType::NF4), Some(QuantType::FP4)]
+        );
     }
 }

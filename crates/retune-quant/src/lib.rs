@@ -7,13 +7,17 @@
 mod blocks;
 mod bytes;
 pub mod dynamic;
+mod encoding;
 mod error;
 mod format;
 mod four_bit;
+mod int8_rows;
 mod matrix;
 
 pub use bytes::{ByteOwner, SharedBytes};
+pub use encoding::Encoding;
 pub use error::Error;
 pub use format::Format;
-pub use four_bit::{FourBit, QuantType, nested_absmax};
+pub use four_bit::{Absmax, FourBit, QuantType, encode};
+pub use int8_rows::{Int8Rows, encode_row};
 pub use matrix::Matrix;

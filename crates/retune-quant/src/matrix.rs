@@ -10,6 +10,7 @@ use crate::bytes::{self, SharedBytes};
 use crate::error::Error;
 use crate::format::Format;
 use crate::four_bit::{self, FourBit};
+use crate::int8_rows::{self, Int8Rows};
 
 /// A stored matrix `[rows, cols]`, row-major. A vector of n values is `[1, n]`. Cloning copies no values.
 #[derive(Clone, Debug)]
@@ -26,6 +27,8 @@ enum Values {
     Blocks { format: Format, row_bytes: usize, bytes: SharedBytes },
     /// Blocks do not end with a row, and their scales lie apart from them.
     FourBit(Arc<FourBit>),
+    /// A byte a value, and a scale a row.
+    Int8(Arc<Int8Rows>),
     /// Rows are the columns of this matrix.
     Transposed(Arc<Matrix>),
 }
@@ -60,6 +63,15 @@ impl Matrix {
     pub fn from_four_bit(rows: usize, cols: usize, values: FourBit) -> Result<Self, Error> {
         values.check_shape(rows, cols)?;
         Ok(Self { rows, cols, values: Values::FourBit(Arc::new(values)), row_map: None })
+    }
+
+    /// The matrix of values in LLM.int8()'s 8 bits.
+    ///
+    /// # Errors
+    /// When they are not exactly `rows` x `cols` values, with a scale for each row.
+    pub fn from_int8_rows(rows: usize, cols: usize, values: Int8Rows) -> Result<Self, Error> {
+        values.check_shape(rows, cols)?;
+        Ok(Self { rows, cols, values: Values::Int8(Arc::new(values)), row_map: None })
     }
 
     /// The matrix of `values`, which it keeps.
@@ -110,11 +122,12 @@ impl Matrix {
         self.cols
     }
 
-    /// The name of how the values are stored: a [`Format`]'s, "NF4" or "FP4".
+    /// The name of how the values are stored: a [`Format`]'s, "NF4", "FP4" or "INT8".
     pub fn storage(&self) -> &'static str {
         match &self.values {
             Values::Blocks { format, .. } => format.name(),
             Values::FourBit(values) => values.name(),
+            Values::Int8(_) => Int8Rows::NAME,
             Values::Transposed(matrix) => matrix.storage(),
         }
     }
@@ -124,6 +137,7 @@ impl Matrix {
         match &self.values {
             Values::Blocks { bytes, .. } => bytes.len(),
             Values::FourBit(values) => values.bytes_len(),
+            Values::Int8(values) => values.bytes_len(),
             Values::Transposed(matrix) => matrix.bytes_len(),
         }
     }
@@ -189,6 +203,7 @@ impl PanelSource for Matrix {
                 blocks::decode_panel(*format, stored, rows, cols, dst);
             }
             Values::FourBit(values) => four_bit::decode_panel(values, self.cols, row_map, rows, cols, dst),
+            Values::Int8(values) => int8_rows::decode_panel(values, self.cols, row_map, rows, cols, dst),
             Values::Transposed(matrix) => match row_map {
                 None => matrix.transposed_panel(rows, cols, dst),
                 Some(map) => {
@@ -205,7 +220,7 @@ impl PanelSource for Matrix {
         match &self.values {
             Values::Blocks { format, .. } => format.block_len(),
             // Every value is decoded by itself.
-            Values::FourBit(_) | Values::Transposed(_) => 1,
+            Values::FourBit(_) | Values::Int8(_) | Values::Transposed(_) => 1,
         }
     }
 

@@ -10,6 +10,7 @@ mod tree;
 use std::path::{Path, PathBuf};
 
 use retune_adapter::{MethodInfo, by_name};
+use retune_quant::Encoding;
 use schemars::{JsonSchema, SchemaGenerator};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -61,6 +62,45 @@ pub struct BaseConfig {
     /// The arithmetic of the products with the base model's weights in training. Held-out rows are always scored in f32, as other software
     /// will compute what was trained.
     pub compute: Compute,
+    /// How the base model's linears are held in memory, all but the head. Embeddings, norms and biases stay as they are.
+    #[serde(skip_serializing_if = "Storage::is_as_is")]
+    pub storage: Storage,
+}
+
+/// How the base model's linears are held in memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+#[cfg_attr(feature = "clap", derive(clap::ValueEnum), value(rename_all = "kebab-case"))]
+pub enum Storage {
+    /// As the model's files have them, which are mapped.
+    #[default]
+    AsIs,
+    /// In NF4 as bitsandbytes has it, quantized when the run starts: 4.5 bits a parameter.
+    Nf4,
+    /// In NF4 with double quantization, as QLoRA has it: 4.13 bits a parameter.
+    Nf4Double,
+    /// In FP4 as bitsandbytes has it: 4.5 bits a parameter.
+    Fp4,
+    /// In 8 bits a row, as LLM.int8() has it.
+    Int8,
+}
+
+impl Storage {
+    /// What weights are quantized to; nothing where they are left as they are.
+    pub fn encoding(self) -> Option<Encoding> {
+        match self {
+            Storage::AsIs => None,
+            Storage::Nf4 => Some(Encoding::NF4),
+            Storage::Nf4Double => Some(Encoding::NF4_DOUBLE),
+            Storage::Fp4 => Some(Encoding::FP4),
+            Storage::Int8 => Some(Encoding::Int8),
+        }
+    }
+
+    /// Whether weights are left as they are.
+    pub fn is_as_is(&self) -> bool {
+        *self == Storage::AsIs
+    }
 }
 
 /// The arithmetic of the products with the base model's weights.
@@ -371,6 +411,13 @@ impl RawRunConfig {
             "int8 with method full",
             "f32 or auto",
             "Weights that are trained are computed in f32; int8 is for the frozen base of an adapter",
+        )?;
+        require(
+            method.saves_adapter() || base.storage.is_as_is(),
+            "base.storage",
+            "a quantized one with method full",
+            "as-is",
+            "Weights that are trained are not quantized; quantize the frozen base of an adapter",
         )?;
         if let Some(threads) = threads {
             let expected = format!("1 to {MOST_THREADS}");
@@ -758,6 +805,10 @@ threads: 2
         );
         assert!(error(&["base.compute=int4"]).contains("base.compute is the text \"int4\"; expected"));
         assert!(error(&["base.compute=int8", "method=full"]).contains("frozen base"));
+        assert!(
+            error(&["base.storage=nf4", "method=full"]).contains("base.storage is a quantized one with method full")
+        );
+        assert!(error(&["base.storage=int4"]).contains("base.storage is the text \"int4\"; expected"));
         assert!(error(&["adapter.target_modules=5"]).contains("adapter.target_modules is 5"));
         assert!(error(&["adapter.rank_pattern={a: x}"]).contains("adapter.rank_pattern.a is the text \"x\""));
         assert!(error(&["training="]).contains("training is nothing (null); expected a section with keys"));

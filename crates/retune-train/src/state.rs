@@ -255,7 +255,11 @@ mod tests {
             }
             assert_ne!(back.state().len(), 0);
             assert_eq!(read(&kept[1], &mut params, &mut back).unwrap(), progress);
-            let expected = { let mut optimizer = optimizer.clone(); optimizer.steps = 4; optimizer };
+            let expected = {
+                let mut optimizer = optimizer.clone();
+                optimizer.steps = 4;
+                optimizer
+            };
             assert_eq!((back, &params), (expected, &p));
 
             let (mut other, mut others) = fresh(8256);

@@ -6,7 +6,7 @@ use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use retune_adapter::combine::{Kind, MajoritySign};
 use retune_model::export::ExportType;
 use retune_train::data::DataFormat;
-use retune_train::run_config::{Compute, MethodName};
+use retune_train::run_config::{Compute, MethodName, Storage};
 use serde_json::Value;
 
 use crate::fetch;
@@ -45,6 +45,8 @@ pub enum Command {
     Chat(ChatArgs),
     /// Merge an adapter into its base and write the whole model
     Merge(MergeArgs),
+    /// Quantize a model's linears to 4 bits, as a checkpoint that transformers loads with bitsandbytes
+    Quantize(QuantizeArgs),
     /// Take an adapter out of a model again that it was merged into
     Unmerge(UnmergeArgs),
     /// Combine adapters, each with a weight, into one
@@ -110,6 +112,10 @@ pub struct ModelArgs {
     /// A PEFT adapter directory to put on it
     #[arg(long, short, value_name = "DIR")]
     pub adapter: Option<PathBuf>,
+
+    /// How the base's linears are held in memory; when absent as the adapter was trained on them
+    #[arg(long, value_enum)]
+    pub storage: Option<Storage>,
 }
 
 /// How the next token is chosen.
@@ -141,6 +147,10 @@ pub struct GenerateArgs {
     /// A PEFT adapter directory to put on it; of several, which may have names, and `none` for the base alone, each answers beside the others
     #[arg(long = "adapter", short, value_name = "[NAME=]DIR", value_parser = perhaps_named)]
     pub adapters: Vec<NamedAdapter>,
+
+    /// How the base's linears are held in memory; when absent as the adapters were trained on them
+    #[arg(long, value_enum)]
+    pub storage: Option<Storage>,
 
     /// The message to answer, or with --raw the text to continue; read from standard input when absent
     pub prompt: Option<String>,
@@ -185,6 +195,10 @@ pub struct ChatArgs {
     /// A PEFT adapter directory and a name for it, as often as needed; the first answers until another is asked for
     #[arg(long = "adapter", short, value_name = "NAME=DIR", value_parser = named)]
     pub adapters: Vec<NamedAdapter>,
+
+    /// How the base's linears are held in memory; when absent as the adapters were trained on them
+    #[arg(long, value_enum)]
+    pub storage: Option<Storage>,
 
     /// A system message before the conversation
     #[arg(long)]
@@ -253,8 +267,52 @@ pub struct MergeArgs {
     #[arg(long, short, value_name = "DIR")]
     pub adapter: PathBuf,
 
+    /// Into which weights it is merged: the base's own (as-is), or those that the base's linears have when they are quantized. When absent
+    /// those that the adapter was trained on, and so does the merged model what the trained one did
+    #[arg(long, value_enum)]
+    pub storage: Option<Storage>,
+
     #[command(flatten)]
     pub written: WrittenModel,
+}
+
+/// What a written model can be quantized to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum QuantizeTo {
+    /// NF4 in blocks of 64: 4.5 bits a parameter
+    Nf4,
+    /// The same with double quantization: 4.13 bits a parameter
+    Nf4Double,
+    /// FP4 in blocks of 64
+    Fp4,
+}
+
+#[derive(Args)]
+#[command(after_help = "\
+All linears are quantized but the head, as transformers does it by default; embeddings, norms and biases stay in 16 or 32 bits. Training \
+over such a base needs no checkpoint of it: `base.storage` of a run file quantizes when the run starts.
+
+  retune quantize HuggingFaceTB/SmolLM2-135M-Instruct --to nf4-double --out smollm2-nf4")]
+pub struct QuantizeArgs {
+    /// The model: a directory, a .gguf file or a Hub id
+    #[arg(value_name = "MODEL")]
+    pub model: String,
+
+    /// What its linears are quantized to
+    #[arg(long, value_enum)]
+    pub to: QuantizeTo,
+
+    /// Where the written model goes: a folder that does not exist yet or is empty
+    #[arg(long, short, value_name = "DIR")]
+    pub out: PathBuf,
+
+    /// Type of all other weights; when absent that of the model's embeddings, f32 where they are in blocks
+    #[arg(long, value_enum)]
+    pub dtype: Option<ExportType>,
+
+    /// Print one JSON object instead of text
+    #[arg(long)]
+    pub json: bool,
 }
 
 #[derive(Args)]
@@ -634,6 +692,10 @@ pub struct BenchTrainArgs {
     #[arg(long, value_enum, default_value_t = Compute::Auto)]
     pub compute: Compute,
 
+    /// How the base's linears are held in memory
+    #[arg(long, value_enum, default_value_t = Storage::AsIs)]
+    pub storage: Storage,
+
     /// Tokens that go through the layers at once; 512 in int8 and 1280 in f32 when absent
     #[arg(long, value_name = "N")]
     pub tokens_per_pass: Option<usize>,
@@ -677,6 +739,7 @@ mod tests {
     fn flags_take_the_values_that_run_files_take() {
         Cli::command().debug_assert();
         assert_eq!(keys::<Compute>(), flags::<Compute>());
+        assert_eq!(keys::<Storage>(), flags::<Storage>());
         assert_eq!(keys::<MethodName>(), flags::<MethodName>());
         assert_eq!(keys::<DataFormat>(), flags::<DataFormat>());
         assert_eq!(flags::<DataFormat>(), ["auto", "messages", "prompt_completion", "alpaca", "input_output", "text"]);

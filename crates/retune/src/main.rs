@@ -14,6 +14,7 @@ mod report;
 mod run_data;
 mod run_folder;
 mod session;
+mod storage;
 
 use std::process::ExitCode;
 
@@ -66,6 +67,7 @@ fn run(cli: &Cli) -> Result<End> {
         Command::Generate(args) => commands::generate::run(args).map(done),
         Command::Chat(args) => commands::chat::run(args).map(done),
         Command::Merge(args) => commands::merge::run(args).map(done),
+        Command::Quantize(args) => commands::quantize::run(args).map(done),
         Command::Unmerge(args) => commands::unmerge::run(args).map(done),
         Command::Combine(args) => commands::combine::run(args).map(done),
         Command::Convert(args) => commands::convert::run(args).map(done),

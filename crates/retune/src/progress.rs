@@ -19,6 +19,15 @@ use crate::memory;
 /// Set by Ctrl-C.
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
+/// A bar for bytes that are read or written, whose length is told later.
+///
+/// # Errors
+/// None that can be met: the template is a fixed one.
+pub fn bytes_bar() -> anyhow::Result<ProgressBar> {
+    let style = ProgressStyle::with_template("{wide_bar} {bytes}/{total_bytes}, {eta} left")?;
+    Ok(ProgressBar::new(1).with_style(style))
+}
+
 /// Makes the first Ctrl-C stop the run after its current step or what it computes now of held-out rows, and a second one at once.
 pub fn watch_interrupts() -> anyhow::Result<()> {
     ctrlc::set_handler(|| {

@@ -52,6 +52,7 @@ impl Report<'_> {
             "best_step": self.progress.best_step,
             "seconds": self.seconds,
             "compute": compute::summary(self.choices),
+            "storage": self.config.base.storage,
             "peak_rss_bytes": memory::peak_resident(),
             "samples": self.samples,
         }))
@@ -152,6 +153,9 @@ impl Report<'_> {
         }
         let arithmetic = compute::summary(self.choices);
         rows.push(("the base's products", arithmetic["arithmetic"].as_str().unwrap_or_default().to_owned()));
+        if let Some(encoding) = config.base.storage.encoding() {
+            rows.push(("the base's linears", format!("held as {encoding}")));
+        }
         let part = if self.resumed { ", since the run was last resumed" } else { "" };
         rows.push(("seconds", format!("{:.0}{part}", self.seconds)));
         if let Some(peak) = memory::peak_resident() {

@@ -16,10 +16,10 @@ use retune_train::data::Example;
 use serde_json::{Value, json};
 
 use crate::args::{ModelArgs, NO_ADAPTER, NamedAdapter};
-use crate::fetch;
+use crate::{fetch, storage};
 
 /// Where stamps are kept, within the cache. No model's folder begins with a dot.
-const STAMPS: &str = ".stamps";
+pub const STAMPS: &str = ".stamps";
 
 /// The file beside an adapter of ours that says where it comes from.
 pub const PROVENANCE: &str = "retune.json";
@@ -124,8 +124,10 @@ pub struct Session {
 impl Session {
     /// Opens what the arguments name.
     pub fn open(args: &ModelArgs) -> Result<Self> {
-        let base = Base::open(&fetch::resolve(&args.model)?)?;
+        let mut base = Base::open(&fetch::resolve(&args.model)?)?;
         base.check_finite()?;
+        let held = storage::under(&base, args.adapter.as_deref(), args.storage)?;
+        storage::hold(&mut base, held)?;
         let model = base.checkpoint.model()?;
         let (overlay, params) = match &args.adapter {
             None => (Overlay::empty(&model), Vec::new()),

@@ -5,8 +5,8 @@ mod common;
 use common::{Folder, METHODS, MODEL, golden, joined};
 use serde_json::Value;
 
-/// What the base is stored as: blocks of a GGUF file, f32 and bfloat16 in a directory.
-const STORAGES: [&str; 3] = ["gguf", "f32", "bf16"];
+/// What the base is stored as: blocks of a GGUF file, f32 and bfloat16 in a directory; and f32 that is held in NF4.
+const STORAGES: [&str; 4] = ["gguf", "f32", "bf16", "nf4"];
 
 /// A folder with the base in each storage: the directories are written by merging an adapter that was trained for a step.
 fn folder() -> Folder {
@@ -25,12 +25,16 @@ fn every_method_learns_over_every_storage_in_f32_and_in_8_bits() {
     let model = golden(MODEL);
     for method in METHODS {
         for storage in STORAGES {
-            let path = if storage == "gguf" { model.as_str() } else { storage };
+            let (path, held): (_, &[&str]) = match storage {
+                "gguf" => (model.as_str(), &[]),
+                "nf4" => ("f32", &["--set", "base.storage=nf4-double"]),
+                other => (other, &[]),
+            };
             let model = format!("model={path}");
             for compute in ["base.compute=f32", "base.compute=int8"] {
                 let run = ["train", "run.yaml", "--json", "--overwrite", "--set", &model, "--set", compute];
                 let steps = ["--set", "training.max_steps=4", "--set", "training.eval_steps=100"];
-                let report = folder.succeeds(&joined(&[&run, &steps, method])).json();
+                let report = folder.succeeds(&joined(&[&run, &steps, held, method])).json();
                 let loss = |key: &str| report[key].as_f64().unwrap_or(f64::NAN);
                 let (before, after) = (loss("held_out_loss_before"), loss("held_out_loss_after"));
                 assert!(after < before, "{method:?}, {storage}, {compute}: {before} to {after}");

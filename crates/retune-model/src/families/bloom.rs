@@ -18,6 +18,7 @@ pub static BLOOM: Family = Family {
     class: "BloomForCausalLM",
     prefix: "transformer.",
     tokens: DefaultTokens { bos: Some(1), eos: Some(2), pad: None },
+    unquantized: &[],
     describe: bloom,
     gguf: Some(Gguf {
         architecture: "bloom",

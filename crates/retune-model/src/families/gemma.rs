@@ -29,6 +29,7 @@ pub static GEMMA: Family = Family {
     class: "GemmaForCausalLM",
     prefix: "model.",
     tokens: TOKENS,
+    unquantized: &[],
     describe: gemma,
     gguf: Some(Gguf {
         architecture: "gemma",
@@ -46,6 +47,7 @@ pub static GEMMA2: Family = Family {
     class: "Gemma2ForCausalLM",
     prefix: "model.",
     tokens: TOKENS,
+    unquantized: &[],
     describe: gemma2,
     gguf: Some(Gguf {
         architecture: "gemma2",
@@ -63,6 +65,7 @@ pub static GEMMA3: Family = Family {
     class: "Gemma3ForCausalLM",
     prefix: "model.",
     tokens: TOKENS,
+    unquantized: &[],
     describe: gemma3,
     gguf: Some(Gguf {
         architecture: "gemma3",
@@ -81,6 +84,7 @@ pub static GEMMA3_WITH_VISION: Family = Family {
     class: "Gemma3ForConditionalGeneration",
     prefix: VISION_PREFIX,
     tokens: TOKENS,
+    unquantized: &[],
     describe: gemma3_with_vision,
     gguf: None,
 };

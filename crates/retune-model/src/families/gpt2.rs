@@ -17,6 +17,7 @@ pub static GPT2: Family = Family {
     class: "GPT2LMHeadModel",
     prefix: "transformer.",
     tokens: DefaultTokens { bos: Some(50_256), eos: Some(50_256), pad: None },
+    unquantized: &[],
     describe: gpt2,
     gguf: Some(Gguf {
         architecture: "gpt2",

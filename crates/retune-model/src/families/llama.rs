@@ -14,6 +14,7 @@ pub static LLAMA: Family = Family {
     class: "LlamaForCausalLM",
     prefix: "model.",
     tokens: TOKENS,
+    unquantized: &[],
     describe: llama,
     gguf: Some(Gguf {
         architecture: "llama",
@@ -32,6 +33,7 @@ pub static MISTRAL: Family = Family {
     class: "MistralForCausalLM",
     prefix: "model.",
     tokens: TOKENS,
+    unquantized: &[],
     describe: mistral,
     gguf: Some(Gguf {
         architecture: "mistral",

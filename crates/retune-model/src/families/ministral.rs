@@ -16,6 +16,7 @@ pub static MINISTRAL: Family = Family {
     class: "MinistralForCausalLM",
     prefix: "model.",
     tokens: DefaultTokens { bos: Some(1), eos: Some(2), pad: None },
+    unquantized: &[],
     describe: ministral,
     gguf: None,
 };
@@ -26,6 +27,7 @@ pub static MINISTRAL3: Family = Family {
     class: "Ministral3ForCausalLM",
     prefix: "model.",
     tokens: DefaultTokens { bos: Some(1), eos: Some(2), pad: Some(11) },
+    unquantized: &[],
     describe: ministral3,
     gguf: Some(Gguf {
         architecture: "mistral3",

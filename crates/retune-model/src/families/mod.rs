@@ -36,6 +36,9 @@ pub struct Family {
     pub prefix: &'static str,
     /// The tokens that begin, end and pad a text where the configuration does not say.
     pub tokens: DefaultTokens,
+    /// The last parts of the names of linears that transformers leaves as they are where it quantizes a model, beside the head (its
+    /// `_keep_in_fp32_modules`).
+    pub unquantized: &'static [&'static str],
     /// What the configuration says, as a spec.
     pub describe: fn(&Fields<'_>) -> Result<ModelSpec, Error>,
     /// How llama.cpp stores it.

@@ -14,6 +14,7 @@ pub static PHI3: Family = Family {
     class: "Phi3ForCausalLM",
     prefix: "model.",
     tokens: DefaultTokens { bos: Some(1), eos: Some(32_000), pad: Some(32_000) },
+    unquantized: &[],
     describe: phi3,
     gguf: Some(Gguf {
         architecture: "phi3",

@@ -15,6 +15,7 @@ pub static QWEN2: Family = Family {
     class: "Qwen2ForCausalLM",
     prefix: "model.",
     tokens: TOKENS,
+    unquantized: &[],
     describe: qwen2,
     gguf: Some(Gguf {
         architecture: "qwen2",
@@ -32,6 +33,7 @@ pub static QWEN3: Family = Family {
     class: "Qwen3ForCausalLM",
     prefix: "model.",
     tokens: TOKENS,
+    unquantized: &[],
     describe: qwen3,
     gguf: Some(Gguf {
         architecture: "qwen3",

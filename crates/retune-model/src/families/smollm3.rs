@@ -14,6 +14,7 @@ pub static SMOLLM3: Family = Family {
     class: "SmolLM3ForCausalLM",
     prefix: "model.",
     tokens: DefaultTokens { bos: Some(128_000), eos: Some(128_001), pad: Some(128_004) },
+    unquantized: &[],
     describe: smollm3,
     gguf: Some(Gguf {
         architecture: "smollm3",

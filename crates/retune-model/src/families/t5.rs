@@ -16,6 +16,7 @@ pub static T5: Family = Family {
     class: "T5ForConditionalGeneration",
     prefix: "",
     tokens: DefaultTokens { bos: None, eos: Some(1), pad: Some(0) },
+    unquantized: &["wo"],
     describe: t5,
     gguf: None,
 };

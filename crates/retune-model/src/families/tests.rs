@@ -128,10 +128,15 @@ fn what_is_not_supported_is_refused_by_name() {
     assert!(refusal(json!({"model_type": null})).contains("llama, mistral"));
     assert!(refusal(json!({"hidden_act": "quick_gelu"})).contains("quick_gelu"));
     assert!(refusal(json!({"quantization_config": {"quant_method": "gptq", "load_in_4bit": true}})).contains("gptq"));
-    let in_8_bits = json!({"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": true}});
-    assert!(refusal(in_8_bits).contains("bitsandbytes with load_in_4bit"));
-    for in_4_bits in [json!({"load_in_4bit": true}), json!({"load_in_4bit": true, "quant_method": "bitsandbytes"})] {
-        assert!(with(json!({"quantization_config": in_4_bits})).is_ok());
+    let in_no_bits = json!({"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": false}});
+    assert!(refusal(in_no_bits).contains("bitsandbytes with load_in_4bit or load_in_8bit"));
+    let method = "bitsandbytes";
+    for in_bits in [
+        json!({"load_in_4bit": true}),
+        json!({"load_in_4bit": true, "quant_method": method}),
+        json!({"load_in_8bit": true, "load_in_4bit": false, "quant_method": method}),
+    ] {
+        assert!(with(json!({"quantization_config": in_bits})).is_ok());
     }
     assert!(refusal(json!({"rope_scaling": {"rope_type": "axial", "factor": 2.0}})).contains("axial"));
     assert!(refusal(json!({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}})).contains("full_attention"));

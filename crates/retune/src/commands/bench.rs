@@ -18,7 +18,7 @@ use serde_json::{Map, Value, json};
 use super::print_json;
 use crate::args::{BenchCommand, BenchTrainArgs};
 use crate::session::Base;
-use crate::{compute, fetch, memory};
+use crate::{compute, fetch, memory, storage};
 
 /// Bytes that no cache holds.
 const STREAMED: usize = 256 << 20;
@@ -59,8 +59,12 @@ fn train(args: &BenchTrainArgs) -> Result<()> {
         bail!("--steps must be more than {WARM_UP}, --seq at least 2, --batch at least 1");
     }
     let start = Instant::now();
-    let base = Base::open(&fetch::resolve(&args.model)?)?;
+    let mut base = Base::open(&fetch::resolve(&args.model)?)?;
     base.check_finite()?;
+    if !args.storage.is_as_is() && !args.method.saves_adapter() {
+        bail!("--storage quantizes a frozen base, and method {} trains it: leave it out", args.method.name);
+    }
+    storage::hold(&mut base, args.storage)?;
     let checkpoint = &base.checkpoint;
     if checkpoint.spec.encoder.is_some() {
         bail!(
@@ -161,10 +165,14 @@ fn train(args: &BenchTrainArgs) -> Result<()> {
             "threads": rayon::current_num_threads(),
             "isa": retune_kernels::isa::isa().to_string(),
             "compute": compute::summary(&choices),
+            "storage": args.storage,
         }))?;
         return Ok(());
     }
     outln!("{tokens_per_second:.1} tokens/s  (median of {} steps, {median:.3} s each)", counted.len());
+    if let Some(line) = storage::describe(checkpoint, args.storage) {
+        outln!("{line}");
+    }
     for line in compute::describe(&choices) {
         outln!("{line}");
     }

@@ -18,8 +18,8 @@ use retune_text::tokenizer::Tokenizer;
 
 use super::generate::answer;
 use crate::args::{ChatArgs, NO_ADAPTER};
-use crate::fetch;
 use crate::session::{Base, Loaded};
+use crate::{fetch, storage};
 
 /// Which of them answers.
 enum Standing {
@@ -32,8 +32,10 @@ enum Standing {
 /// Reads messages and commands from standard input until its end.
 pub fn run(args: &ChatArgs) -> Result<()> {
     let sampling = args.sampling.checked()?;
-    let base = Base::open(&fetch::resolve(&args.model)?)?;
+    let mut base = Base::open(&fetch::resolve(&args.model)?)?;
     base.check_finite()?;
+    let held = storage::under_all(&base, &args.adapters, args.storage)?;
+    storage::hold(&mut base, held)?;
     let model = base.checkpoint.model()?;
     let tokenizer = base.tokenizer()?;
     if model.spec.encoder.is_some() {

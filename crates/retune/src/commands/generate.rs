@@ -12,14 +12,16 @@ use serde_json::json;
 
 use super::{print_json, text_or_stdin};
 use crate::args::{GenerateArgs, SamplingArgs};
-use crate::fetch;
 use crate::session::{Base, Loaded};
+use crate::{fetch, storage};
 
 /// Streams the answer to standard output.
 pub fn run(args: &GenerateArgs) -> Result<()> {
     let sampling = args.sampling.checked()?;
-    let base = Base::open(&fetch::resolve(&args.model)?)?;
+    let mut base = Base::open(&fetch::resolve(&args.model)?)?;
     base.check_finite()?;
+    let held = storage::under_all(&base, &args.adapters, args.storage)?;
+    storage::hold(&mut base, held)?;
     let model = base.checkpoint.model()?;
     let mut loaded = Loaded::all(&base, &model, &args.adapters)?;
     if loaded.is_empty() {

@@ -14,8 +14,8 @@ use serde_json::{Map, Value, json};
 
 use super::{changes, print_json};
 use crate::args::InspectArgs;
-use crate::fetch;
 use crate::memory::human;
+use crate::{fetch, session};
 
 /// Prints it for a person, or with `--json` for a program.
 pub fn run(args: &InspectArgs) -> Result<()> {
@@ -154,10 +154,12 @@ fn adapter(path: &Path, base: Option<&Checkpoint>) -> Result<Value> {
             Err(error) => notes.push(format!("{error:#}")),
         }
     }
+    let record = session::provenance(path).ok().flatten().unwrap_or_default();
     let mut value = json!({
         "adapter": path.display().to_string(),
         "method": file.method.info().name,
         "base_model": file.base_model,
+        "base_storage": record["run"]["base"]["storage"],
     });
     let rest = json!({
         "parameters": file.tensors.values().map(|(_, values)| values.len()).sum::<usize>(),

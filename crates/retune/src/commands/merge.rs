@@ -1,7 +1,6 @@
 //! `retune merge`: an adapter merged into its base.
 
 use anyhow::{Context, Result};
-use indicatif::{ProgressBar, ProgressStyle};
 use retune_adapter::AdapterFile;
 use retune_engine::overlay::Overlay;
 use retune_model::export::{self, MergeOptions, MergeReport};
@@ -9,15 +8,18 @@ use serde_json::json;
 
 use super::print_json;
 use crate::args::{MergeArgs, WrittenModel};
-use crate::fetch;
 use crate::memory::human;
+use crate::progress::bytes_bar;
 use crate::session::{self, Base};
+use crate::{fetch, storage};
 
 /// Writes the merged model, panel by panel.
 pub fn run(args: &MergeArgs) -> Result<()> {
-    let base = Base::open(&fetch::resolve(&args.model)?)?;
+    let mut base = Base::open(&fetch::resolve(&args.model)?)?;
     let adapter = AdapterFile::read(&args.adapter)?;
     session::check_provenance(&base, &args.adapter)?;
+    let held = storage::under(&base, Some(&args.adapter), args.storage)?;
+    storage::hold(&mut base, held)?;
     let merge = || -> Result<_> {
         let overlay = adapter.lower(&base.checkpoint.spec)?;
         let params = adapter.params(&overlay)?;
@@ -34,8 +36,7 @@ pub(super) fn write(base: &Base, overlay: &Overlay, params: &[f32], to: &Written
     if let Some(note) = export::scale_note(&base.checkpoint, to.dtype) {
         note!("! {note}");
     }
-    let bar = ProgressBar::new(1);
-    bar.set_style(ProgressStyle::with_template("{wide_bar} {bytes}/{total_bytes}, {eta} left")?);
+    let bar = bytes_bar()?;
     let options = MergeOptions { dtype: to.dtype, ..MergeOptions::default() };
     let report = export::write(&base.checkpoint, overlay, params, &to.out, &options, &mut |done, total| {
         bar.set_length(total);

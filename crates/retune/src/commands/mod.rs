@@ -12,6 +12,7 @@ pub mod generate;
 pub mod inspect;
 pub mod logits;
 pub mod merge;
+pub mod quantize;
 pub mod schema;
 pub mod score;
 pub mod tokenize;

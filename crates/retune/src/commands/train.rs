@@ -33,7 +33,7 @@ use crate::report::{Report, print_stopped};
 use crate::run_data::RunData;
 use crate::run_folder::{CONFIG_HASH, RunFolder};
 use crate::session::{self, Base};
-use crate::{End, compute, fetch};
+use crate::{End, compute, fetch, storage};
 
 /// Held-out rows answered by the base and by the adapted model at the end.
 const SAMPLES: usize = 3;
@@ -72,8 +72,9 @@ pub fn run(args: &TrainArgs, threads: Option<usize>) -> Result<End> {
 
 fn start(args: &TrainArgs, mut config: RunConfig, start: Instant) -> Result<End> {
     let path = fetch::resolve_or_fetch(&config.model, &|message| note!("{message}"))?;
-    let base = Base::open(&path)?;
+    let mut base = Base::open(&path)?;
     base.check_finite()?;
+    storage::hold(&mut base, config.base.storage)?;
     let data = RunData::load(&config, base.tokenizer()?, &base.checkpoint.spec)?;
     let initial = match &config.adapter_init {
         Some(directory) => Some(session::adapted(&base, directory)?.2),
@@ -397,6 +398,9 @@ impl Run<'_> {
         let share = 100.0 * trained as f64 / base as f64;
         note!("model    {} ({:.1} M parameters)", config.model, base as f64 / 1e6);
         note!("         {}", self.base.checkpoint.path().display());
+        if let Some(line) = storage::describe(&self.base.checkpoint, config.base.storage) {
+            note!("         {line}");
+        }
         note!("training {trained} parameters ({share:.2}%)");
         let report = &data.train.report;
         note!("data     {} rows, {} tokens, {} of them trained", report.examples, report.tokens, report.trained_tokens);
@@ -438,7 +442,9 @@ impl Run<'_> {
         let prelude = overlay.prelude(&model.spec);
         let shuffle = self.config.data.shuffle;
         let size = largest_pass(&prelude, training, passes, shuffle, &self.data.train.examples, eval);
-        let file = self.base.checkpoint.file_bytes() as usize;
+        let checkpoint = &self.base.checkpoint;
+        let is_quantized = !self.config.base.storage.is_as_is();
+        let file = if is_quantized { checkpoint.held_bytes() } else { checkpoint.file_bytes() } as usize;
         // What is computed from the parameters lies beside them.
         let computed = if parameters == overlay.layout.len() { 0 } else { overlay.layout.len() };
         // A start that stays a part of the adapter is a third copy.
@@ -474,6 +480,7 @@ impl Run<'_> {
             let ways: Vec<&str> = [
                 (!layer).then_some("set training.activation_checkpointing=layer"),
                 Some("lower training.tokens_per_pass or data.max_length"),
+                (self.config.method.saves_adapter() && !is_quantized && !int8).then_some("set base.storage=nf4-double"),
                 has("r").then_some("lower adapter.r"),
                 has("num_virtual_tokens").then_some("lower adapter.num_virtual_tokens"),
                 (!self.config.method.saves_adapter()).then_some("train an adapter (method: lora)"),
