@@ -186,4 +186,6 @@ fn what_makes_no_sense_is_refused_with_the_reason() {
         folder.write(&format!("flan/{file}"), std::fs::read(golden(&format!("{MODEL}/{file}"))).unwrap());
     }
     folder.refuses(&joined(&[&prefix, &["--set", "model=flan"]]), &["has no meaning in PEFT", "take another method"]);
+    let rows = ["train", "run.yaml", "--set", "model=flan", "--set", "adapter.trainable_token_indices=[5]"];
+    folder.refuses(&rows, &["names rows of shared", "that is a head of its own", "rows of lm_head alone"]);
 }

@@ -83,8 +83,8 @@ fn lost(header: &Header<'_>, config: &mut Map<String, Value>, notes: &mut Vec<St
     config.insert("feed_forward_proj".to_owned(), function.into());
     config.insert("relative_attention_max_distance".to_owned(), max_distance.into());
     notes.push(format!(
-        "the file does not give relative_attention_max_distance nor feed_forward_proj; {max_distance} and {function} are used, as in \
-         the published models"
+        "the file gives neither relative_attention_max_distance nor feed_forward_proj; {max_distance} and {function} are used, as \
+         in the published models"
     ));
     Ok(())
 }
