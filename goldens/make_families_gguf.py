@@ -7,6 +7,8 @@ crates/retune-model/tests/goldens/gguf_<case>/:
   model.gguf           f32, with a vocabulary of 288 tokens that covers every byte
   golden.safetensors   as common.py says, without gradients: what transformers computes with the model that was converted
   config.json          that model's
+T5's have a golden as make_t5.py says, a Unigram vocabulary, and texts.json: `texts`, their `ids` by transformers, and these `decoded`
+without special tokens. t5 names its sentinels in a file, as older transformers write; flan_t5 does not, as the published models.
 """
 
 import argparse
@@ -20,10 +22,12 @@ from tempfile import TemporaryDirectory
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (BloomConfig, Gemma2Config, Gemma3TextConfig, GemmaConfig, GPT2Config, LlamaConfig, Ministral3Config,
-                          MistralConfig, Phi3Config, PreTrainedConfig, Qwen2Config, Qwen3Config, SmolLM3Config)
+                          MistralConfig, Phi3Config, PreTrainedConfig, Qwen2Config, Qwen3Config, SmolLM3Config, T5Config)
+from transformers.models.t5 import modeling_t5
 from transformers.utils import logging
 
-from common import GOLDENS, batch, fresh, load, random_model, run, seed_of, write
+import make_t5
+from common import GOLDENS, batch, float64_inside, fresh, load, random_model, run, seed_of, write
 
 PACKAGE = "llama-cpp-python==0.3.36"
 LENGTHS = [5, 12, 1]
@@ -33,7 +37,11 @@ PLAIN = TOKENS | dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2,
 PHI3 = PLAIN | dict(original_max_position_embeddings=8)
 SIZES = PLAIN | dict(num_attention_heads=4, num_key_value_heads=2, head_dim=8)
 GEMMA = SIZES | dict(query_pre_attn_scalar=8, sliding_window=5)  # llama.cpp takes the head's width for the first
+# llama.cpp takes distances to be told apart up to 128.
+T5 = dict(vocab_size=288, d_model=16, d_ff=24, num_heads=2, relative_attention_num_buckets=8, relative_attention_max_distance=128,
+          decoder_start_token_id=0, dropout_rate=0.0)
 SPM = None
+UNIGRAM = "unigram"
 SPM_PIECES = ["▁", "e", "t", "a", "o", "i", "n", "s", "r", "h", "d", "l", "u", "c", "m", "f", "g", "y", "▁t", "he", "▁the", "in",
               "re", "an", "▁a", "on", "er", "nd", "▁and"]
 
@@ -41,7 +49,7 @@ SPM_PIECES = ["▁", "e", "t", "a", "o", "i", "n", "s", "r", "h", "d", "l", "u",
 @dataclass
 class Case:
     config: PreTrainedConfig  # what llama.cpp makes of the file, too
-    pre: str | None  # name of the byte-level BPE's pre-tokenizer, or SPM
+    pre: str | None  # name of the byte-level BPE's pre-tokenizer, SPM or UNIGRAM
     old: dict = field(default_factory=dict)  # keys that the converter wants, or that do not reach the GGUF file
 
 
@@ -65,6 +73,10 @@ CASES = {
         Ministral3Config(**SIZES, rope_parameters=dict(
             rope_type="yarn", rope_theta=100.0, factor=4.0, original_max_position_embeddings=8, beta_fast=1.0, beta_slow=0.1,
             mscale=1.0, mscale_all_dim=1.0, llama_4_scaling_beta=0.1)), "tekken"),
+    "t5": Case(T5Config(**T5, d_kv=8, num_layers=2, num_decoder_layers=2), UNIGRAM),
+    "flan_t5": Case(
+        T5Config(**T5 | dict(vocab_size=192), d_kv=6, num_layers=2, num_decoder_layers=1, feed_forward_proj="gated-gelu",
+                 tie_word_embeddings=False), UNIGRAM),
 }
 
 
@@ -98,6 +110,34 @@ def write_spm(folder):
     (folder / "tokenizer.model").write_bytes(proto.SerializeToString())
 
 
+def texts_of(corpus):
+    """The texts of the other makers, and pieces of their sentences: more than a hundred."""
+    from make_tokenizers import TEXTS
+
+    words = [line.split(" ") for line in corpus]
+    parts = [" ".join(line[i:i + n]) for line in words for n in (2, 5) for i in range(0, len(line), 4)]
+    more = ["<extra_id_0> words<extra_id_1>", "x <extra_id_1> y</s>", "\uff1cextra_id_0\uff1e"]
+    return list(dict.fromkeys(make_t5.TEXTS + more + TEXTS + corpus + parts))
+
+
+def write_unigram(base, folder, name):
+    """The vocabulary as sentencepiece holds it, beside what transformers writes, and the ids of many texts."""
+    from make_tokenizers import CORPUS
+
+    corpus, size, count = (make_t5.CORPUS + CORPUS, 280, 2) if name == "t5" else (make_t5.CORPUS, 80, 100)
+    proto = make_t5.train_unigram(base, corpus, size)
+    sentinels = [f"<extra_id_{number}>" for number in reversed(range(count))]
+    tokenizer = make_t5.tokenizer_of(proto, sentinels, count)
+    assert [tokenizer.convert_tokens_to_ids(token) for token in sentinels] == [len(proto.pieces) + i for i in range(count)]
+    tokenizer.save_pretrained(base)
+    (base / "spiece.model").write_bytes(proto.SerializeToString())
+    if name == "t5":
+        ids = {token: len(proto.pieces) + i for i, token in enumerate(sentinels)}
+        (base / "added_tokens.json").write_text(json.dumps(ids))
+    make_t5.write_texts(folder, tokenizer, proto, texts_of(make_t5.CORPUS + CORPUS))
+    return len(tokenizer)
+
+
 def convert(folder, family, pre, out):
     import gguf
     from conversion import ModelBase, ModelType, get_model_architecture, get_model_class
@@ -106,6 +146,22 @@ def convert(folder, family, pre, out):
     TextModel.get_vocab_base_pre = lambda self, tokenizer: pre  # known by a hash of the real vocabulary's ids
     kind = get_model_class(get_model_architecture(ModelBase.load_hparams(folder, False), ModelType.TEXT))
     kind(folder, gguf.LlamaFileType.ALL_F32, out, model_name=family).write()
+
+
+def make_t5_case(name, case):
+    folder, seed = fresh(GOLDENS / f"gguf_{name}"), seed_of(f"gguf_{name}")
+    float64_inside(modeling_t5)
+    with TemporaryDirectory() as base:
+        base = Path(base)
+        make_t5.random_model(case.config, seed).save_pretrained(base)
+        (folder / "config.json").write_text((base / "config.json").read_text() + "\n")
+        sources, ids, labels = make_t5.rows(seed, case.config.vocab_size)
+        logits, loss = make_t5.run(make_t5.load(base), sources, ids, labels)
+        make_t5.write_golden(folder, sources, ids, labels, logits, loss)
+        tokens = write_unigram(base, folder, name)
+        convert(base, name, None, folder / "model.gguf")
+    size = (folder / "model.gguf").stat().st_size
+    print(f"{name}: loss {loss.item():.4f}, {tokens} tokens, {size} bytes")
 
 
 def make_case(name, case):
@@ -144,7 +200,7 @@ def main():
         source = args.llama_cpp or llama_cpp(folder)
         sys.path[:0] = [str(source), str(source / "gguf-py")]
         for name in args.cases or CASES:
-            make_case(name, CASES[name])
+            (make_t5_case if CASES[name].pre == UNIGRAM else make_case)(name, CASES[name])
 
 
 if __name__ == "__main__":

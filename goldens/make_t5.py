@@ -7,7 +7,8 @@ Cases hold what common.py says, but a row is a source, which the encoder reads, 
 `source_ids` and `source_lengths`, `input_ids` are the answers', and the decoder reads the start token and then each answer
 without its last token. Every token of an answer may be a label, the first too. Model cases also have `prompt` and
 `generated` as make_families.py's, and for 50 more sources `more_sources`, `more_lengths` and `more_answers`, 8 ids each.
-t5 also has a tokenizer, and texts.json: `texts`, their `ids` and these `decoded` without special tokens.
+t5 also has a tokenizer, and texts.json: `texts`, their `ids` and these `decoded` without special tokens. make_families_gguf.py makes
+GGUF files of such models with what is here.
 
 t5_training holds adapter/ as peft starts it, with training.safetensors: `source_ids`, `source_lengths`, `input_ids` and
 `sequence_lengths` of 40 rows, and `losses`, the mean loss of each of 20 steps of two rows in turn in float32, with AdamW at 0.01.
@@ -40,10 +41,13 @@ GENERATED, MARGIN, MORE = 8, 1e-2, 50
 SIZES = dict(vocab_size=96, d_model=16, d_ff=24, num_heads=2, relative_attention_num_buckets=8,
              relative_attention_max_distance=12, decoder_start_token_id=0, dropout_rate=0.0)
 MODELS = {
-    # Attention as wide as the model, which a prefix needs, and three layers, whose prefixes lie in another order.
+    # Attention as wide as the model, which a prefix needs, and three layers, whose prefixes lie in another order. flan_t5 has neither
+    # that nor as many layers on both sides; flan_t5_wide has.
     "t5": T5Config(**SIZES, d_kv=8, num_layers=3, num_decoder_layers=3),
     "flan_t5": T5Config(**SIZES, d_kv=6, num_layers=2, num_decoder_layers=1, feed_forward_proj="gated-gelu",
                         tie_word_embeddings=False),
+    "flan_t5_wide": T5Config(**SIZES, d_kv=8, num_layers=2, num_decoder_layers=2, feed_forward_proj="gated-gelu",
+                             tie_word_embeddings=False),
 }
 R = dict(r=2, lora_alpha=4)
 SOFT = dict(num_virtual_tokens=6)
@@ -63,14 +67,24 @@ CASES = {
     "flan_t5_lora_qv": Case("flan_t5", LoraConfig, R | dict(target_modules=["q", "v"])),
     "flan_t5_lora_save": Case("flan_t5", LoraConfig, R | dict(
         target_modules=r"decoder.*EncDecAttention\.(k|v)", modules_to_save=["lm_head", "relative_attention_bias"])),
+    # Rows of both sides' table and of the head, which it is; 0 begins every answer.
+    "t5_lora_tokens": Case("t5", LoraConfig, R | dict(target_modules=["q", "v"], trainable_token_indices=[5, 0, 17])),
+    "flan_t5_lora_tokens": Case("flan_t5", LoraConfig, R | dict(
+        target_modules=["q", "v"], trainable_token_indices={"lm_head": [5, 17]})),
     "t5_dora": Case("t5", LoraConfig, R | dict(target_modules=["k", "v", "o", "wo"], use_dora=True)),
+    "flan_t5_dora": Case("flan_t5", LoraConfig, R | dict(
+        target_modules=["q", "v", "wi_0", "wi_1", "wo", "lm_head"], use_dora=True)),
     "t5_ia3": Case("t5", IA3Config),
     "flan_t5_ia3": Case("flan_t5", IA3Config, dict(target_modules=["k", "v", "wo"], feedforward_modules=["wo"])),
     "t5_prompt": Case("t5", PromptTuningConfig, SOFT),
     "flan_t5_prompt": Case("flan_t5", PromptTuningConfig, SOFT),
     "t5_p_tuning": Case("t5", PromptEncoderConfig, SOFT | dict(encoder_hidden_size=8)),
+    "flan_t5_p_tuning": Case("flan_t5", PromptEncoderConfig, SOFT | dict(encoder_hidden_size=8)),
     "t5_prefix": Case("t5", PrefixTuningConfig, SOFT),
     "t5_prefix_projection": Case("t5", PrefixTuningConfig, SOFT | dict(prefix_projection=True, encoder_hidden_size=8)),
+    "flan_t5_prefix": Case("flan_t5_wide", PrefixTuningConfig, SOFT),
+    "flan_t5_prefix_projection": Case(
+        "flan_t5_wide", PrefixTuningConfig, SOFT | dict(prefix_projection=True, encoder_hidden_size=8)),
 }
 
 
@@ -80,29 +94,43 @@ TEXTS = ["", " ", "a", "the line", "  The  lines of files ", "a\nb\tc", "e\u0301
          "summarize: a tool", "words\u00a0and bytes"]
 
 
-def make_tokenizer(folder):
-    """A Unigram vocabulary with rules of normalisation, in the tokenizer's own form, and what it makes of TEXTS."""
+def train_unigram(folder, corpus, size):
+    """A Unigram vocabulary with rules of normalisation, as sentencepiece's own message."""
     file, rules = io.BytesIO(), folder / "rules.tsv"
     # What becomes what: a ligature, a letter and its accent, a space that does not break.
     rules.write_text("FB01\t66 69\n65 301\tE9\nA0\t20\n")
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS * 3), model_writer=file, model_type="unigram", vocab_size=80, pad_id=0, eos_id=1,
+        sentence_iterator=iter(corpus * 3), model_writer=file, model_type="unigram", vocab_size=size, pad_id=0, eos_id=1,
         unk_id=2, bos_id=-1, normalization_rule_tsv=str(rules), character_coverage=1.0, hard_vocab_limit=False, minloglevel=2)
     rules.unlink()
-    proto = sentencepiece_model_pb2.ModelProto.FromString(file.getvalue())
-    vocabulary = [(piece.piece, piece.score) for piece in proto.pieces]
-    assert len(vocabulary) < SIZES["vocab_size"] - 2
-    tokenizer = T5Tokenizer(vocab=vocabulary, _spm_precompiled_charsmap=proto.normalizer_spec.precompiled_charsmap,
-                            extra_ids=2)
-    tokenizer.save_pretrained(folder)
-    processor = sentencepiece.SentencePieceProcessor(model_proto=file.getvalue())
+    return sentencepiece_model_pb2.ModelProto.FromString(file.getvalue())
+
+
+def tokenizer_of(proto, sentinels, extra_ids):
+    """transformers' tokenizer of a Unigram vocabulary, with these tokens behind its pieces."""
+    vocabulary = [(piece.piece, piece.score) for piece in proto.pieces] + [(token, 0.0) for token in sentinels]
+    charsmap = proto.normalizer_spec.precompiled_charsmap
+    return T5Tokenizer(vocab=vocabulary, _spm_precompiled_charsmap=charsmap, extra_ids=extra_ids)
+
+
+def write_texts(folder, tokenizer, proto, texts):
+    processor = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
     # sentencepiece splits at spaces alone, and knows no special tokens in a text.
-    plain = [text for text in TEXTS if not set("<\n") & set(text)]
+    plain = [text for text in texts if not set("<\n\r\t\u3000") & set(text)]
     assert all(tokenizer.encode(text, add_special_tokens=False) == processor.encode(text) for text in plain)
-    ids = [tokenizer.encode(text) for text in TEXTS]
+    ids = [tokenizer.encode(text) for text in texts]
     decoded = [tokenizer.decode(row, skip_special_tokens=True) for row in ids]
-    content = {"texts": TEXTS, "ids": ids, "decoded": decoded}
+    content = {"texts": texts, "ids": ids, "decoded": decoded}
     (folder / "texts.json").write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def make_tokenizer(folder):
+    """A vocabulary in the tokenizer's own form, and what it makes of TEXTS."""
+    proto = train_unigram(folder, CORPUS, 80)
+    assert len(proto.pieces) < SIZES["vocab_size"] - 2
+    tokenizer = tokenizer_of(proto, [], 2)
+    tokenizer.save_pretrained(folder)
+    write_texts(folder, tokenizer, proto, TEXTS)
 
 
 def perturb(parameters, seed):
@@ -137,12 +165,12 @@ def run(model, sources, ids, labels):
     return logits.detach(), loss.detach().reshape(1)
 
 
-def rows(seed):
-    sources, _ = batch(SIZES["vocab_size"], seed + 1, SOURCES)
-    return (sources, *batch(SIZES["vocab_size"], seed, LENGTHS))
+def rows(seed, vocabulary=SIZES["vocab_size"]):
+    sources, _ = batch(vocabulary, seed + 1, SOURCES)
+    return (sources, *batch(vocabulary, seed, LENGTHS))
 
 
-def write_golden(folder, sources, ids, labels, logits, loss, grads, **more):
+def write_golden(folder, sources, ids, labels, logits, loss, grads=None, **more):
     write(folder / "golden.safetensors", ids, labels, logits, loss, grads, LENGTHS, source_ids=sources,
           source_lengths=torch.tensor(SOURCES), **more)
 
@@ -174,14 +202,18 @@ def answers(model, seed):
     return found
 
 
-def save_model(name, config):
-    folder, seed = fresh(GOLDENS / name), seed_of(name)
+def random_model(config, seed):
     config._attn_implementation = "eager"
     model = AutoModelForSeq2SeqLM.from_config(config, dtype=torch.float32)
     if not config.scale_decoder_outputs:
         model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.lm_head.weight))
     randomise(model.named_parameters(), seed)
-    model.save_pretrained(folder)
+    return model
+
+
+def save_model(name, config):
+    folder = fresh(GOLDENS / name)
+    random_model(config, seed_of(name)).save_pretrained(folder)
     (folder / "generation_config.json").unlink(missing_ok=True)
     if name == "t5":
         make_tokenizer(folder)

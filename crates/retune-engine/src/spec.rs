@@ -521,6 +521,11 @@ impl ModelSpec {
         self.table.positions.as_ref().map(|_| self.context)
     }
 
+    /// The most tokens that the model was made for; none where all long distances count the same.
+    pub fn context_limit(&self) -> Option<usize> {
+        self.decoder.buckets.is_none().then_some(self.context)
+    }
+
     /// Values that a token has in the keys and values of all attentions of the decoder to its own row together.
     pub fn key_value_width(&self) -> usize {
         self.decoder.sub_layers().filter_map(SubLayer::attention).map(Attention::key_value_width).sum()

@@ -235,6 +235,14 @@ impl Metadata {
         self.get_array(key, "an array of 32-bit integers", |value| value.to_integer()?.try_into().ok())
     }
 
+    /// Bytes, which some writers call signed.
+    pub fn get_u8_array(&self, key: &str) -> Result<Option<Vec<u8>>, Error> {
+        self.get_array(key, "an array of bytes", |value| match value.to_integer()? {
+            byte @ -128..0 => Some(byte as i8 as u8),
+            byte => byte.try_into().ok(),
+        })
+    }
+
     /// An array of integers; a single integer counts as an array of one. Layer sizes come in both spellings.
     pub fn get_u64_array(&self, key: &str) -> Result<Option<Vec<u64>>, Error> {
         match self.entries.get(key) {

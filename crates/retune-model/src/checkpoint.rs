@@ -26,7 +26,7 @@ use sha2::{Digest, Sha256};
 
 use crate::error::Error;
 use crate::families::{self, Description, Family, TokenIds};
-use crate::translate::Translation;
+use crate::translate::{HEAD, Translation};
 
 pub(crate) const CONFIG: &str = "config.json";
 /// Values decoded at a time when all weights are looked through: 256 KB per thread.
@@ -124,7 +124,9 @@ impl Checkpoint {
         let file = Gguf::parse(bytes)?;
         let translation = Translation::of(&file)?;
         let description = families::describe(&translation.config).map_err(|error| translation.name_key(error))?;
-        let Description { family, spec, tokens } = description;
+        let Description { family, mut spec, tokens } = description;
+        // What a configuration says of it need not be about the head: T5's is about the scale.
+        spec.head.tied &= file.tensor(HEAD).is_none();
         let tensors = gguf_tensors(&file, &translation, &spec)?;
         let Translation { config: config_json, notes, .. } = translation;
         let source = Source::Gguf { metadata: file.metadata, config_json };
@@ -504,7 +506,10 @@ fn gguf_tensors(
         }
     }
     refuse_missing(&missing)?;
-    if let Some(tensor) = unused.into_keys().find(|name| !name.ends_with(".attn_rot_embd.weight")) {
+    // Frequencies that follow from the configuration, and biases that T5's attention to the encoder does not read.
+    let may_be_left =
+        |name: &str| [".attn_rot_embd.weight", ".cross_attn_rel_b.weight"].iter().any(|end| name.ends_with(end));
+    if let Some(tensor) = unused.into_keys().find(|name| !may_be_left(name)) {
         return Err(Error::UnexpectedTensor { tensor: tensor.to_owned(), family: spec.family });
     }
 

@@ -430,7 +430,7 @@ pub(crate) fn config_json(checkpoint: &Checkpoint, dtype: ExportType, tied: bool
     pretty(&config)
 }
 
-/// The source's file, or the tokens that begin and end a text.
+/// The source's file, or the tokens that begin, end and pad a text.
 pub(crate) fn generation_config(checkpoint: &Checkpoint, tokenizer: &Tokenizer) -> Result<Vec<u8>, Error> {
     if checkpoint.kind() == CheckpointKind::HuggingFace {
         let path = checkpoint.path().join(GENERATION_CONFIG);
@@ -451,6 +451,11 @@ pub(crate) fn generation_config(checkpoint: &Checkpoint, tokenizer: &Tokenizer) 
         [one] => fields.insert("eos_token_id".to_owned(), json!(one)),
         several => fields.insert("eos_token_id".to_owned(), json!(several)),
     };
+    if let Some(encoder) = &checkpoint.spec.encoder {
+        // With this file there, transformers does not look for it in config.json.
+        fields.insert("decoder_start_token_id".to_owned(), encoder.decoder_start.into());
+        fields.extend(checkpoint.tokens.pad.map(|pad| ("pad_token_id".to_owned(), pad.into())));
+    }
     pretty(&Value::Object(fields))
 }
 

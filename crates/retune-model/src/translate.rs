@@ -21,7 +21,8 @@ pub struct Gguf {
     pub architecture: &'static str,
     /// The fields of the configuration.
     pub keys: &'static [&'static [Key]],
-    /// Modules: transformers' name, in a layer what follows the layer's number, and llama.cpp's. The first that fits counts.
+    /// Modules: transformers' name, in a layer what follows the layer's number, and llama.cpp's. The first that fits counts. Where there
+    /// are several stacks of layers, the whole names with `*` for the number.
     pub names: &'static [&'static [(&'static str, &'static str)]],
     /// Flags of the configuration that say whether modules have biases, and llama.cpp's names of these modules.
     pub biases: &'static [(&'static str, &'static [&'static str])],
@@ -112,6 +113,8 @@ pub const BIASES: &[(&str, &[&str])] = &[
 const FREQ_BASE: &str = "rope.freq_base";
 const ROPE_THETA: &str = "rope_theta";
 const TABLE: &str = "token_embd.weight";
+/// Missing where the table is the head as well.
+pub const HEAD: &str = "output.weight";
 const ROPE_FACTORS: &str = "rope_freqs.weight";
 const LONG_FACTORS: &str = "rope_factors_long.weight";
 const SHORT_FACTORS: &str = "rope_factors_short.weight";
@@ -137,6 +140,13 @@ impl Gguf {
         };
         if let Some(stored) = find(module) {
             return Some(format!("{stored}.{kind}"));
+        }
+        // The first number in the name is the layer's.
+        let is_number = |part: &&str| part.bytes().all(|byte| byte.is_ascii_digit());
+        if let Some(number) = module.split('.').find(is_number)
+            && let Some(stored) = find(&module.replacen(&format!(".{number}."), ".*.", 1))
+        {
+            return Some(format!("{}.{kind}", stored.replacen('*', number, 1)));
         }
         let in_layers = module.strip_prefix(prefix)?;
         let (layer, inner) = in_layers.strip_prefix("layers.").or(in_layers.strip_prefix("h."))?.split_once('.')?;
@@ -292,7 +302,8 @@ impl Header<'_> {
         self.file.tensor(tensor)?.dims.get(1).copied()
     }
 
-    fn has_tensor(&self, name: &str) -> bool {
+    /// Whether the file has a tensor of this name.
+    pub fn has_tensor(&self, name: &str) -> bool {
         self.file.tensor(name).is_some()
     }
 
@@ -336,7 +347,7 @@ impl Header<'_> {
             return Err(Error::MissingTensors { count: 1, first: TABLE.to_owned() });
         };
         config.insert("vocab_size".to_owned(), rows.into());
-        config.insert("tie_word_embeddings".to_owned(), (!self.has_tensor("output.weight")).into());
+        config.insert("tie_word_embeddings".to_owned(), (!self.has_tensor(HEAD)).into());
         for (flag, modules) in gguf.biases {
             if modules.iter().any(|module| self.has_tensor(&format!("blk.0.{module}.bias"))) {
                 config.insert((*flag).to_owned(), true.into());
@@ -650,6 +661,10 @@ mod tests {
             ("phi3", "model.layers.3.mlp.gate_up_proj.weight", "blk.3.ffn_up.weight"),
             ("gpt2", "transformer.h.3.attn.c_attn.bias", "blk.3.attn_qkv.bias"),
             ("bloom", "transformer.word_embeddings_layernorm.bias", "token_embd_norm.bias"),
+            ("t5", "shared.weight", "token_embd.weight"),
+            ("t5", "encoder.block.12.layer.1.layer_norm.weight", "enc.blk.12.ffn_norm.weight"),
+            ("t5", "decoder.block.1.layer.1.layer_norm.weight", "dec.blk.1.cross_attn_norm.weight"),
+            ("t5", "decoder.block.0.layer.2.DenseReluDense.wi_1.weight", "dec.blk.0.ffn_up.weight"),
         ] {
             assert_eq!(of(architecture, theirs).as_deref(), Some(stored));
         }

@@ -168,6 +168,11 @@ fn merged_models_give_the_logits_of_base_and_adapter() {
         // An encoder and a decoder, tied and not.
         ("t5_lora_all", 48),
         ("flan_t5_lora_all", 25),
+        ("t5_dora", 33),
+        ("flan_t5_dora", 18),
+        ("t5_ia3", 24),
+        ("t5_lora_tokens", 19),
+        ("flan_t5_lora_tokens", 9),
     ] {
         let (_dir, checkpoint) = base_of(case);
         let tied = checkpoint.spec.head.tied;
@@ -233,15 +238,23 @@ fn a_base_alone_is_written_as_it_is() {
 
 #[test]
 fn a_gguf_model_becomes_a_directory() {
-    let checkpoint = checkpoint("gguf_llama");
-    let out = tempfile::tempdir().unwrap();
-    copied(&checkpoint, out.path()).unwrap();
-    let (pass, expected) = golden("gguf_llama");
-    let error = relative(&logits_of(out.path(), &pass), &expected);
-    assert!(error < 1e-4, "logits {error}");
-    let text = "I'll sing 12345 things";
-    let ids = |checkpoint: &Checkpoint| checkpoint.tokenizer().unwrap().encode(text).unwrap();
-    assert_eq!(ids(&Checkpoint::open(out.path()).unwrap()), ids(&checkpoint));
+    for case in ["gguf_llama", "gguf_t5", "gguf_flan_t5"] {
+        let checkpoint = checkpoint(case);
+        let out = tempfile::tempdir().unwrap();
+        copied(&checkpoint, out.path()).unwrap();
+        let (pass, expected) = golden(case);
+        let error = relative(&logits_of(out.path(), &pass), &expected);
+        assert!(error < 1e-4, "{case}: logits {error}");
+        let text = "I'll sing 12345 things";
+        let ids = |checkpoint: &Checkpoint| checkpoint.tokenizer().unwrap().encode(text).unwrap();
+        assert_eq!(ids(&Checkpoint::open(out.path()).unwrap()), ids(&checkpoint));
+        if checkpoint.spec.encoder.is_some() {
+            // transformers generates with nothing but this file.
+            let expected = json!({"eos_token_id": 1, "decoder_start_token_id": 0, "pad_token_id": 0});
+            assert_eq!(json_of(out.path(), "generation_config.json"), expected);
+            assert_eq!(json_of(out.path(), "config.json")["tie_word_embeddings"], json!(case == "gguf_t5"));
+        }
+    }
 }
 
 #[test]

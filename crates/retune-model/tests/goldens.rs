@@ -173,7 +173,7 @@ fn parts_of_a_model_have_the_gradients_of_the_whole() {
     let is_bias = |name: &str, _: &[usize]| name.ends_with(".bias");
     let in_last = |name: &str, _: &[usize]| name.contains("layers.1.") || name.contains("h.1.");
     type Keep<'a> = &'a dyn Fn(&str, &[usize]) -> bool;
-    let cases: [(&str, serde_json::Value, Keep<'_>); 7] = [
+    let cases: [(&str, serde_json::Value, Keep<'_>); 9] = [
         ("llama_bias", serde_json::json!({"biases": true}), &is_bias),
         ("gpt2", serde_json::json!({"biases": true}), &is_bias),
         ("llama_tied", serde_json::json!({"norms": true}), &|_, shape| shape.len() == 1),
@@ -185,6 +185,8 @@ fn parts_of_a_model_have_the_gradients_of_the_whole() {
         ("llama_untied_mha", serde_json::json!({"modules": ".*(down_proj|lm_head)"}), &|name, _| {
             name.contains("down_proj") || name.contains("lm_head")
         }),
+        ("t5", serde_json::json!({"last_layers": 1}), &|name, _| name.contains("decoder.block.2.")),
+        ("flan_t5", serde_json::json!({"last_layers": 1}), &|name, _| name.contains("decoder.block.")),
     ];
     for (name, settings, keep) in cases {
         let method = (retune_adapter::by_name("partial").unwrap().read)(settings.clone()).unwrap();
@@ -347,7 +349,7 @@ fn greedy_generation_equals_transformers() {
 
 #[test]
 fn answers_to_fifty_sources_equal_those_of_transformers() {
-    for name in ["t5", "flan_t5"] {
+    for name in ["t5", "flan_t5", "flan_t5_wide"] {
         let case = Case::base(name);
         let golden = case.golden();
         let sources = golden.rows("more_sources", "more_lengths");

@@ -31,7 +31,7 @@ pub enum Error {
 
     /// A kind of tokenizer in a GGUF file that is not implemented.
     #[error(
-        "GGUF tokenizer {model:?} is not supported; supported: gpt2 (byte-level BPE) and llama (SentencePiece BPE): use the model's Hugging Face directory"
+        "GGUF tokenizer {model:?} is not supported; supported: gpt2 (byte-level BPE), llama (SentencePiece BPE) and t5 (SentencePiece Unigram): use the model's Hugging Face directory"
     )]
     GgufTokenizerModel { model: String },
 

@@ -111,17 +111,25 @@ struct Texts {
     decoded: Vec<String>,
 }
 
-/// `goldens/make_t5.py` makes the tokenizer with sentencepiece and transformers.
+/// `goldens/make_t5.py` and `make_families_gguf.py` make the tokenizers with sentencepiece, transformers and llama.cpp's converter.
 #[test]
 fn a_unigram_vocabulary_gives_the_ids_of_transformers() {
-    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../retune-model/tests/goldens/t5");
-    let golden: Texts = serde_json::from_slice(&std::fs::read(dir.join("texts.json")).unwrap()).unwrap();
-    let tokenizer = Tokenizer::from_dir(&dir).unwrap();
-    assert_eq!(tokenizer.eos_token_ids(), [1]);
-    let plain: Vec<Vec<u32>> = golden.ids.iter().map(|ids| ids[..ids.len() - 1].to_vec()).collect();
-    assert_ids("t5", &tokenizer, &golden.texts, &plain);
-    for ((text, ids), decoded) in golden.texts.iter().zip(&golden.ids).zip(&golden.decoded) {
-        assert_eq!(&tokenizer.encode_with_special_tokens(text).unwrap(), ids, "{text:?}");
-        assert_eq!(&tokenizer.decode(ids, true), decoded, "{text:?}");
+    for (name, texts) in [("t5", 11), ("gguf_t5", 100), ("gguf_flan_t5", 100)] {
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../retune-model/tests/goldens").join(name);
+        let golden: Texts = serde_json::from_slice(&std::fs::read(dir.join("texts.json")).unwrap()).unwrap();
+        assert!(golden.texts.len() >= texts, "{name}");
+        let tokenizer = if name.starts_with("gguf") {
+            let bytes = std::fs::read(dir.join("model.gguf")).unwrap();
+            Tokenizer::from_gguf(&Gguf::parse(SharedBytes::from_vec(bytes)).unwrap().metadata).unwrap()
+        } else {
+            Tokenizer::from_dir(&dir).unwrap()
+        };
+        assert_eq!(tokenizer.eos_token_ids(), [1]);
+        let plain: Vec<Vec<u32>> = golden.ids.iter().map(|ids| ids[..ids.len() - 1].to_vec()).collect();
+        assert_ids(name, &tokenizer, &golden.texts, &plain);
+        for ((text, ids), decoded) in golden.texts.iter().zip(&golden.ids).zip(&golden.decoded) {
+            assert_eq!(&tokenizer.encode_with_special_tokens(text).unwrap(), ids, "{name}: {text:?}");
+            assert_eq!(&tokenizer.decode(ids, true), decoded, "{name}: {text:?}");
+        }
     }
 }

@@ -83,6 +83,56 @@ fn a_run_trains_and_its_adapter_answers() {
     assert_eq!((&inspected["layers"], &inspected["encoder_layers"]), (&json!(3), &json!(3)));
 }
 
+/// A GGUF file is used as a directory is, whichever kind of T5 it holds.
+#[test]
+fn a_gguf_file_trains_answers_and_becomes_a_directory() {
+    let folder = with_run();
+    let text = "summarize: a tool<extra_id_0>";
+    for kind in ["t5", "flan_t5"] {
+        let (model, adapter) = (golden(&format!("gguf_{kind}/model.gguf")), format!("{kind}/adapter"));
+        let set = [format!("model={model}"), format!("output_dir={kind}")];
+        folder.succeeds(&["train", "run.yaml", "--set", &set[0], "--set", &set[1]]);
+        let adapted = ["--model", &model, "--adapter", &adapter];
+        let loss = |args: &[&str]| {
+            let output = folder.succeeds(&joined(&[&["eval", "--data", "eval.jsonl", "--json"], args]));
+            output.json()["loss"].as_f64().unwrap()
+        };
+        let trained = loss(&adapted);
+        assert!(trained < loss(&adapted[..2]), "{kind}: nothing was learnt");
+        let merged = format!("merged-{kind}");
+        folder.succeeds(&joined(&[&["merge", "--out", &merged], &adapted]));
+        assert!((loss(&["--model", &merged]) - trained).abs() < 1e-5, "{kind}");
+        let ids = |model: &str| {
+            let json = folder.succeeds(&["tokenize", "--model", model, "--json", text]).json();
+            let answer = ["generate", "--model", model, "--json", "--max-new-tokens", "9", "a tool that counts"];
+            (json["ids"].clone(), folder.succeeds(&answer).json()["ids"].clone())
+        };
+        let (tokens, answer) = ids(&merged);
+        assert_eq!(tokens, ids(&model).0, "{kind}");
+        let of_adapted = ["generate", "--json", "--max-new-tokens", "9", "a tool that counts"];
+        assert_eq!(answer, folder.succeeds(&joined(&[&of_adapted, &adapted])).json()["ids"], "{kind}");
+        let inspected = folder.succeeds(&["inspect", &model, "--json"]).json();
+        assert_eq!(inspected["tied_embeddings"], json!(kind == "t5"));
+        assert!(inspected["notes"][0].as_str().unwrap().contains("relative_attention_max_distance"));
+    }
+}
+
+#[test]
+fn no_row_is_too_long_for_distances_and_an_empty_input_is_told() {
+    let folder = with_run();
+    let long = "a tool that counts words and bytes of files ".repeat(60);
+    let rows = [("", "words"), (&*long, "files")].map(|(input, output)| json!({ "input": input, "output": output }));
+    folder.write("train.jsonl", format!("{}\n{}\n", rows[0], rows[1]));
+    let set = ["run.yaml", "--set", "data.max_length=2000"];
+    let told = "1 rows with an empty input: the encoder has nothing to read (lines 1)";
+    assert!(folder.succeeds(&joined(&[&["data"], &set])).stdout.contains(told));
+    let notes = folder.succeeds(&joined(&[&["train"], &set])).stderr;
+    assert!(notes.contains(told) && !notes.contains("context"), "{notes}");
+    let model = golden(MODEL);
+    let answer = folder.succeeds(&["generate", "--model", &model, "--json", "--max-new-tokens", "2", &long]).json();
+    assert!(answer["prompt_tokens"].as_u64().unwrap() > 512);
+}
+
 #[test]
 fn a_run_that_goes_on_ends_with_the_bytes_of_one_left_alone() {
     let folder = with_run();
@@ -136,4 +186,6 @@ fn what_makes_no_sense_is_refused_with_the_reason() {
         folder.write(&format!("flan/{file}"), std::fs::read(golden(&format!("{MODEL}/{file}"))).unwrap());
     }
     folder.refuses(&joined(&[&prefix, &["--set", "model=flan"]]), &["has no meaning in PEFT", "take another method"]);
+    let rows = ["train", "run.yaml", "--set", "model=flan", "--set", "adapter.trainable_token_indices=[5]"];
+    folder.refuses(&rows, &["names rows of shared", "that is a head of its own", "rows of lm_head alone"]);
 }

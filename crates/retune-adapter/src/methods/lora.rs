@@ -228,10 +228,13 @@ fn on_tables(
     }
     let modules = BaseModules::of(spec);
     for (module, ids) in config.token_rows(&modules)? {
-        if spec.encoder.is_some() {
-            let problem =
-                "is not available for a model with an encoder, both sides of which read the table; leave it out";
-            return config_error(TOKENS, problem.to_owned());
+        // PEFT takes every model with an encoder for one whose head is the table.
+        if spec.encoder.is_some() && !spec.head.tied && module == spec.table.name {
+            let head = &spec.head.linear.name;
+            let problem = format!(
+                "names rows of {module}, which PEFT puts into {head} as well, though that is a head of its own; name rows of {head} alone, or leave it out"
+            );
+            return config_error(TOKENS, problem);
         }
         let is_same =
             |name: &str| name == module || spec.head.tied && module == spec.table.name && name == spec.head.linear.name;

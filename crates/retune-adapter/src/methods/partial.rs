@@ -46,7 +46,7 @@ pub struct PartialConfig {
     pub biases: bool,
     /// Train every norm, with its bias where it has one.
     pub norms: bool,
-    /// Train everything in this many of the last layers.
+    /// Train everything in this many of the last layers; of a model with an encoder these are the decoder's.
     pub last_layers: usize,
 }
 
@@ -119,11 +119,15 @@ impl PartialConfig {
     fn tensors(&self, spec: &ModelSpec) -> Result<BTreeSet<String>, Error> {
         let (modules, layers) = (spec.modules(), spec.decoder.blocks.len());
         if self.last_layers > layers {
-            let problem = format!("{} is more than the {layers} layers of this model", self.last_layers);
+            let of_decoder = if spec.encoder.is_some() { "'s decoder" } else { "" };
+            let problem = format!("{} is more than the {layers} layers of this model{of_decoder}", self.last_layers);
             return config_error("last_layers", problem);
         }
         let mut whole = self.named(&modules, &spec.head.linear.name, spec.head.tied)?;
         whole.extend(spec.decoder.blocks[layers - self.last_layers..].iter().flat_map(modules_of));
+        // They stand in the first layer.
+        let buckets = spec.decoder.buckets.as_ref().filter(|_| self.last_layers == layers);
+        whole.extend(buckets.map(|buckets| buckets.name.as_str()));
         let mut tensors = BTreeSet::new();
         let mut biases = 0;
         for module in &modules {

@@ -5,10 +5,13 @@ use retune_engine::spec::{
     Stack, SubLayer, Table,
 };
 
+use serde_json::{Map, Value};
+
 use super::decoder::inverse_root;
 use super::{DefaultTokens, Family};
 use crate::error::Error;
 use crate::fields::{Fields, SizeNames, Sizes, activation, field_error};
+use crate::translate::{Gguf, Header, Key};
 
 pub static T5: Family = Family {
     models: "T5, FLAN-T5",
@@ -18,8 +21,74 @@ pub static T5: Family = Family {
     tokens: DefaultTokens { bos: None, eos: Some(1), pad: Some(0) },
     unquantized: &["wo"],
     describe: t5,
-    gguf: None,
+    gguf: Some(Gguf {
+        architecture: "t5",
+        keys: &[&[
+            Key::size("block_count", "num_layers").required(),
+            Key::size("decoder_block_count", "num_decoder_layers"),
+            Key::size("context_length", "n_positions").required(),
+            Key::size("embedding_length", "d_model").required(),
+            Key::size("feed_forward_length", "d_ff").required(),
+            Key::size("attention.head_count", "num_heads").required(),
+            Key::size("attention.key_length", "d_kv").required(),
+            Key::size("attention.relative_buckets_count", "relative_attention_num_buckets").required(),
+            Key::number("attention.layer_norm_rms_epsilon", "layer_norm_epsilon").required(),
+        ]],
+        names: &[&[
+            ("shared", "token_embd"),
+            ("lm_head", "output"),
+            ("encoder.final_layer_norm", "enc.output_norm"),
+            ("encoder.block.*.layer.0.layer_norm", "enc.blk.*.attn_norm"),
+            ("encoder.block.*.layer.0.SelfAttention.q", "enc.blk.*.attn_q"),
+            ("encoder.block.*.layer.0.SelfAttention.k", "enc.blk.*.attn_k"),
+            ("encoder.block.*.layer.0.SelfAttention.v", "enc.blk.*.attn_v"),
+            ("encoder.block.*.layer.0.SelfAttention.o", "enc.blk.*.attn_o"),
+            ("encoder.block.*.layer.0.SelfAttention.relative_attention_bias", "enc.blk.*.attn_rel_b"),
+            ("encoder.block.*.layer.1.layer_norm", "enc.blk.*.ffn_norm"),
+            ("encoder.block.*.layer.1.DenseReluDense.wi", "enc.blk.*.ffn_up"),
+            ("encoder.block.*.layer.1.DenseReluDense.wi_0", "enc.blk.*.ffn_gate"),
+            ("encoder.block.*.layer.1.DenseReluDense.wi_1", "enc.blk.*.ffn_up"),
+            ("encoder.block.*.layer.1.DenseReluDense.wo", "enc.blk.*.ffn_down"),
+            ("decoder.final_layer_norm", "dec.output_norm"),
+            ("decoder.block.*.layer.0.layer_norm", "dec.blk.*.attn_norm"),
+            ("decoder.block.*.layer.0.SelfAttention.q", "dec.blk.*.attn_q"),
+            ("decoder.block.*.layer.0.SelfAttention.k", "dec.blk.*.attn_k"),
+            ("decoder.block.*.layer.0.SelfAttention.v", "dec.blk.*.attn_v"),
+            ("decoder.block.*.layer.0.SelfAttention.o", "dec.blk.*.attn_o"),
+            ("decoder.block.*.layer.0.SelfAttention.relative_attention_bias", "dec.blk.*.attn_rel_b"),
+            ("decoder.block.*.layer.1.layer_norm", "dec.blk.*.cross_attn_norm"),
+            ("decoder.block.*.layer.1.EncDecAttention.q", "dec.blk.*.cross_attn_q"),
+            ("decoder.block.*.layer.1.EncDecAttention.k", "dec.blk.*.cross_attn_k"),
+            ("decoder.block.*.layer.1.EncDecAttention.v", "dec.blk.*.cross_attn_v"),
+            ("decoder.block.*.layer.1.EncDecAttention.o", "dec.blk.*.cross_attn_o"),
+            ("decoder.block.*.layer.2.layer_norm", "dec.blk.*.ffn_norm"),
+            ("decoder.block.*.layer.2.DenseReluDense.wi", "dec.blk.*.ffn_up"),
+            ("decoder.block.*.layer.2.DenseReluDense.wi_0", "dec.blk.*.ffn_gate"),
+            ("decoder.block.*.layer.2.DenseReluDense.wi_1", "dec.blk.*.ffn_up"),
+            ("decoder.block.*.layer.2.DenseReluDense.wo", "dec.blk.*.ffn_down"),
+        ]],
+        biases: &[],
+        paired_rows: false,
+        complete: lost,
+    }),
 };
+
+/// What llama.cpp assumes of every T5: the distance up to which distances are told apart, and the MLP's function. Whether outputs are
+/// scaled follows from the head, as in the published models: those that are tied to the table are.
+fn lost(header: &Header<'_>, config: &mut Map<String, Value>, notes: &mut Vec<String>) -> Result<(), Error> {
+    let max_distance = 128;
+    let function = if header.has_tensor("enc.blk.0.ffn_gate.weight") { "gated-gelu" } else { "relu" };
+    let start = header.size("decoder_start_token_id")?.unwrap_or(0);
+    config.insert("is_encoder_decoder".to_owned(), true.into());
+    config.insert("decoder_start_token_id".to_owned(), start.into());
+    config.insert("feed_forward_proj".to_owned(), function.into());
+    config.insert("relative_attention_max_distance".to_owned(), max_distance.into());
+    notes.push(format!(
+        "the file gives neither relative_attention_max_distance nor feed_forward_proj; {max_distance} and {function} are used, as \
+         in the published models"
+    ));
+    Ok(())
+}
 
 const SIZES: SizeNames = SizeNames {
     hidden_size: "d_model",

@@ -10,7 +10,10 @@ use std::sync::Once;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use tokenizers::models::bpe;
-use tokenizers::{AddedToken, DecoderWrapper, NormalizerWrapper, PostProcessorWrapper, PreTokenizerWrapper};
+use tokenizers::models::unigram::Unigram;
+use tokenizers::{
+    AddedToken, DecoderWrapper, ModelWrapper, NormalizerWrapper, PostProcessorWrapper, PreTokenizerWrapper,
+};
 
 /// No vocabulary in use comes near; ids above would only cost memory.
 const MAX_ID: u64 = 1 << 24;
@@ -61,7 +64,18 @@ pub(super) fn guarded<T>(call: impl FnOnce() -> tokenizers::Result<T>) -> Result
     }
 }
 
-/// A BPE model as values: as JSON, a vocabulary of a quarter of a million tokens takes seconds and hundreds of megabytes.
+/// A model as values: as JSON, a vocabulary of a quarter of a million tokens takes seconds and hundreds of megabytes.
+pub(super) enum Model {
+    Bpe(Bpe),
+    Unigram {
+        /// With their scores, in the order of ids.
+        tokens: Vec<(String, f64)>,
+        /// The id of what no token spells.
+        unk: usize,
+    },
+}
+
+/// A BPE model as values.
 pub(super) struct Bpe {
     /// In the order of ids.
     pub(super) tokens: Vec<String>,
@@ -72,19 +86,29 @@ pub(super) struct Bpe {
     pub(super) ignore_merges: bool,
 }
 
-/// Builds the tokenizer of a BPE model and of `json`, a `tokenizer.json` without its model. Errors say what is wrong with it.
-pub(super) fn build(model: Bpe, json: &Value) -> Result<Backend, String> {
-    let Bpe { tokens, merges, unk_token, fuse_unk, byte_fallback, ignore_merges } = model;
-    let tokenizer = guarded(|| {
-        let vocab: bpe::Vocab = tokens.into_iter().zip(0..).collect();
-        let mut model = bpe::BPE::builder()
-            .vocab_and_merges(vocab, merges)
-            .fuse_unk(fuse_unk)
-            .byte_fallback(byte_fallback)
-            .ignore_merges(ignore_merges);
-        if let Some(unk_token) = unk_token {
-            model = model.unk_token(unk_token);
+impl Model {
+    fn build(self) -> tokenizers::Result<ModelWrapper> {
+        match self {
+            Model::Bpe(Bpe { tokens, merges, unk_token, fuse_unk, byte_fallback, ignore_merges }) => {
+                let vocab: bpe::Vocab = tokens.into_iter().zip(0..).collect();
+                let mut model = bpe::BPE::builder()
+                    .vocab_and_merges(vocab, merges)
+                    .fuse_unk(fuse_unk)
+                    .byte_fallback(byte_fallback)
+                    .ignore_merges(ignore_merges);
+                if let Some(unk_token) = unk_token {
+                    model = model.unk_token(unk_token);
+                }
+                Ok(model.build()?.into())
+            }
+            Model::Unigram { tokens, unk } => Ok(Unigram::from(tokens, Some(unk), false)?.into()),
         }
+    }
+}
+
+/// Builds the tokenizer of a model and of `json`, a `tokenizer.json` without its model. Errors say what is wrong with it.
+pub(super) fn build(model: Model, json: &Value) -> Result<Backend, String> {
+    let tokenizer = guarded(|| {
         let mut tokenizer = tokenizers::Tokenizer::new(model.build()?);
         tokenizer.with_normalizer(part::<NormalizerWrapper>(json, "normalizer")?)?;
         tokenizer.with_pre_tokenizer(part::<PreTokenizerWrapper>(json, "pre_tokenizer")?);

@@ -1,4 +1,4 @@
-//! Two tiny tokenizers for tests, one of each kind.
+//! Tiny tokenizers for tests, one of each kind.
 
 use super::Tokenizer;
 use super::gguf::Vocabulary;
@@ -56,6 +56,22 @@ pub(super) fn sentence_piece_vocabulary() -> Vocabulary<'static> {
         bos: Some(1),
         eos: Some(2),
         unk: Some(0),
+        ..Vocabulary::default()
+    }
+}
+
+/// T5's kind: three special tokens, `▁`, `a`, `b`, `▁ab`.
+pub(super) fn unigram_vocabulary() -> Vocabulary<'static> {
+    let tokens = ["<pad>", "</s>", "<unk>", "▁", "a", "b", "▁ab"].map(str::to_owned).to_vec();
+    let scores = vec![0.0, 0.0, 0.0, -2.0, -3.0, -3.0, -4.0];
+    Vocabulary {
+        model: "t5",
+        types: [vec![3, 3, 2], vec![1; tokens.len() - 3]].concat(),
+        tokens,
+        scores: Some(scores),
+        eos: Some(1),
+        unk: Some(2),
+        pad: Some(0),
         ..Vocabulary::default()
     }
 }

@@ -8,8 +8,9 @@ use std::collections::{HashMap, HashSet};
 
 use retune_formats::gguf::Metadata;
 use serde_json::{Value, json};
+use tokenizers::normalizers::Precompiled;
 
-use super::backend::Bpe;
+use super::backend::{self, Bpe, guarded};
 use super::pre_tokenizer::{DEFAULT, Rule, known_names};
 use super::{Parts, Source, SpecialTokens};
 use crate::error::Error;
@@ -77,13 +78,19 @@ const UNNAMED_PRE_TOKENIZER: &str = "the GGUF file does not name its pre-tokeniz
 /// Tokens of Phi-3 after which white space counts; after its other special tokens it does not.
 const PHI3_KEEPS_SPACE_AFTER: &[&str] = &["<unk>", "<s>", "<|endoftext|>"];
 
+/// transformers' T5Tokenizer adds so many tokens behind the pieces, `<extra_id_99>` to `<extra_id_0>`.
+const SENTINELS: usize = 100;
+const SENTINEL: &str = "<extra_id_";
+
+const CHARSMAP: &str = "tokenizer.ggml.precompiled_charsmap";
+
 /// SentencePiece never merges anything near this long; splitting longer entries in all ways would only take time.
 const MAX_MERGED_BYTES: usize = 1024;
 
 /// What a GGUF file says of its tokenizer.
 #[derive(Default)]
 pub(super) struct Vocabulary<'a> {
-    /// `gpt2`: byte-level merges; `llama`: SentencePiece with scores.
+    /// `gpt2`: byte-level merges; `llama`: SentencePiece with scores; `t5`: SentencePiece's Unigram.
     pub(super) model: &'a str,
     pub(super) pre: Option<&'a str>,
     /// Empty entries have a stand-in name.
@@ -91,6 +98,8 @@ pub(super) struct Vocabulary<'a> {
     pub(super) types: Vec<i32>,
     pub(super) scores: Option<Vec<f32>>,
     pub(super) merges: Option<Vec<&'a str>>,
+    /// SentencePiece's rules of normalisation, in its own form.
+    pub(super) charsmap: Option<Vec<u8>>,
     pub(super) bos: Option<u32>,
     pub(super) eos: Option<u32>,
     pub(super) unk: Option<u32>,
@@ -106,13 +115,14 @@ pub(super) struct Vocabulary<'a> {
     pub(super) is_phi3: bool,
 }
 
-/// How the two kinds of model differ.
-struct Model {
-    bpe: Bpe,
+/// How the kinds of model differ.
+struct Kind {
+    model: backend::Model,
     normalizer: Value,
     pre_tokenizer: Value,
     decoder: Value,
     adds_bos: bool,
+    adds_eos: bool,
 }
 
 fn missing(key: &str) -> Error {
@@ -129,13 +139,16 @@ impl<'a> Vocabulary<'a> {
         let model = metadata.get_str("tokenizer.ggml.model")?.ok_or_else(|| missing("tokenizer.ggml.model"))?;
         let tokens =
             metadata.get_str_array("tokenizer.ggml.tokens")?.ok_or_else(|| missing("tokenizer.ggml.tokens"))?;
-        let tokens: Vec<String> = tokens
+        let mut tokens: Vec<String> = tokens
             .into_iter()
             .enumerate()
             .map(|(id, token)| if token.is_empty() { format!("[EMPTY_{id}]") } else { token.to_owned() })
             .collect();
-        let types = metadata.get_i32_array("tokenizer.ggml.token_type")?.unwrap_or_else(|| vec![1; tokens.len()]);
-        let scores = metadata.get_f32_array("tokenizer.ggml.scores")?;
+        let mut types = metadata.get_i32_array("tokenizer.ggml.token_type")?.unwrap_or_else(|| vec![1; tokens.len()]);
+        let mut scores = metadata.get_f32_array("tokenizer.ggml.scores")?;
+        if model == "t5" {
+            drop_stand_ins(&mut tokens, &mut types, scores.as_mut());
+        }
         let id = |key: &'static str, default: Option<u32>| -> Result<Option<u32>, Error> {
             let known = |id: u32| (id as usize) < tokens.len();
             match metadata.get_u32(key)? {
@@ -144,7 +157,12 @@ impl<'a> Vocabulary<'a> {
                 _ => Ok(default.filter(|&id| known(id))),
             }
         };
-        let default = |id| (model == "llama").then_some(id);
+        // llama.cpp's.
+        let [bos, eos, unk, pad] = match model {
+            "llama" => [Some(1), Some(2), Some(0), None],
+            "t5" => [None, Some(1), Some(2), Some(0)],
+            _ => [None; 4],
+        };
         let turn_ends = [id("tokenizer.ggml.eot_token_id", None)?, id("tokenizer.ggml.eom_token_id", None)?];
         let architecture = metadata.get_str("general.architecture")?.unwrap_or("llama");
         let name = metadata.get_str("general.name")?.unwrap_or_default().to_lowercase();
@@ -152,15 +170,16 @@ impl<'a> Vocabulary<'a> {
         let vocabulary = Vocabulary {
             model,
             pre: metadata.get_str("tokenizer.ggml.pre")?,
-            bos: id("tokenizer.ggml.bos_token_id", default(1))?,
-            eos: id("tokenizer.ggml.eos_token_id", default(2))?,
-            unk: id("tokenizer.ggml.unknown_token_id", default(0))?,
-            pad: id("tokenizer.ggml.padding_token_id", None)?,
+            bos: id("tokenizer.ggml.bos_token_id", bos)?,
+            eos: id("tokenizer.ggml.eos_token_id", eos)?,
+            unk: id("tokenizer.ggml.unknown_token_id", unk)?,
+            pad: id("tokenizer.ggml.padding_token_id", pad)?,
             turn_ends: turn_ends.into_iter().flatten().collect(),
             add_bos: metadata.get_bool("tokenizer.ggml.add_bos_token")?,
             add_eos: metadata.get_bool("tokenizer.ggml.add_eos_token")?,
             add_space_prefix: metadata.get_bool("tokenizer.ggml.add_space_prefix")?,
             merges: metadata.get_str_array("tokenizer.ggml.merges")?,
+            charsmap: metadata.get_u8_array(CHARSMAP)?,
             chat_template: metadata.get_str("tokenizer.chat_template")?,
             context_length: metadata.get_u64(&format!("{architecture}.context_length"))?,
             tokens,
@@ -192,9 +211,10 @@ impl<'a> Vocabulary<'a> {
 
     /// Everything a tokenizer is made of.
     pub(super) fn into_parts(self) -> Result<Parts, Error> {
-        let model = match self.model {
+        let kind = match self.model {
             "gpt2" => self.byte_level()?,
             "llama" => self.sentence_piece()?,
+            "t5" => self.unigram()?,
             other => return Err(Error::GgufTokenizerModel { model: other.to_owned() }),
         };
         let json = json!({
@@ -202,14 +222,14 @@ impl<'a> Vocabulary<'a> {
             "truncation": null,
             "padding": null,
             "added_tokens": self.added_tokens(),
-            "normalizer": model.normalizer,
-            "pre_tokenizer": model.pre_tokenizer,
-            "post_processor": self.post_processor(model.adds_bos)?,
-            "decoder": model.decoder,
+            "normalizer": kind.normalizer,
+            "pre_tokenizer": kind.pre_tokenizer,
+            "post_processor": self.post_processor(kind.adds_bos, kind.adds_eos)?,
+            "decoder": kind.decoder,
         });
         let is_split_by_guess = self.model == "gpt2" && self.pre.is_none();
         Ok(Parts {
-            source: Source::Bpe(model.bpe, json),
+            source: Source::Model(kind.model, json),
             special: SpecialTokens {
                 bos: self.text(self.bos),
                 eos: self.text(self.eos),
@@ -228,24 +248,25 @@ impl<'a> Vocabulary<'a> {
     }
 
     /// Byte-level BPE, as GPT-2 and Llama 3 have it.
-    fn byte_level(&self) -> Result<Model, Error> {
+    fn byte_level(&self) -> Result<Kind, Error> {
         let name = self.pre.unwrap_or(DEFAULT);
         let rule = Rule::named(name)
             .ok_or_else(|| Error::GgufPreTokenizerUnknown { name: name.to_owned(), known: known_names() })?;
         let merges = self.file_merges()?.ok_or_else(|| missing("tokenizer.ggml.merges"))?;
         let bpe = Bpe { ignore_merges: rule.ignore_merges, ..self.bpe(merges) };
-        Ok(Model {
-            bpe,
+        Ok(Kind {
+            model: backend::Model::Bpe(bpe),
             normalizer: rule.normalizer(),
             pre_tokenizer: rule.pre_tokenizer(),
             decoder: json!({"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true}),
             adds_bos: rule.adds_bos,
+            adds_eos: false,
         })
     }
 
     /// SentencePiece's BPE, as Llama 2, TinyLlama and the first Mistral have it: spaces become `▁`, one is put before every
     /// stretch of text between special tokens, and what the vocabulary lacks falls back to bytes.
-    fn sentence_piece(&self) -> Result<Model, Error> {
+    fn sentence_piece(&self) -> Result<Kind, Error> {
         let merges = match (self.file_merges()?, &self.scores) {
             (Some(merges), _) => merges,
             (None, Some(scores)) => merges_from_scores(&self.tokens, scores),
@@ -262,12 +283,39 @@ impl<'a> Vocabulary<'a> {
             normalizers.insert(0, json!({"type": "Prepend", "prepend": "▁"}));
             decoders.push(json!({"type": "Strip", "content": " ", "start": 1, "stop": 0}));
         }
-        Ok(Model {
-            bpe,
+        Ok(Kind {
+            model: backend::Model::Bpe(bpe),
             normalizer: json!({"type": "Sequence", "normalizers": normalizers}),
             pre_tokenizer: Value::Null,
             decoder: json!({"type": "Sequence", "decoders": decoders}),
             adds_bos: true,
+            adds_eos: false,
+        })
+    }
+
+    /// SentencePiece's Unigram, as T5 has it: the pieces that spell a word with the greatest sum of scores. What stands around it is
+    /// transformers' T5Tokenizer.
+    fn unigram(&self) -> Result<Kind, Error> {
+        let scores = self.scores.as_ref().ok_or_else(|| missing("tokenizer.ggml.scores"))?;
+        if let Some(score) = scores.iter().find(|score| !score.is_finite()) {
+            return Err(invalid("tokenizer.ggml.scores", score.to_string()));
+        }
+        // What is found in a text before it is cut to pieces competes with none.
+        let score = |id: usize| if self.types[id] == USER_DEFINED { 0.0 } else { f64::from(scores[id]) };
+        let tokens = self.tokens.iter().enumerate().map(|(id, token)| (token.clone(), score(id))).collect();
+        let unk = self.unk.ok_or_else(|| missing("tokenizer.ggml.unknown_token_id"))?;
+        let normalizer = match self.charsmap.as_deref().filter(|charsmap| !charsmap.is_empty()) {
+            Some(charsmap) => precompiled(charsmap).map_err(|cause| invalid(CHARSMAP, cause))?,
+            None => Value::Null,
+        };
+        let metaspace = json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": true});
+        Ok(Kind {
+            model: backend::Model::Unigram { tokens, unk: unk as usize },
+            normalizer,
+            pre_tokenizer: json!({"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, metaspace]}),
+            decoder: metaspace,
+            adds_bos: false,
+            adds_eos: true,
         })
     }
 
@@ -304,6 +352,7 @@ impl<'a> Vocabulary<'a> {
                 let special = match token_type {
                     UNKNOWN | CONTROL => true,
                     _ if is_named(id) || ALWAYS_SPECIAL.contains(&token.as_str()) => true,
+                    USER_DEFINED if token.starts_with(SENTINEL) => true,
                     USER_DEFINED => false,
                     _ => return None,
                 };
@@ -315,7 +364,7 @@ impl<'a> Vocabulary<'a> {
     }
 
     /// What is put around a text: BOS, EOS, both or nothing.
-    fn post_processor(&self, adds_bos: bool) -> Result<Value, Error> {
+    fn post_processor(&self, adds_bos: bool, adds_eos: bool) -> Result<Value, Error> {
         let wanted = |add: bool, id: Option<u32>, key: &'static str| -> Result<Option<(u32, String)>, Error> {
             match (add, id, self.text(id)) {
                 (false, _, _) => Ok(None),
@@ -324,7 +373,7 @@ impl<'a> Vocabulary<'a> {
             }
         };
         let bos = wanted(self.add_bos.unwrap_or(adds_bos), self.bos, "tokenizer.ggml.bos_token_id")?;
-        let eos = wanted(self.add_eos.unwrap_or(false), self.eos, "tokenizer.ggml.eos_token_id")?;
+        let eos = wanted(self.add_eos.unwrap_or(adds_eos), self.eos, "tokenizer.ggml.eos_token_id")?;
         if bos.is_none() && eos.is_none() {
             return Ok(Value::Null);
         }
@@ -346,6 +395,37 @@ impl<'a> Vocabulary<'a> {
             "special_tokens": special_tokens,
         }))
     }
+}
+
+/// llama.cpp's converter names the ids of a T5 that have no piece after themselves. The first hundred of them are T5's sentinels, which it
+/// takes from a file that the published models do not have; behind these there is nothing.
+fn drop_stand_ins(tokens: &mut Vec<String>, types: &mut Vec<i32>, scores: Option<&mut Vec<f32>>) {
+    let is_stand_in = |(id, token): &(usize, &String)| token.starts_with("[PAD") && **token == format!("[PAD{id}]");
+    let stand_ins = tokens.iter().enumerate().rev().take_while(is_stand_in).count();
+    let mut count = tokens.len() - stand_ins;
+    if stand_ins >= SENTINELS && !tokens.iter().any(|token| token.starts_with(SENTINEL)) {
+        for (token, number) in tokens[count..].iter_mut().zip((0..SENTINELS).rev()) {
+            *token = format!("{SENTINEL}{number}>");
+        }
+        types.iter_mut().skip(count).take(SENTINELS).for_each(|of| *of = USER_DEFINED);
+        count += SENTINELS;
+    }
+    tokens.truncate(count);
+    types.truncate(count);
+    if let Some(scores) = scores {
+        scores.truncate(count);
+    }
+}
+
+/// SentencePiece's rules of normalisation: the size of a trie, the trie, texts.
+fn precompiled(charsmap: &[u8]) -> Result<Value, String> {
+    let (size, rest) = charsmap.split_first_chunk::<4>().ok_or("fewer than 4 bytes")?;
+    let size = u32::from_le_bytes(*size);
+    if rest.len() < size as usize {
+        return Err(format!("a trie of {size} bytes in {}", rest.len()));
+    }
+    let rules = guarded(|| Ok(Precompiled::from(charsmap).map_err(|error| error.to_string())?))?;
+    serde_json::to_value(rules).map_err(|error| error.to_string())
 }
 
 /// The merges that a SentencePiece vocabulary implies: a token is made from any two others that spell it, the token with the
@@ -383,8 +463,8 @@ mod tests {
     fn an_unknown_pre_tokenizer_is_refused_with_the_known_ones() {
         let error = build(Vocabulary { pre: Some("smolm"), ..fixture::byte_level_vocabulary() }).unwrap_err();
         assert!(error.to_string().contains("smolm") && error.to_string().contains("llama-bpe"), "{error}");
-        let error = build(Vocabulary { model: "t5", ..fixture::byte_level_vocabulary() }).unwrap_err();
-        assert!(matches!(error, Error::GgufTokenizerModel { model } if model == "t5"));
+        let error = build(Vocabulary { model: "bert", ..fixture::byte_level_vocabulary() }).unwrap_err();
+        assert!(matches!(error, Error::GgufTokenizerModel { model } if model == "bert"));
     }
 
     #[test]
@@ -474,6 +554,54 @@ mod tests {
         let no_prefix = Vocabulary { add_space_prefix: Some(false), ..fixture::sentence_piece_vocabulary() };
         let no_prefix = build(no_prefix).unwrap();
         assert_eq!(no_prefix.decode(&no_prefix.encode(" ab").unwrap(), true), " ab");
+    }
+
+    #[test]
+    fn unigram_takes_the_greatest_sum_of_scores_and_ends_a_text() {
+        let tokenizer = build(fixture::unigram_vocabulary()).unwrap();
+        assert_eq!(tokenizer.encode_with_special_tokens(" ab  a\nzz b</s>").unwrap(), [6, 3, 4, 3, 2, 3, 5, 1, 1]);
+        assert_eq!(tokenizer.decode(&[6, 3, 4, 1], true), "ab a");
+        let no_end = Vocabulary { add_eos: Some(false), ..fixture::unigram_vocabulary() };
+        assert_eq!(build(no_end).unwrap().encode_with_special_tokens("a").unwrap(), [3, 4]);
+    }
+
+    #[test]
+    fn a_damaged_unigram_vocabulary_is_refused() {
+        let refusal = |vocabulary| build(vocabulary).unwrap_err().to_string();
+        let of = |vocabulary: Vocabulary<'static>, key: &str| {
+            let text = refusal(vocabulary);
+            assert!(text.contains(key), "{text}");
+        };
+        of(Vocabulary { scores: None, ..fixture::unigram_vocabulary() }, "tokenizer.ggml.scores");
+        of(Vocabulary { scores: Some(vec![f32::NAN; 7]), ..fixture::unigram_vocabulary() }, "NaN");
+        of(Vocabulary { unk: None, ..fixture::unigram_vocabulary() }, "unknown_token_id");
+        for charsmap in [&[1u8][..], &[255, 255, 255, 255, 0], &[0, 0, 0, 0, 255]] {
+            of(Vocabulary { charsmap: Some(charsmap.to_vec()), ..fixture::unigram_vocabulary() }, CHARSMAP);
+        }
+        // A trie that points out of itself is found where a text meets it.
+        let outside = [vec![4, 0, 0, 0], vec![255; 4], b"a\0".to_vec()].concat();
+        let tokenizer = build(Vocabulary { charsmap: Some(outside), ..fixture::unigram_vocabulary() }).unwrap();
+        assert!(tokenizer.encode("ab").is_err());
+    }
+
+    #[test]
+    fn the_tokens_that_a_converter_left_out_are_t5s_sentinels() {
+        let named = |stand_ins: usize, sentinel: bool| {
+            let Vocabulary { mut tokens, mut types, scores, .. } = fixture::unigram_vocabulary();
+            let mut scores = scores.unwrap();
+            if sentinel {
+                tokens[5] = "<extra_id_0>".to_owned();
+            }
+            tokens.extend((7..7 + stand_ins).map(|id| format!("[PAD{id}]")));
+            types.resize(tokens.len(), 5);
+            scores.resize(tokens.len(), -10_000.0);
+            drop_stand_ins(&mut tokens, &mut types, Some(&mut scores));
+            assert_eq!((tokens.len(), tokens.len()), (types.len(), scores.len()));
+            tokens
+        };
+        let tokens = named(128, false);
+        assert_eq!((tokens.len(), &*tokens[7], &*tokens[106]), (107, "<extra_id_99>", "<extra_id_0>"));
+        assert_eq!((named(99, false).len(), named(128, true).len(), named(0, false).len()), (7, 7, 7));
     }
 
     #[test]

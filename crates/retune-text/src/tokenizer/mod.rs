@@ -22,7 +22,7 @@ use tokenizers::{Encoding, PostProcessor};
 use crate::chat_template::ChatTemplate;
 use crate::date::Date;
 use crate::error::Error;
-use backend::{Backend, Bpe, ExtraToken, guarded};
+use backend::{Backend, ExtraToken, Model, guarded};
 pub use decode_stream::DecodeStream;
 
 /// Tokens that end an assistant's turn in the chat templates in use. One that the vocabulary has and the template writes
@@ -58,7 +58,7 @@ enum Source {
     /// The content of a `tokenizer.json`, and tokens of the files beside it.
     Json(Value, Vec<ExtraToken>),
     /// A model, and the content of a `tokenizer.json` without it.
-    Bpe(Bpe, Value),
+    Model(Model, Value),
 }
 
 /// What a tokenizer is made of, whatever files it came from.
@@ -98,7 +98,7 @@ impl Tokenizer {
         let Parts { source, special, stop_ids, chat_template, model_max_length, note } = parts;
         let backend = match source {
             Source::Json(json, extra_tokens) => backend::load(json, extra_tokens),
-            Source::Bpe(model, json) => backend::build(model, &json),
+            Source::Model(model, json) => backend::build(model, &json),
         };
         let backend = backend.map_err(|cause| Error::TokenizerInvalid { cause })?;
         // A token that the vocabulary lacks has no row in the embeddings: it cannot have a role.

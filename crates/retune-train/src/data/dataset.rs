@@ -60,6 +60,8 @@ pub struct DataReport {
     pub duplicates: RowCount,
     /// Rows whose answer, or one of them, is blank: the model learns to say nothing.
     pub empty_answers: RowCount,
+    /// Rows that give an encoder nothing to read.
+    pub empty_inputs: RowCount,
     /// Rows with the text of BOS or of a token that ends generation within an answer: it is learnt as that token.
     pub special_in_answers: RowCount,
     /// Rows that are also among the held-out rows.
@@ -104,6 +106,7 @@ impl Dataset {
         }
         let encoded: Vec<Result<Encoded, Error>> = file.rows.par_iter().map(|row| encoder.encode(row)).collect();
         let is_end = |id: &u32| encoder.tokenizer().eos_token_ids().contains(id);
+        let nothing = encoder.options().has_encoder.then(|| encoder.ended("")).transpose()?;
         let mut report = DataReport::new(file);
         let mut examples = Vec::with_capacity(encoded.len());
         for (row, encoded) in file.rows.iter().zip(encoded) {
@@ -117,6 +120,9 @@ impl Dataset {
                         if example.trained.last() == Some(&true) && !example.ids.last().is_some_and(is_end) {
                             report.answers_cut.add(row);
                         }
+                    }
+                    if nothing.as_ref() == Some(&example.source) {
+                        report.empty_inputs.add(row);
                     }
                     examples.push(example);
                 }
@@ -155,6 +161,7 @@ impl DataReport {
             dropped_empty: RowCount::default(),
             duplicates: RowCount::default(),
             empty_answers: RowCount::default(),
+            empty_inputs: RowCount::default(),
             special_in_answers: RowCount::default(),
             overlap_with_held_out: RowCount::default(),
             prompts_held_out: RowCount::default(),
@@ -308,6 +315,13 @@ mod tests {
         let json = serde_json::to_value(&report).unwrap();
         assert_eq!(json["format"], "prompt_completion");
         assert_eq!(json["dropped_too_long"]["first_lines"], serde_json::json!([3, 5]));
+    }
+
+    #[test]
+    fn rows_that_give_an_encoder_nothing_to_read_are_counted() {
+        let rows = vec![pair("x", "y"), pair("", "y"), pair("", "")];
+        let of = |has_encoder: bool| build(rows.clone(), EncodeOptions { has_encoder, ..OPTIONS }).unwrap().report;
+        assert_eq!((of(true).empty_inputs, of(false).empty_inputs), (count(2, &[3, 5]), count(0, &[])));
     }
 
     #[test]

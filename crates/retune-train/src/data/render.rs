@@ -198,7 +198,7 @@ impl<'a> Encoder<'a> {
     }
 
     /// A text with what the tokenizer puts around it, and EOS at its end.
-    fn ended(&self, text: &str) -> Result<Vec<u32>, Error> {
+    pub(super) fn ended(&self, text: &str) -> Result<Vec<u32>, Error> {
         let mut ids = self.tokenizer.encode_with_special_tokens(text)?;
         if !ids.last().is_some_and(|id| self.tokenizer.eos_token_ids().contains(id)) {
             ids.push(self.eos);

@@ -103,6 +103,7 @@ pub fn problems(report: &DataReport, names: &Names) -> Vec<String> {
         line(&report.dropped_empty, "rows left out: no text"),
         line(&report.duplicates, "rows repeat an earlier one"),
         line(&report.empty_answers, "rows with an empty answer: the model learns to say nothing"),
+        line(&report.empty_inputs, "rows with an empty input: the encoder has nothing to read"),
         line(&report.overlap_with_held_out, "rows are held out as well: the held-out loss will flatter"),
     ]
     .into_iter()

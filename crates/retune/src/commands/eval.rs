@@ -214,9 +214,11 @@ fn questions(args: &EvalArgs, session: &Session, file: &DataFile, encoder: &Enco
         );
     }
     let spec = &session.model.spec;
-    let (context, own) = (spec.context, session.overlay.prelude(spec).len());
+    let own = session.overlay.prelude(spec).len();
     let most = args.max_new_tokens.unwrap_or(MAX_NEW_TOKENS);
-    if let Some(question) = questions.iter().find(|q| (own + q.prompt.len()).saturating_add(most) > context) {
+    if let Some(context) = spec.context_limit()
+        && let Some(question) = questions.iter().find(|q| (own + q.prompt.len()).saturating_add(most) > context)
+    {
         bail!(
             "row {}: {} tokens before the answer and {most} to generate exceed the model's context of {context}: lower --max-new-tokens, \
              or --max-length to leave such rows out",

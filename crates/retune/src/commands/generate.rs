@@ -46,13 +46,9 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
     }
     let spec = &model.spec;
     for Loaded { name, overlay, .. } in &loaded {
-        let (limit, own) = (spec.context, overlay.prelude(spec).len());
-        // An encoder reads the prompt, and its decoder writes from the first position on.
-        let needed = match spec.encoder {
-            None => (own + prompt.len()).saturating_add(args.max_new_tokens),
-            Some(_) => (own + prompt.len()).max(args.max_new_tokens),
-        };
-        if needed > limit {
+        let own = overlay.prelude(spec).len();
+        let needed = (own + prompt.len()).saturating_add(args.max_new_tokens);
+        if let Some(limit) = spec.context_limit().filter(|limit| needed > *limit) {
             let of_adapter = if own == 0 { String::new() } else { format!(", {own} of the adapter {name}") };
             bail!(
                 "{} tokens of prompt{of_adapter} and {} to generate exceed the model's context of {limit}: shorten the prompt or lower --max-new-tokens",

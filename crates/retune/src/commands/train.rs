@@ -413,8 +413,8 @@ impl Run<'_> {
                 note!("         ! {problem}");
             }
         }
-        let (context, before) = (model.spec.context, overlay.prelude(&model.spec).len());
-        if report.longest + before > context {
+        let before = overlay.prelude(&model.spec).len();
+        if let Some(context) = model.spec.context_limit().filter(|context| report.longest + before > *context) {
             let with = if before > 0 { format!(" after {before} that are put before each row") } else { String::new() };
             note!("         ! the longest row has {} tokens{with}, the model's context is {context}", report.longest);
         }
