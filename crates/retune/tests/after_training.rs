@@ -359,7 +359,7 @@ fn converts(name: &str, more: &[&str], error: f32) -> Value {
 
 #[test]
 fn what_has_a_low_rank_becomes_a_plain_lora_without_loss() {
-    for name in ["lora_rs", "lora_patterns", "miss", "miss_uneven"] {
+    for name in ["lora_rs", "lora_patterns", "miss", "miss_uneven", "miss_mini"] {
         assert_eq!(converts(name, &[], 1e-5)["error"], 0.0, "{name}");
     }
     // LoRA's own files say all there is to know.
