@@ -450,9 +450,9 @@ fn a_prefix_that_starts_from_a_text_begins_as_the_text() {
     );
     // Where a window forgets the beginning of so long a text, there are no keys to start from.
     let window = format!("model={}", golden("gguf_phi3_window/model.gguf"));
-    let start = "adapter={num_virtual_tokens: 60, prefix_init: text, prefix_init_text: the sand of time}";
+    let start = "adapter={num_virtual_tokens: 600, prefix_init: text, prefix_init_text: the sand of time}";
     let args = ["train", "run.yaml", "--set", &window, "--set", "method=prefix_tuning", "--set", start];
-    folder.refuses(&args, &["a window of the model has let go of the first of 60 tokens", "num_virtual_tokens"]);
+    folder.refuses(&args, &["a window of the model has let go of the first of 600 tokens", "num_virtual_tokens"]);
 }
 
 #[test]

@@ -223,10 +223,10 @@ impl Run<'_> {
         session::refuse_long_rows(&model.spec, &overlay, &data.train.examples, "data.max_length")?;
         let held_out = data.eval.as_ref().map_or(&[][..], |eval| &eval.examples);
         session::refuse_long_rows(&model.spec, &overlay, held_out, "data.max_length")?;
-        refuse_long_prelude(&model.spec, &overlay)?;
         self.check_warmup()?;
         self.print_start(&model, &overlay, layout.len());
         let params = self.first_params(&model, &mut overlay)?;
+        refuse_long_prelude(&model.spec, &overlay)?;
         self.check_memory(&model, &overlay, &layout, self.computes_int8())?;
         let _lock = folder.prepare(&self.record, &self.rows, config, self.args)?;
         if self.method.keeps_start() && state::list(&folder.checkpoints())?.is_empty() {
