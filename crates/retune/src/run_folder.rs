@@ -37,6 +37,9 @@ pub struct RowHashes {
     pub eval: Vec<u32>,
 }
 
+/// Whether a file of this name is one that a run writes.
+type IsOwn = fn(&str) -> bool;
+
 /// The files of a run's output folder.
 pub struct RunFolder {
     pub root: PathBuf,
@@ -86,7 +89,7 @@ impl RunFolder {
     }
 
     /// What a run leaves beside its records: folders, and which of their files are a run's.
-    fn results(&self) -> [(PathBuf, fn(&str) -> bool); 3] {
+    fn results(&self) -> [(PathBuf, IsOwn); 3] {
         let [adapter, model] = self.written();
         let is_of_adapter = |name: &str| [CONFIG_FILE, WEIGHTS_FILE, PROVENANCE, card::CARD].contains(&name);
         let is_of_model = |name: &str| export::is_own(name) || name == PROVENANCE;
@@ -286,7 +289,7 @@ impl RunFolder {
 }
 
 /// Removes a folder's files that are a run's, and the folder where nothing else is in it. Returns the names of what is left.
-fn remove_own(folder: &Path, is_own: fn(&str) -> bool) -> Result<Vec<String>> {
+fn remove_own(folder: &Path, is_own: IsOwn) -> Result<Vec<String>> {
     let mut others = Vec::new();
     for entry in fs::read_dir(folder).into_iter().flatten() {
         let path = entry.with_context(|| format!("cannot read {}", folder.display()))?.path();
