@@ -305,9 +305,11 @@ fn add_terms(run: Run, group: &[LinearId], u: &[f32], y: &mut [f32], tokens: usi
     let (mut column, mut first) = (0, 0);
     for &id in group {
         let (n, change) = (run.model.linear(id).rows(), run.overlay.change(id));
+        let of_b = change.low_rank.iter().map(|term| term.b.values(run.params));
+        let values: ArrayVec<Cow<[f32]>, MOST_TERMS> = of_b.collect();
         let mut terms = ArrayVec::<Term, MOST_TERMS>::new();
-        for term in &change.low_rank {
-            let b = Rhs::View(MatRef::rows(term.b.values(run.params), term.r).t());
+        for (term, b) in change.low_rank.iter().zip(&values) {
+            let b = Rhs::View(MatRef::rows(b, term.r).t());
             terms.push(Term::scaled(term.r, MatRef::rows(u, width).from(0, column), b, term.scale));
             column += term.r;
         }
