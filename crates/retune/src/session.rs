@@ -199,11 +199,23 @@ pub fn refuse_long_rows(spec: &ModelSpec, overlay: &Overlay, examples: &[Example
     )
 }
 
-/// The folder of the adapter that somebody means: this one, or where it is a run's the one in it.
+/// The folder of the adapter that somebody means, as [`find_adapter`] finds it; says so where it is another.
 ///
 /// # Errors
 /// The folder of a run that has no adapter.
 pub fn adapter_folder(directory: &Path) -> Result<PathBuf> {
+    let found = find_adapter(directory)?;
+    if found != directory {
+        note!("{} is the folder of a run: taking {}", directory.display(), found.display());
+    }
+    Ok(found)
+}
+
+/// The folder of the adapter that somebody means: this one, or where it is a run's the one in it.
+///
+/// # Errors
+/// The folder of a run that has no adapter.
+pub fn find_adapter(directory: &Path) -> Result<PathBuf> {
     let is_adapter = |folder: &Path| folder.join(CONFIG_FILE).exists();
     let run = RunFolder { root: directory.to_owned() };
     if is_adapter(directory) || !run.is_run() {
@@ -212,7 +224,6 @@ pub fn adapter_folder(directory: &Path) -> Result<PathBuf> {
     let [adapter, model] = run.written();
     let name = directory.display();
     if is_adapter(&adapter) {
-        note!("{name} is the folder of a run: taking {}", adapter.display());
         return Ok(adapter);
     }
     if model.is_dir() {

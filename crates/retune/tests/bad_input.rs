@@ -335,7 +335,7 @@ fn a_run_file_with_a_mistake_is_refused_with_the_key() {
         ("adapter.rank=8", &["unknown key adapter.rank; did you mean adapter.r?"]),
         ("lora_alpha=8", &["unknown key lora_alpha; did you mean adapter.lora_alpha?"]),
         ("val_set_size=0.1", &["unknown key val_set_size; did you mean data.eval_fraction?"]),
-        ("load_in_4bit=true", &["unknown key load_in_4bit: a base is read as it is stored"]),
+        ("load_in_4bit=true", &["unknown key load_in_4bit; did you mean base.storage?"]),
         ("data.separator=';'", &["unknown key data.separator: columns of a .csv file are separated by commas"]),
         ("training.zzz=1", &["unknown key training.zzz. Keys of training"]),
         ("training.epochs=many", &["training.epochs is the text \"many\"", "expected a number"]),

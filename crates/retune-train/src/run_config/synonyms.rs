@@ -44,15 +44,9 @@ const SYNONYMS: &[(&[&str], Here)] = &[
     (&["grad_checkpoint", "gradient_checkpointing"], Key("training.activation_checkpointing")),
     (&["num_threads"], Key("threads")),
     (&["resume", "resume_from_checkpoint"], Words("a run goes on with the flag --resume")),
-    (&["optim", "optimizer"], Words("the optimizer is AdamW, and there is no other")),
+    (&["optimizer"], Key("training.optim")),
     (&["delimiter", "sep", "separator"], Words("columns of a .csv file are separated by commas, and by nothing else")),
-    (
-        &["load_in_4bit", "load_in_8bit", "quantization", "quantization_bit"],
-        Words(
-            "a base is read as it is stored: let model name a .gguf file or a model that bitsandbytes has quantized; base.compute says in \
-             what arithmetic it is computed",
-        ),
-    ),
+    (&["load_in_4bit", "load_in_8bit", "quantization", "quantization_bit"], Key("base.storage")),
     (&["bf16", "dtype", "fp16", "torch_dtype"], Words("base.compute says in what arithmetic the base is computed")),
 ];
 
