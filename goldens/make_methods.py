@@ -87,6 +87,8 @@ CASES = {
     "dora_biases": Case("llama_bias", LoraConfig, DORA | dict(target_modules=["k_proj", "o_proj", "down_proj"], bias="lora_only")),
     "dora_embeddings": Case("llama_untied_mha", LoraConfig, DORA | dict(
         target_modules=["embed_tokens", "lm_head", "v_proj"])),
+    "gpt2_dora_embeddings": Case("gpt2", LoraConfig, DORA | CONV | dict(target_modules=["wte", "wpe", "c_attn"])),
+    "gemma3_dora_embeddings": Case("gemma3", LoraConfig, DORA | dict(target_modules=["embed_tokens", "v_proj"]), TIED),
     "gpt2_dora": Case("gpt2", LoraConfig, DORA | CONV | dict(target_modules=ALL)),
     "bloom_dora": Case("bloom", LoraConfig, DORA | dict(target_modules=ALL)),
     "gemma3_dora": Case("gemma3", LoraConfig, DORA | dict(target_modules=["q_proj", "o_proj", "down_proj"])),

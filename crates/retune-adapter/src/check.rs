@@ -77,12 +77,12 @@ fn required(
         if target.is_table {
             shapes.insert(names::embedding_a(&target.module), vec![target.r, target.in_features]);
             shapes.insert(names::embedding_b(&target.module), vec![target.out_features, target.r]);
-            continue;
-        }
-        shapes.insert(names::lora_a(&target.module), vec![target.r, target.in_features]);
-        shapes.insert(names::lora_b(&target.module), vec![target.out_features, target.r]);
-        if config.lora_bias {
-            shapes.insert(names::lora_b_bias(&target.module), vec![target.out_features]);
+        } else {
+            shapes.insert(names::lora_a(&target.module), vec![target.r, target.in_features]);
+            shapes.insert(names::lora_b(&target.module), vec![target.out_features, target.r]);
+            if config.lora_bias {
+                shapes.insert(names::lora_b_bias(&target.module), vec![target.out_features]);
+            }
         }
         if config.use_dora {
             shapes.insert(names::lora_magnitude(&target.module), vec![target.out_features]);

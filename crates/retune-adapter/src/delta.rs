@@ -1,5 +1,6 @@
 //! The low-rank changes that an adapter makes to weights, module by module: what is left of it when its configuration has been read.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::ops::Range;
 
@@ -194,12 +195,13 @@ impl LoraDelta {
         };
         let (mut all_a, mut all_b) = (Vec::new(), Vec::new());
         for term in low_rank {
-            all_a.extend_from_slice(term.a.values(params));
+            all_a.extend_from_slice(&term.a.values(params));
         }
+        let values: Vec<Cow<[f32]>> = low_rank.iter().map(|term| term.b.values(params)).collect();
         for row in 0..linear.rows {
             // Dropout belongs to training.
-            for LowRank { a: _, b, r, scale, dropout: _, key: _ } in low_rank {
-                let values = &b.values(params)[row * r..(row + 1) * r];
+            for (LowRank { a: _, b: _, r, scale, dropout: _, key: _ }, b) in low_rank.iter().zip(&values) {
+                let values = &b[row * r..(row + 1) * r];
                 all_b.extend(values.iter().map(|value| scale * value));
             }
         }

@@ -3,6 +3,7 @@
 //! PEFT wraps the model twice, so every key starts with "base_model.model."; what follows is the module's own name.
 
 use crate::config::{Bias, LoraConfig};
+use crate::selection::Selection;
 use crate::targets::{BaseModules, LoraTarget};
 
 const PREFIX: &str = "base_model.model.";
@@ -68,17 +69,28 @@ pub struct BiasTarget {
     pub key: String,
 }
 
-/// The biases that `bias: all` or `bias: lora_only` trains: the linears' in their order, then the norms'. A module saved whole keeps its
-/// bias in itself.
+/// The biases that LoRA trains beside its targets.
 pub fn trained_biases(config: &LoraConfig, modules: &BaseModules<'_>, targets: &[LoraTarget]) -> Vec<BiasTarget> {
+    let is_adapted = |module: &str| targets.iter().any(|target| target.module == module);
+    biases_beside(config.bias, &config.selection(), modules, is_adapted)
+}
+
+/// The biases that are trained beside an adapter: the linears' in their order, then the norms'. A module saved whole keeps its bias in
+/// itself.
+pub(crate) fn biases_beside(
+    bias: Bias,
+    selection: &Selection<'_>,
+    modules: &BaseModules<'_>,
+    is_adapted: impl Fn(&str) -> bool,
+) -> Vec<BiasTarget> {
     let linears = modules.linears.iter().filter(|module| module.has_bias).map(|m| (m.name, m.out_features));
     let mut biases = Vec::new();
     for (module, len) in linears.chain(modules.biased_norms.iter().copied()) {
-        let adapted = targets.iter().any(|target| target.module == module);
-        let trained = match config.bias {
+        let adapted = is_adapted(module);
+        let trained = match bias {
             Bias::None => false,
             Bias::LoraOnly => adapted,
-            Bias::All => adapted || config.selection().saved_by(module).is_none(),
+            Bias::All => adapted || selection.saved_by(module).is_none(),
         };
         if trained {
             biases.push(BiasTarget { module: module.to_owned(), len, key: trained_bias(module, adapted) });

@@ -248,7 +248,8 @@ pub fn resolve(config: &LoraConfig, modules: &BaseModules<'_>) -> Result<Vec<Lor
     let targets = ranks.targets(config.selection().resolve(&adaptable)?)?;
     check_patterns_used("rank_pattern", &ranks.ranks, &targets)?;
     check_patterns_used("alpha_pattern", &ranks.alphas, &targets)?;
-    check_bias(config, modules, &targets)?;
+    let has_effect = !trained_biases(config, modules, &targets).is_empty();
+    check_bias(config.bias, config.bias.as_str(), modules, has_effect)?;
     Ok(targets)
 }
 
@@ -270,21 +271,27 @@ fn check_patterns_used<T>(field: &'static str, patterns: &[(Pattern, T)], target
     })
 }
 
-fn check_bias(config: &LoraConfig, modules: &BaseModules<'_>, targets: &[LoraTarget]) -> Result<(), Error> {
+/// Refuses a `bias`, which a configuration calls `name`, that trains nothing.
+pub(crate) fn check_bias(
+    bias: Bias,
+    name: &'static str,
+    modules: &BaseModules<'_>,
+    has_effect: bool,
+) -> Result<(), Error> {
     const REMOVE: &str = "Set it to none, or remove it";
-    if config.bias == Bias::None || !trained_biases(config, modules, targets).is_empty() {
+    if bias == Bias::None || has_effect {
         return Ok(());
     }
     let biased = list_ends(modules.iter().filter(|module| module.has_bias).map(|module| module.name));
     let (reason, advice) = if biased.is_empty() {
         ("no linear module of this model has a bias".to_owned(), REMOVE)
-    } else if config.bias == Bias::LoraOnly {
+    } else if bias == Bias::LoraOnly {
         let reason = format!("none of the adapted modules has a bias; those that have one are {biased}");
         (reason, "Adapt one of these, set bias to none, or remove it")
     } else {
         (format!("modules_to_save trains every module with a bias ({biased}) whole"), REMOVE)
     };
-    Err(Error::NoBias { bias: config.bias.as_str(), reason, advice })
+    Err(Error::NoBias { bias: name, reason, advice })
 }
 
 pub(crate) fn count_ends<'a>(names: impl Iterator<Item = &'a str>) -> Vec<(&'a str, usize)> {

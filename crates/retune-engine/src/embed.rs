@@ -6,6 +6,7 @@ use retune_kernels::{F32Panel, embedding, vector};
 use crate::linear::Weight;
 use crate::overlay::{Overlay, TableTerm, TokenRows};
 use crate::profile::{Operation, span};
+use crate::row_norms::Norms;
 use crate::run::Run;
 use crate::workspace::Temporary;
 
@@ -33,7 +34,7 @@ impl<'a> Run<'a> {
             self.replace_rows(rows, x);
         }
         if let Some(term) = &self.overlay.table_term {
-            self.add_term(term, &self.pass.ids, x);
+            self.add_term(term, self.norms.of_table(), &self.pass.ids, x);
         }
         if spec.table.scale != 1.0 {
             vector::scale(x, spec.table.scale);
@@ -44,10 +45,10 @@ impl<'a> Run<'a> {
         }
         if let Some(positions) = self.positions() {
             embedding::forward(positions.panel(), 0, &self.pass.positions, scratch);
-            vector::add(x, scratch);
             if let Some(term) = &self.overlay.positions_term {
-                self.add_term(term, &self.pass.positions, x);
+                self.add_term(term, self.norms.of_positions(), &self.pass.positions, scratch);
             }
+            vector::add(x, scratch);
         }
     }
 
@@ -69,17 +70,47 @@ impl<'a> Run<'a> {
         rows
     }
 
-    /// Adds a table's low-rank term to what was looked up in it.
-    fn add_term(&self, term: &TableTerm, ids: &[u32], x: &mut [f32]) {
+    /// Adds a table's low-rank term to what was looked up in it, and multiplies that by what its magnitudes say.
+    fn add_term(&self, term: &TableTerm, norms: Option<&Norms>, ids: &[u32], x: &mut [f32]) {
+        self.add_product(term, ids, x);
+        if let Some(norms) = norms.filter(|_| term.magnitudes.is_some()) {
+            scale_columns(x, &norms.factors);
+        }
+    }
+
+    /// Adds the product of a table's low-rank term.
+    fn add_product(&self, term: &TableTerm, ids: &[u32], x: &mut [f32]) {
         let (rows, d, r) = (self.term_rows(term, ids), self.model.spec.hidden_size, term.r);
         let b = Rhs::View(MatRef::rows(&self.params[term.b.clone()], r).t());
         gemm(ids.len(), d, &[Term::scaled(r, MatRef::rows(&rows, r), b, term.scale)], Out::add(x, d));
     }
 
-    /// Adds the gradients of a table's low-rank term.
-    fn term_backward(&self, term: &TableTerm, ids: &[u32], dx: &[f32], grads: &mut [f32]) {
+    /// Adds the gradients of a table's low-rank term and of its magnitudes.
+    fn term_backward(
+        &self,
+        (table, term, norms): (Weight, &TableTerm, Option<&Norms>),
+        ids: &[u32],
+        dx: &[f32],
+        grads: &mut [f32],
+    ) {
         let (rows, d, r) = (self.term_rows(term, ids), self.model.spec.hidden_size, term.r);
         let tokens = ids.len();
+        let mut unscaled = Vec::new();
+        let mut dx = dx;
+        if let (Some(magnitudes), Some(norms)) = (&term.magnitudes, norms) {
+            // What was looked up once more, and then the gradient of it in its place.
+            unscaled.resize(tokens * d, 0.0);
+            embedding::forward(table.panel(), 0, ids, &mut unscaled);
+            self.add_product(term, ids, &mut unscaled);
+            let grads = &mut grads[magnitudes.clone()];
+            for (row, dx) in unscaled.chunks_exact_mut(d).zip(dx.chunks_exact(d)) {
+                for (j, (value, dx)) in row.iter_mut().zip(dx).enumerate() {
+                    grads[j] += dx * *value * norms.inverse[j];
+                    *value = dx * norms.factors[j];
+                }
+            }
+            dx = &unscaled;
+        }
         let b = Term::scaled(tokens, MatRef::rows(dx, d).t(), Rhs::View(MatRef::rows(&rows, r)), term.scale);
         gemm(d, r, &[b], Out::add(&mut grads[term.b.clone()], r));
         let mut of_rows = vec![0.0; tokens * r];
@@ -120,8 +151,8 @@ impl<'a> Run<'a> {
         if let Some(range) = &self.overlay.positions {
             embedding::backward(0, &self.pass.positions, dx, d, &mut grads[range.clone()]);
         }
-        if let Some(term) = &self.overlay.positions_term {
-            self.term_backward(term, &self.pass.positions, dx, grads);
+        if let (Some(term), Some(table)) = (&self.overlay.positions_term, self.positions()) {
+            self.term_backward((table, term, self.norms.of_positions()), &self.pass.positions, dx, grads);
         }
         if let Some(tokens) = &self.overlay.virtual_tokens {
             embedding::backward(self.model.spec.vocab_size, &self.pass.ids, dx, d, &mut grads[tokens.rows.clone()]);
@@ -143,7 +174,14 @@ impl<'a> Run<'a> {
             }
         }
         if let Some(term) = table_term {
-            self.term_backward(term, &self.pass.ids, dx, grads);
+            self.term_backward((self.table(), term, self.norms.of_table()), &self.pass.ids, dx, grads);
         }
+    }
+}
+
+/// Multiplies each row of `x` by factors.
+fn scale_columns(x: &mut [f32], factors: &[f32]) {
+    for row in x.chunks_exact_mut(factors.len()) {
+        row.iter_mut().zip(factors).for_each(|(value, factor)| *value *= factor);
     }
 }

@@ -4,6 +4,8 @@
 //! Outputs of a group lie side by side in one buffer. Low-rank terms ride in the same product as the weight, and a group has one product
 //! for the gradient of its input. A linear without scales pays for none: its product goes straight to the outputs.
 
+use std::borrow::Cow;
+
 use arrayvec::ArrayVec;
 use retune_kernels::column_scale::{self, Onto, Rows, RowsMut, Scale, Unscaled};
 use retune_kernels::dropout::{self, DropoutKey};
@@ -182,7 +184,7 @@ fn project(run: Run, group: &[LinearId], x: &[f32], u: &mut [f32], scratch: &mut
         let mut rest = &mut *stacked;
         for of in part {
             let (to, others) = rest.split_at_mut(of.term.r * k);
-            to.copy_from_slice(of.term.a.values(run.params));
+            to.copy_from_slice(&of.term.a.values(run.params));
             rest = others;
         }
         let a = Rhs::View(MatRef::rows(stacked, k).t());
@@ -303,9 +305,11 @@ fn add_terms(run: Run, group: &[LinearId], u: &[f32], y: &mut [f32], tokens: usi
     let (mut column, mut first) = (0, 0);
     for &id in group {
         let (n, change) = (run.model.linear(id).rows(), run.overlay.change(id));
+        let of_b = change.low_rank.iter().map(|term| term.b.values(run.params));
+        let values: ArrayVec<Cow<[f32]>, MOST_TERMS> = of_b.collect();
         let mut terms = ArrayVec::<Term, MOST_TERMS>::new();
-        for term in &change.low_rank {
-            let b = Rhs::View(MatRef::rows(term.b.values(run.params), term.r).t());
+        for (term, b) in change.low_rank.iter().zip(&values) {
+            let b = Rhs::View(MatRef::rows(b, term.r).t());
             terms.push(Term::scaled(term.r, MatRef::rows(u, width).from(0, column), b, term.scale));
             column += term.r;
         }
@@ -338,6 +342,8 @@ fn product<'y>(run: Run, id: LinearId, x: &[f32], u: MatRef, scratch: &mut Linea
         watch.input(id, linear, x);
     }
     let weight = run.weight(id);
+    let added = &run.overlay.change(id).low_rank;
+    let values: ArrayVec<Cow<[f32]>, MOST_TERMS> = added.iter().map(|term| term.b.values(run.params)).collect();
     let mut y = y;
     let mut terms = ArrayVec::<Term, { 1 + MOST_TERMS }>::new();
     if let Some(weight) = run.compute.int8(id) {
@@ -355,8 +361,8 @@ fn product<'y>(run: Run, id: LinearId, x: &[f32], u: MatRef, scratch: &mut Linea
     }
     let _span = span(Operation::Linear);
     let mut column = 0;
-    for term in &run.overlay.change(id).low_rank {
-        let b = Rhs::View(MatRef::rows(term.b.values(run.params), term.r).t());
+    for (term, b) in added.iter().zip(&values) {
+        let b = Rhs::View(MatRef::rows(b, term.r).t());
         terms.push(Term::scaled(term.r, u.from(0, column), b, term.scale));
         column += term.r;
     }
@@ -472,7 +478,8 @@ pub(crate) fn project_gradients(run: Run, gradient: Gradient, tokens: usize, scr
     for (id, g) in gradient.columns(run) {
         for term in &run.overlay.change(id).low_rank {
             let _span = span(Operation::LowRank);
-            let b = Rhs::View(MatRef::rows(term.b.values(run.params), term.r));
+            let values = term.b.values(run.params);
+            let b = Rhs::View(MatRef::rows(&values, term.r));
             let product = Term::scaled(run.model.linear(id).rows(), MatRef::rows(g, row), b, term.scale);
             gemm(tokens, term.r, &[product], Out::set(&mut v[first..], width));
             first += term.r;
@@ -486,9 +493,8 @@ pub(crate) fn needs_input_gradient(run: Run, group: &[LinearId]) -> bool {
 }
 
 /// A low-rank term's share of the gradient of its input, `v·A`.
-fn input_term<'a>(run: Run<'a>, of: &Placed<'a>, v: MatRef<'a>, k: usize) -> Term<'a> {
-    let a = Rhs::View(MatRef::rows(of.term.a.values(run.params), k));
-    Term::new(of.term.r, v.from(0, of.column), a)
+fn input_term<'a>(of: &Placed<'_>, a: &'a [f32], v: MatRef<'a>, k: usize) -> Term<'a> {
+    Term::new(of.term.r, v.from(0, of.column), Rhs::View(MatRef::rows(a, k)))
 }
 
 /// Second part: writes the gradient of the group's input, `dx: [T, in]` if it is asked for, as one product with a term for each weight and
@@ -520,6 +526,8 @@ pub(crate) fn input_gradient(
     }
     let terms = terms(run, gradient.group);
     let v = MatRef::rows(low_rank, run.overlay.ranks(gradient.group));
+    let values: ArrayVec<Cow<[f32]>, { MOST_INPUTS * MOST_TERMS }> =
+        terms.iter().map(|of| of.term.a.values(run.params)).collect();
     let weights: ArrayVec<Weight, MOST_INPUTS> = gradient.group.iter().map(|&id| run.weight(id)).collect();
     // One product for the linears of `which`, to be written to `dx`. It says whether there are any.
     let mut product = |which: &dyn Fn(LinearId) -> bool, dx: &mut [f32]| {
@@ -530,8 +538,8 @@ pub(crate) fn input_gradient(
                     Some(weight) => Term::int8_plain(rows, weight),
                     None => Term::new(run.model.linear(id).rows(), MatRef::rows(g, row), Rhs::Plain(weight.panel())),
                 });
-                let undropped = terms.iter().filter(|of| of.id == id && !drops(run, of.term));
-                products.extend(undropped.map(|of| input_term(run, of, v, k)));
+                let undropped = terms.iter().zip(&values).filter(|(of, _)| of.id == id && !drops(run, of.term));
+                products.extend(undropped.map(|(of, a)| input_term(of, a, v, k)));
             }
         }
         if products.is_empty() {
@@ -540,9 +548,9 @@ pub(crate) fn input_gradient(
         let _span = span(Operation::Linear);
         gemm(tokens, k, &products, Out::set(&mut *dx, k));
         // With dropout a low-rank term's share of the gradient passes through the mask on its way: dx += mask ⊙ (v·A).
-        for of in terms.iter().filter(|of| which(of.id) && drops(run, of.term)) {
+        for (of, a) in terms.iter().zip(&values).filter(|(of, _)| which(of.id) && drops(run, of.term)) {
             let (raw, masked) = sized(dropped, 2 * tokens * k).split_at_mut(tokens * k);
-            gemm(tokens, k, &[input_term(run, of, v, k)], Out::set(raw, k));
+            gemm(tokens, k, &[input_term(of, a, v, k)], Out::set(raw, k));
             drop_elements(run, of.term, raw, k, masked);
             vector::add(&mut dx[..tokens * k], masked);
         }

@@ -4,6 +4,7 @@
 //! A method of fine-tuning lowers itself into an overlay; the engine computes the overlay and knows no method. Every trainable value lies
 //! in the flat vector of [`ParamLayout`]; an overlay says where.
 
+use std::borrow::Cow;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -49,13 +50,17 @@ pub struct TokenRows {
     pub rows: Range<usize>,
 }
 
-/// The term `scale · A[row]·Bᵀ` on a row that is looked up in a table (Hu et al. 2021): A `[rows of the table, r]`, B `[hidden_size, r]`.
+/// The term `scale · A[row]·Bᵀ` on a row that is looked up in a table (Hu et al. 2021): A `[rows of the table, r]`, B `[hidden_size, r]`. With
+/// magnitudes the row is then multiplied by `m / ‖W + scale·A·Bᵀ‖`, the norm being that of each column of the table (Liu et al. 2024); no
+/// gradient flows through it, and a column of zeros stays zero.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TableTerm {
     pub a: Range<usize>,
     pub b: Range<usize>,
     pub r: usize,
     pub scale: f32,
+    /// m, `[hidden_size]`.
+    pub magnitudes: Option<Range<usize>>,
 }
 
 /// Tokens that are no text (Lester et al. 2021): their rows stand in the place of looked-up and scaled rows of the table. Learned positions
@@ -122,6 +127,8 @@ pub struct LowRank {
 pub enum Factor {
     /// A place in the flat vector.
     Trained(Range<usize>),
+    /// Rows of a place in the flat vector, so many times one after the other.
+    Repeated(Range<usize>, usize),
     /// Values that stay as they are.
     Frozen(Arc<[f32]>),
 }
@@ -138,17 +145,18 @@ pub enum OutputScale {
 
 impl Factor {
     /// Its values, where `params` is the flat vector.
-    pub fn values<'a>(&'a self, params: &'a [f32]) -> &'a [f32] {
+    pub fn values<'a>(&'a self, params: &'a [f32]) -> Cow<'a, [f32]> {
         match self {
-            Self::Trained(range) => &params[range.clone()],
-            Self::Frozen(values) => values,
+            Self::Trained(range) => Cow::Borrowed(&params[range.clone()]),
+            Self::Repeated(range, times) => Cow::Owned(params[range.clone()].repeat(*times)),
+            Self::Frozen(values) => Cow::Borrowed(values),
         }
     }
 
     /// Its place in the flat vector, where it is trained.
     pub fn trained(&self) -> Option<&Range<usize>> {
         match self {
-            Self::Trained(range) => Some(range),
+            Self::Trained(range) | Self::Repeated(range, _) => Some(range),
             Self::Frozen(_) => None,
         }
     }

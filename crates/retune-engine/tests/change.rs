@@ -21,9 +21,11 @@ use retune_kernels::random;
 #[derive(Clone, Copy, PartialEq)]
 enum Held {
     Trained,
+    /// Trained rows, [`TIMES`] times.
+    Repeated,
     Frozen,
 }
-use Held::{Frozen, Trained};
+use Held::{Frozen, Repeated, Trained};
 
 /// What stands on each linear.
 #[derive(Clone, Copy, Default)]
@@ -43,7 +45,7 @@ const NONE: Kind =
 const LOW_RANK: &[[Held; 2]] = &[[Trained, Trained]];
 
 /// Every kind, with a name.
-const KINDS: [(&str, Kind); 13] = [
+const KINDS: [(&str, Kind); 15] = [
     ("input scale", Kind { input_scale: true, ..NONE }),
     ("output scale", Kind { plain: true, ..NONE }),
     ("both scales", Kind { input_scale: true, plain: true, bias: true, ..NONE }),
@@ -64,9 +66,17 @@ const KINDS: [(&str, Kind); 13] = [
         },
     ),
     ("a frozen A", Kind { low_rank: &[[Frozen, Trained]], ..NONE }),
+    ("a B that repeats itself", Kind { low_rank: &[[Frozen, Repeated]], ..NONE }),
+    (
+        "one beside others over the norm",
+        Kind { low_rank: &[[Trained, Repeated], [Trained, Trained]], over_norm: true, ..NONE },
+    ),
     ("a frozen B beside a frozen A", Kind { low_rank: &[[Trained, Frozen], [Frozen, Trained]], ..NONE }),
     ("a weight with all on it", Kind { weight: true, input_scale: true, over_norm: true, low_rank: LOW_RANK, ..NONE }),
 ];
+
+/// How often a factor repeats itself.
+const TIMES: usize = 4;
 
 /// Ranks of terms, which differ so that no column can be taken for another.
 const RANKS: [usize; 2] = [3, 2];
@@ -96,6 +106,10 @@ fn case(spec: &ModelSpec, kind: Kind, on: impl Fn(&str) -> bool) -> Case {
                     match held {
                         Frozen => Factor::Frozen(Arc::from(values)),
                         Trained => Factor::Trained(case.add(&name, vec![n, m], &values)),
+                        Repeated => {
+                            assert_eq!(n % TIMES, 0, "{name}");
+                            Factor::Repeated(case.add(&name, vec![n / TIMES, m], &values[..n / TIMES * m]), TIMES)
+                        }
                     }
                 })
                 .collect::<Vec<_>>()
@@ -237,12 +251,14 @@ fn expected_gradients(case: &Case, whole: &Case, grads: &[f32]) -> Vec<f32> {
                 };
                 put(range, (0..r * cols).map(by_a).collect());
             }
-            if let Factor::Trained(range) = &term.b {
+            if let Some(range) = term.b.trained() {
                 let by_b = |i: usize| -> f64 {
                     let (n, j) = (i / r, i % r);
                     scale * (0..cols).map(|k| f64::from(a[j * cols + k]) * by_sum[n * cols + k]).sum::<f64>()
                 };
-                put(range, (0..rows * r).map(by_b).collect());
+                // What stands for several rows has the gradients of all.
+                let by_rows: Vec<f64> = (0..rows * r).map(by_b).collect();
+                put(range, (0..range.len()).map(|i| by_rows.iter().skip(i).step_by(range.len()).sum()).collect());
             }
         }
         if let Some(range) = &change.input_scale {

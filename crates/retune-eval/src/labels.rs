@@ -1,4 +1,4 @@
-//! Accuracy and F1 of labels, as scikit-learn's `classification_report` defines them.
+//! Accuracy and F1 of labels, as scikit-learn's `classification_report` defines them where it is not told the labels.
 
 use serde::Serialize;
 
@@ -21,17 +21,16 @@ pub struct LabelScore {
 pub struct Classification {
     /// Share of the rows whose label is told.
     pub accuracy: f64,
-    /// Mean F1 of the labels, each counted alike however many rows it has.
+    /// Mean F1 of the labels, each counted alike however many rows it has (scikit-learn's `f1_score` with `average="macro"`).
     pub macro_f1: f64,
     pub rows: usize,
-    /// Of each label, in the order given.
+    /// Of each text that is a reference or a prediction, in the order of the alphabet: one that is only predicted has an F1 of 0.
     pub labels: Vec<LabelScore>,
 }
 
 impl Classification {
-    /// Of (reference, prediction) pairs; texts are compared without the white space around them. A prediction that is none of the labels is
-    /// wrong and counts for none (scikit-learn's `labels=`).
-    pub fn of<'a>(labels: &[String], pairs: impl IntoIterator<Item = (&'a str, &'a str)>) -> Self {
+    /// Of (reference, prediction) pairs; texts are compared without the white space around them.
+    pub fn of<'a>(pairs: impl IntoIterator<Item = (&'a str, &'a str)>) -> Self {
         let pairs: Vec<(&str, &str)> = pairs.into_iter().map(|(a, b)| (a.trim(), b.trim())).collect();
         let count = |is: &dyn Fn(&(&str, &str)) -> bool| pairs.iter().filter(|pair| is(pair)).count();
         let share = |part: usize, whole: usize| part as f64 / whole.max(1) as f64;
@@ -48,6 +47,7 @@ impl Classification {
                 rows,
             }
         };
+        let labels = distinct(pairs.iter().flat_map(|&(a, b)| [a, b]));
         let scores: Vec<LabelScore> = labels.iter().map(score).collect();
         Self {
             accuracy: share(count(&|pair| pair.0 == pair.1), pairs.len()),

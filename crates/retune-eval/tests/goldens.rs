@@ -54,7 +54,8 @@ fn labels_are_scored_as_scikit_learn_does() {
     for case in cases {
         let [labels, references, predictions] = ["labels", "reference", "prediction"].map(|key| texts(&case[key]));
         let pairs = references.iter().map(String::as_str).zip(predictions.iter().map(String::as_str));
-        let found = Classification::of(&labels, pairs);
+        let found = Classification::of(pairs);
+        assert_eq!(found.labels.iter().map(|label| label.label.as_str()).collect::<Vec<_>>(), labels);
         assert!(close(found.accuracy, &case["accuracy"]) && close(found.macro_f1, &case["macro_f1"]), "{found:?}");
         for (found, expected) in found.labels.iter().zip(case["of_labels"].as_array().unwrap()) {
             let numbers = [found.precision, found.recall, found.f1, found.rows as f64];

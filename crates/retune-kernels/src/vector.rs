@@ -231,12 +231,14 @@ pub fn sum_squares(values: &[f32]) -> f64 {
     a + b
 }
 
-/// `to += scale · fromᵀ` for `to: [n, r]` and `from: [r, n]`.
+/// `to += scale · fromᵀ` for `to: [m, r]` and `from: [r, n]`, n being a multiple of m: row i of the transpose is added to row i mod m.
 pub fn add_transposed(to: &mut [f32], from: &[f32], r: usize, scale: f32) {
-    let n = to.len() / r;
-    for (i, row) in to.chunks_exact_mut(r).enumerate() {
-        for (j, v) in row.iter_mut().enumerate() {
-            *v += scale * from[j * n + i];
+    let (m, n) = (to.len() / r, from.len() / r);
+    for first in (0..n).step_by(m.max(1)) {
+        for (i, row) in to.chunks_exact_mut(r).enumerate() {
+            for (j, v) in row.iter_mut().enumerate() {
+                *v += scale * from[j * n + first + i];
+            }
         }
     }
 }

@@ -88,7 +88,7 @@ pub enum Error {
     Text(#[from] retune_text::Error),
 
     /// A directory to write a model into that holds something already.
-    #[error("{} is not empty; a model is written to a directory of its own: give another name, or remove this one first", .dir.display())]
+    #[error("{} is not empty; the result gets a directory of its own: give another name, or remove this one first", .dir.display())]
     OutputNotEmpty { dir: PathBuf },
 
     /// A model out of which an adapter cannot be taken.

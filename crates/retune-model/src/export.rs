@@ -10,16 +10,18 @@ use std::fs;
 use std::io;
 use std::ops::Range;
 use std::path::Path;
+use std::sync::Arc;
 
 use half::{bf16, f16};
 use rayon::prelude::*;
 use retune_engine::overlay::{Change, Overlay, TableTerm, TokenRows};
+use retune_engine::row_norms::column_factors;
 use retune_engine::spec::{ModelSpec, Module};
 use retune_formats::atomic::{Draft, Staged};
 use retune_formats::safetensors::{Dtype, Header, INDEX, SINGLE};
 use retune_kernels::PanelSource;
 use retune_quant::Matrix;
-use retune_text::tokenizer::Tokenizer;
+use retune_text::tokenizer::{FILES, Tokenizer};
 use serde_json::{Map, Value, json};
 
 use crate::checkpoint::{CONFIG, Checkpoint, CheckpointKind};
@@ -175,7 +177,7 @@ pub fn write(
     let tied = checkpoint.spec.head.tied && !unties(&checkpoint.spec, overlay);
     let tokenizer = checkpoint.tokenizer()?;
     let export = Export {
-        shards: into_shards(tensors(checkpoint, &edits(&checkpoint.spec, overlay, params), tied)?, options),
+        shards: into_shards(tensors(checkpoint, &edits(checkpoint, overlay, params)?, tied)?, options),
         generation_config: generation_config(checkpoint, &tokenizer)?,
         tokenizer,
         config: config_json(checkpoint, options.dtype, tied)?,
@@ -221,7 +223,7 @@ fn stands_beside(change: &Change) -> bool {
 }
 
 /// What becomes of a tensor of the base.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 enum Edit<'a> {
     Nothing,
     /// Other values, as many.
@@ -237,10 +239,11 @@ enum Edit<'a> {
         change: &'a Change,
         params: &'a [f32],
     },
-    /// A table in which some rows are others, or to which a low-rank term is added.
+    /// A table in which some rows are others, or to which a low-rank term is added, whose columns may be multiplied by factors then.
     Table {
         rows: Option<&'a TokenRows>,
         term: Option<&'a TableTerm>,
+        factors: Option<Arc<[f32]>>,
         params: &'a [f32],
     },
 }
@@ -253,7 +256,8 @@ fn weight_of(module: &str) -> String {
 }
 
 /// What an overlay changes.
-fn edits<'a>(spec: &ModelSpec, overlay: &'a Overlay, params: &'a [f32]) -> Edits<'a> {
+fn edits<'a>(checkpoint: &Checkpoint, overlay: &'a Overlay, params: &'a [f32]) -> Result<Edits<'a>, Error> {
+    let spec = &checkpoint.spec;
     let mut edits = Edits::new();
     for param in overlay.layout.params() {
         if let Some(base) = &param.base {
@@ -267,7 +271,12 @@ fn edits<'a>(spec: &ModelSpec, overlay: &'a Overlay, params: &'a [f32]) -> Edits
         (Some(head), overlay.head_rows.as_ref(), None),
     ] {
         if let Some(name) = name.filter(|_| rows.is_some() || term.is_some()) {
-            edits.insert(weight_of(name), Edit::Table { rows, term, params });
+            let name = weight_of(name);
+            let factors = match term.filter(|term| term.magnitudes.is_some()) {
+                Some(term) => column_factors(&checkpoint.tensor(&name)?, term, params).map(Arc::from),
+                None => None,
+            };
+            edits.insert(name, Edit::Table { rows, term, factors, params });
         }
     }
     for (linear, change) in spec.linears().zip(&overlay.linears).filter(|(_, change)| stands_beside(change)) {
@@ -281,7 +290,7 @@ fn edits<'a>(spec: &ModelSpec, overlay: &'a Overlay, params: &'a [f32]) -> Edits
             edits.insert(name, Edit::Bias { trained, change, params });
         }
     }
-    edits
+    Ok(edits)
 }
 
 /// A tensor to be written.
@@ -303,7 +312,7 @@ impl Tensor<'_> {
     /// Decodes `rows` into `values`, [rows.len(), cols], and of a tensor that is changed the base's into `base`.
     fn decode(&self, rows: Range<usize>, base: &mut [f32], values: &mut [f32]) -> Magnitude {
         let cols = self.base.cols();
-        match self.edit {
+        match &self.edit {
             Edit::Nothing => {
                 self.base.panel_f32(rows, 0..cols, values);
                 return Magnitude::default();
@@ -317,10 +326,11 @@ impl Tensor<'_> {
                 values.copy_from_slice(base);
                 merge_rows(change, params, cols, self.base.rows(), rows, values);
             }
-            Edit::Table { rows: replaced, term, params } => {
+            Edit::Table { rows: replaced, term, factors, params } => {
                 self.base.panel_f32(rows.clone(), 0..cols, base);
                 values.copy_from_slice(base);
-                merge_table_rows(replaced, term, params, cols, rows, values);
+                let term = term.map(|term| (term, factors.as_deref()));
+                merge_table_rows(*replaced, term, params, cols, rows, values);
             }
             Edit::Bias { trained, change, params } => {
                 self.base.panel_f32(rows, 0..cols, base);
@@ -356,7 +366,17 @@ struct Export<'a> {
     config: Vec<u8>,
 }
 
-pub(crate) fn refuse_occupied(dir: &Path) -> Result<(), Error> {
+/// Whether a file of a model's folder is one that is written here.
+pub fn is_own(name: &str) -> bool {
+    let is_shard = name.starts_with("model-") && name.ends_with(".safetensors");
+    is_shard || [SINGLE, INDEX, CONFIG, GENERATION_CONFIG].contains(&name) || FILES.contains(&name)
+}
+
+/// Refuses a folder that holds something.
+///
+/// # Errors
+/// [`Error::OutputNotEmpty`], or what the system refuses.
+pub fn refuse_occupied(dir: &Path) -> Result<(), Error> {
     // What a write that was killed left under a temporary name does not count, and is written over.
     let is_leftover = |name: &str| name.starts_with('.') && name.ends_with(".tmp");
     let counts = |entry: &fs::DirEntry| !is_leftover(&entry.file_name().to_string_lossy());
@@ -381,7 +401,7 @@ fn tensors<'a>(checkpoint: &Checkpoint, edits: &Edits<'a>, tied: bool) -> Result
         let is_transposed = matches!(module, Module::Linear(linear) if linear.transposed);
         for (name, shape) in module.tensors() {
             let base = checkpoint.tensor(if name == head && spec.head.tied { &table } else { &name })?;
-            let edit = edits.get(&name).copied().unwrap_or(Edit::Nothing);
+            let edit = edits.get(&name).cloned().unwrap_or(Edit::Nothing);
             let is_transposed = is_transposed && shape.len() == 2;
             tensors.push(Tensor { name: checkpoint.exported_name(&name), shape, base, edit, is_transposed });
         }

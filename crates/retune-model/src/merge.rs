@@ -29,7 +29,7 @@ pub fn merge_rows(
     }
     for term in &change.low_rank {
         let (a, b) = (term.a.values(params), term.b.values(params));
-        merged_delta(term.r, in_features, out_features, term.scale, a, b, rows.clone(), dst);
+        merged_delta(term.r, in_features, out_features, term.scale, &a, &b, rows.clone(), dst);
     }
     if let Some(scale) = &change.output_scale {
         let factors = &params[scale.range().clone()][rows];
@@ -70,13 +70,14 @@ pub fn merge_bias(change: &Change, params: &[f32], bias: &mut [f32]) {
     }
 }
 
-/// Turns rows of a table, `[rows.len(), cols]`, into those of one that gives the same rows with nothing on it.
+/// Turns rows of a table, `[rows.len(), cols]`, into those of one that gives the same rows with nothing on it. `factors` are those of its
+/// columns, where the term has magnitudes.
 ///
 /// # Panics
 /// When a length does not fit.
 pub fn merge_table_rows(
     replaced: Option<&TokenRows>,
-    term: Option<&TableTerm>,
+    term: Option<(&TableTerm, Option<&[f32]>)>,
     params: &[f32],
     cols: usize,
     rows: Range<usize>,
@@ -89,10 +90,13 @@ pub fn merge_table_rows(
         {
             dst.copy_from_slice(&params[rows.clone()][k * cols..(k + 1) * cols]);
         }
-        if let Some(TableTerm { a, b, r, scale }) = term {
+        if let Some((TableTerm { a, b, r, scale, magnitudes: _ }, factors)) = term {
             let (a, b) = (&params[a.clone()][row * r..(row + 1) * r], &params[b.clone()]);
             for (dst, b) in dst.iter_mut().zip(b.chunks_exact(*r)) {
                 *dst += scale * a.iter().zip(b).map(|(a, b)| a * b).sum::<f32>();
+            }
+            if let Some(factors) = factors {
+                dst.iter_mut().zip(factors).for_each(|(value, factor)| *value *= factor);
             }
         }
     }

@@ -24,7 +24,10 @@ pub fn inverse(overlay: &Overlay) -> Result<Overlay, Error> {
         (Some(place), _) | (None, Some(OutputScale::Plain(place) | OutputScale::OverNorm(place))) => Some(place.start),
         (None, None) => None,
     };
-    if let Some(param) = overlay.linears.iter().find_map(scale).and_then(|place| overlay.layout.at(place)) {
+    let of_tables = [&overlay.table_term, &overlay.positions_term].into_iter().flatten();
+    let magnitudes = of_tables.filter_map(|term| Some(term.magnitudes.as_ref()?.start));
+    let first = overlay.linears.iter().filter_map(scale).chain(magnitudes).next();
+    if let Some(param) = first.and_then(|place| overlay.layout.at(place)) {
         return Err(Error::IrreversibleScale { tensor: param.name.clone() });
     }
     let mut inverse = overlay.clone();

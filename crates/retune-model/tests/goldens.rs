@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
-use retune_adapter::{AdapterFile, METHODS};
+use retune_adapter::{AdapterFile, BaseModules, METHODS};
 use retune_engine::compute::Compute;
 use retune_engine::generate::{Generation, Sampling};
 use retune_engine::overlay::LowRank;
@@ -31,7 +31,7 @@ fn cases() -> Vec<String> {
         .map(|entry| entry.unwrap())
         .filter(|entry| entry.path().join("golden.safetensors").exists())
         .map(|entry| entry.file_name().into_string().unwrap())
-        .filter(|name| !name.starts_with("bnb_") && !NOT_YET.contains(&name.as_str()))
+        .filter(|name| !name.starts_with("bnb_"))
         .filter(|name| !STARTS_FROM_WEIGHTS.contains(&name.as_str()))
         .collect();
     cases.sort();
@@ -40,9 +40,6 @@ fn cases() -> Vec<String> {
 
 /// Adapters on a base that their start has changed: they are read by a test of their own.
 const STARTS_FROM_WEIGHTS: [&str; 4] = ["lora_olora", "lora_pissa", "lora_pissa_niter_4", "lora_pissa_rs"];
-
-/// What peft can do and is refused here, by name: its goldens wait.
-const NOT_YET: [&str; 3] = ["dora_embeddings", "miss_biases", "miss_mini"];
 
 fn is_gguf(case: &str) -> bool {
     goldens().join(case).join("model.gguf").exists()
@@ -283,6 +280,40 @@ fn adapters_that_start_from_the_weights_are_pefts() {
         assert!((alphas[0] - alphas[1]).abs() < 1e-12, "{name}: {alphas:?}");
         let as_saved = Case::with_adapter(name, base(), &saved).logits(&compute, &pass);
         assert!(relative(&as_saved, &case.golden().tensors["logits"].1) < TOLERANCE, "{name}: saved");
+    }
+}
+
+/// An adapter that is read and written again says the same as peft's own files.
+#[test]
+fn adapters_of_peft_go_out_as_they_came_in() {
+    for name in ["miss_mini", "miss_biases", "miss_random", "dora_embeddings", "gpt2_dora_embeddings"] {
+        let (theirs, out) = (goldens().join(name).join("adapter"), tempfile::tempdir().unwrap());
+        let file = AdapterFile::read(&theirs).unwrap();
+        let case = Case::load(name);
+        file.write(out.path(), &BaseModules::of(&case.checkpoint.spec)).unwrap();
+        let config = |dir: &Path| -> serde_json::Value {
+            serde_json::from_slice(&fs::read(dir.join("adapter_config.json")).unwrap()).unwrap()
+        };
+        let (written, theirs_config) = (config(out.path()), config(&theirs));
+        for key in ["peft_type", "r", "bias", "mini_r", "use_dora"] {
+            let said = |config: &serde_json::Value| config.get(key).filter(|value| !value.is_null()).cloned();
+            if let Some(written) = said(&written) {
+                assert_eq!(Some(written), said(&theirs_config), "{name}: {key}");
+            }
+        }
+        // How a factor that is there already began is of no effect.
+        let is_mini = |config: &serde_json::Value| config["init_weights"] == "mini";
+        assert_eq!(is_mini(&written), is_mini(&theirs_config), "{name}");
+        let weights = |dir: &Path| fs::read(dir.join("adapter_model.safetensors")).unwrap();
+        let (ours, theirs) = (weights(out.path()), weights(&theirs));
+        let [ours, theirs] = [&ours, &theirs].map(|bytes| SafeTensors::deserialize(bytes).unwrap());
+        let mut names = [ours.names(), theirs.names()];
+        names.iter_mut().for_each(|names| names.sort());
+        assert_eq!(names[0], names[1], "{name}");
+        for tensor in &names[0] {
+            let [ours, theirs] = [&ours, &theirs].map(|file| file.tensor(tensor).unwrap());
+            assert_eq!((ours.shape(), ours.data()), (theirs.shape(), theirs.data()), "{name}: {tensor}");
+        }
     }
 }
 

@@ -142,8 +142,8 @@ pub enum Error {
     Override { text: String, problem: String },
 
     /// A key that the configuration does not have.
-    #[error("unknown key {key}; did you mean {nearest}? Keys {place}: {known}")]
-    UnknownKey { key: String, nearest: String, place: String, known: String },
+    #[error("unknown key {key}{advice} Keys {place}: {known}")]
+    UnknownKey { key: String, advice: String, place: String, known: String },
 
     /// A key without which there is no run.
     #[error("the key {key} is missing: {meaning}")]

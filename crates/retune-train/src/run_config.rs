@@ -5,6 +5,7 @@
 //! anew.
 
 mod method;
+mod synonyms;
 mod tree;
 
 use std::path::{Path, PathBuf};

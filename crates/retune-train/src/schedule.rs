@@ -54,9 +54,11 @@ pub fn total_steps(steps_per_epoch: usize, epochs: f64, max_steps: Option<usize>
     max_steps.unwrap_or_else(|| (epochs * steps_per_epoch as f64).ceil() as usize).max(1)
 }
 
-/// Steps of the warm-up: `warmup_steps` when given, otherwise the part `warmup_ratio` of all steps, rounded up.
+/// Steps of the warm-up: `warmup_steps` when given, otherwise the part `warmup_ratio` of all steps, rounded up, but for the last. (transformers
+/// rounds up whatever remains: a run of one step trains nothing there, since its rate is 0.)
 pub fn warmup_steps(total_steps: usize, warmup_steps: Option<usize>, warmup_ratio: f64) -> usize {
-    warmup_steps.unwrap_or_else(|| (total_steps as f64 * warmup_ratio).ceil() as usize)
+    let part = || ((total_steps as f64 * warmup_ratio).ceil() as usize).min(total_steps.saturating_sub(1));
+    warmup_steps.unwrap_or_else(part)
 }
 
 #[cfg(test)]
@@ -171,5 +173,7 @@ mod tests {
         assert_eq!(warmup_steps(125, Some(5), 0.03), 5);
         assert_eq!(warmup_steps(125, Some(0), 0.03), 0);
         assert_eq!(warmup_steps(125, None, 0.0), 0);
+        // Here more is left than there.
+        assert_eq!((warmup_steps(1, None, 0.03), warmup_steps(4, None, 1.0)), (0, 3));
     }
 }

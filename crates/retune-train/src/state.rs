@@ -111,6 +111,12 @@ pub fn read_start(directory: &Path, params: &mut [f32]) -> Result<Option<()>, Er
     })
 }
 
+/// Whether a file of a folder of checkpoints is one that is written here.
+pub fn is_own(name: &str) -> bool {
+    let is_step = name.starts_with("step-") && name.ends_with(".safetensors");
+    is_step || [BEST, START].contains(&name)
+}
+
 fn create(directory: &Path) -> Result<(), Error> {
     fs::create_dir_all(directory).map_err(|error| Error::Io { path: directory.to_owned(), error })
 }

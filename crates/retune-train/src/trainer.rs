@@ -204,6 +204,13 @@ pub fn total_steps(config: &TrainingConfig, rows: usize) -> usize {
     schedule::total_steps(per_epoch, config.epochs, config.max_steps)
 }
 
+/// How the learning rate of a run over `rows` rows changes.
+pub fn schedule(config: &TrainingConfig, rows: usize) -> Schedule {
+    let total_steps = total_steps(config, rows);
+    let warmup_steps = schedule::warmup_steps(total_steps, config.warmup_steps, config.warmup_ratio);
+    Schedule { kind: config.lr_scheduler_type, warmup_steps, total_steps }
+}
+
 impl<'a> Trainer<'a> {
     /// A run that has not begun, from the given first parameters.
     pub fn new(
@@ -215,11 +222,9 @@ impl<'a> Trainer<'a> {
         eval: &'a [Example],
         params: Vec<f32>,
     ) -> Self {
-        let total = total_steps(config, train.len());
-        let warmup_steps = schedule::warmup_steps(total, config.warmup_steps, config.warmup_ratio);
+        let schedule = schedule(config, train.len());
         let prelude = trained.overlay.prelude(&trained.model.spec);
         let workspace_tokens = passes.tokens.min(largest_step(&prelude, config, train));
-        let schedule = Schedule { kind: config.lr_scheduler_type, warmup_steps, total_steps: total };
         Self {
             trained,
             latent: None,
@@ -239,7 +244,7 @@ impl<'a> Trainer<'a> {
             pass: Pass::new(prelude, passes.share_prefixes),
             rows: Vec::new(),
             epoch_order: None,
-            progress: Progress { total_steps: total as u64, ..Progress::default() },
+            progress: Progress { total_steps: schedule.total_steps as u64, ..Progress::default() },
         }
     }
 
@@ -446,6 +451,17 @@ impl<'a> Trainer<'a> {
         let Some((loss, label_tokens)) = self.score(observer)? else { return Ok(None) };
         self.progress.initial_loss = Some(loss);
         Ok(Some(Evaluation { step: 0, loss, label_tokens, best: false }))
+    }
+
+    /// Lets the parameters of the start, whose held-out rows were scored, be the best so far: where they are those of an adapter that was
+    /// trained before, steps may make it worse.
+    ///
+    /// # Errors
+    /// As [`state::write_best`].
+    pub fn take_start_as_best(&mut self, directory: &Path) -> Result<(), Error> {
+        self.progress.best_loss = self.progress.initial_loss;
+        self.progress.best_step = self.progress.step;
+        state::write_best(directory, &self.progress, &self.params)
     }
 
     /// The mean held-out loss and the number of label tokens; `None` where the observer interrupts.

@@ -12,7 +12,7 @@ use sha2::{Digest, Sha256};
 use crate::fetch;
 
 /// The name of a model card.
-const CARD: &str = "README.md";
+pub const CARD: &str = "README.md";
 /// What stands before the hash in a card's last line.
 const MARK: &str = "<!-- Written by retune, which leaves this file alone once it has been edited: ";
 
@@ -126,7 +126,8 @@ fn says(value: &Value) -> bool {
     }
 }
 
-fn plain(value: &Value) -> String {
+/// A setting as a card shows it.
+pub fn plain(value: &Value) -> String {
     match value {
         Value::String(text) => format!("`{text}`"),
         Value::Array(items) => items.iter().map(plain).collect::<Vec<_>>().join(", "),

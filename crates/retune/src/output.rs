@@ -34,6 +34,20 @@ pub fn refuse_source(out: &Path, sources: &[&Path]) -> Result<()> {
     Ok(())
 }
 
+/// Refuses a file for a result whose folder is not there, before the result is computed.
+///
+/// # Errors
+/// The folder.
+pub fn refuse_missing_folder(out: &Path) -> Result<()> {
+    let folder = out.parent().filter(|folder| !folder.as_os_str().is_empty());
+    match folder.filter(|folder| !folder.is_dir()) {
+        Some(folder) => {
+            bail!("{} cannot be written: there is no folder {}; make it first", out.display(), folder.display())
+        }
+        None => Ok(()),
+    }
+}
+
 /// Whether an error says that nobody reads the output any more.
 pub fn is_closed_pipe(error: &anyhow::Error) -> bool {
     error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)

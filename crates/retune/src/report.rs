@@ -12,7 +12,7 @@ use retune_train::state::Progress;
 use serde_json::{Value, json};
 
 use crate::args::RunFile;
-use crate::card::Card;
+use crate::card::{CARD, Card, plain};
 use crate::commands::print_json;
 use crate::compute;
 use crate::memory::{self, human};
@@ -22,9 +22,15 @@ use crate::run_data::RunData;
 pub struct Report<'a> {
     pub config: &'a RunConfig,
     pub method: &'a dyn Method,
+    /// The same as the files hold it.
+    pub saved: &'a dyn Method,
     pub data: &'a RunData,
     /// Whether an earlier part of the run is not in the time.
     pub resumed: bool,
+    /// Whether any step was in the time: a run that had ended already has none.
+    pub has_trained: bool,
+    /// Whether it began from an adapter.
+    pub goes_on: bool,
     /// Number of trained parameters.
     pub trained: usize,
     pub progress: &'a Progress,
@@ -63,7 +69,12 @@ impl Report<'_> {
         outln!();
         if let (Some(before), Some(after)) = (self.progress.initial_loss, self.progress.best_loss) {
             outln!("held-out loss  {before:.4} before, {after:.4} after");
-            if after > before {
+            if self.goes_on && self.progress.best_step == 0 {
+                outln!(
+                    "             ! no step made it better: what is saved is the adapter that the run began from; lower training.learning_rate, or \
+                     look at the data (retune data)"
+                );
+            } else if after > before {
                 outln!(
                     "             ! it is worse than before: lower training.learning_rate, or look at the data (retune data)"
                 );
@@ -113,6 +124,10 @@ impl Report<'_> {
         if !self.config.method.saves_adapter() {
             return Ok(());
         }
+        // What the card says of a run that had ended is known no better now.
+        if !self.has_trained && self.result.join(CARD).exists() {
+            return Ok(());
+        }
         let Self { config, data, progress, .. } = self;
         let (training, train) = (&config.training, &data.train.report);
         let file = |path: &Path| path.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
@@ -156,13 +171,22 @@ impl Report<'_> {
         if let Some(encoding) = config.base.storage.encoding() {
             rows.push(("the base's linears", format!("held as {encoding}")));
         }
-        let part = if self.resumed { ", since the run was last resumed" } else { "" };
-        rows.push(("seconds", format!("{:.0}{part}", self.seconds)));
-        if let Some(peak) = memory::peak_resident() {
-            rows.push(("peak memory", human(peak)));
+        let trained = self.method.settings()?;
+        let saved = self.saved.settings()?;
+        let others = trained.as_object().into_iter().flatten().filter(|(key, value)| saved.get(*key) != Some(*value));
+        let others: Vec<String> = others.map(|(key, value)| format!("`{key}` {}", plain(value))).collect();
+        if !others.is_empty() {
+            rows.push(("trained as", others.join(", ")));
+        }
+        if self.has_trained {
+            let part = if self.resumed { ", since the run was last resumed" } else { "" };
+            rows.push(("seconds", format!("{:.0}{part}", self.seconds)));
+            if let Some(peak) = memory::peak_resident() {
+                rows.push(("peak memory", human(peak)));
+            }
         }
         let summary = format!("It was trained on `{}`, with the settings below.", file(&config.data.train));
-        Card { method: self.method, base_model: Some(&config.model), summary, rows }.write(self.result)
+        Card { method: self.saved, base_model: Some(&config.model), summary, rows }.write(self.result)
     }
 
     /// What the first held-out row asks, or the first row: something to try the result with, no longer than a line.

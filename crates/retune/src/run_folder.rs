@@ -1,19 +1,44 @@
 //! The output folder of a run: its files, who may write there, and what is refused.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use retune_adapter::MethodInfo;
+use retune_adapter::files::{CONFIG_FILE, WEIGHTS_FILE};
 use retune_formats::atomic;
+use retune_model::export;
 use retune_train::run_config::RunConfig;
+use retune_train::state;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::args::TrainArgs;
 use crate::card;
+use crate::session::PROVENANCE;
 
 /// The key of run.json under which a hash of the base's configuration stands.
 pub const CONFIG_HASH: &str = "base_config_hash";
+
+/// The keys of run.json under which hashes of the rows stand.
+pub const ROWS_HASHES: [&str; 2] = ["train_rows_hash", "eval_rows_hash"];
+/// What else run.json has hashes of, in words.
+const HASHED: [(&str, &str); 3] = [
+    ("base_content_hash", "the weights of the model"),
+    (CONFIG_HASH, "the model's configuration"),
+    ("adapter_init_hash", "the adapter of adapter_init"),
+];
+
+/// A hash of each row that is trained on and that is held out, in the tokens that it is to the model: to say how many have changed.
+#[derive(Serialize, Deserialize)]
+pub struct RowHashes {
+    pub train: Vec<u32>,
+    pub eval: Vec<u32>,
+}
+
+/// Whether a file of this name is one that a run writes.
+type IsOwn = fn(&str) -> bool;
 
 /// The files of a run's output folder.
 pub struct RunFolder {
@@ -39,6 +64,11 @@ impl RunFolder {
         self.root.join("passes.json")
     }
 
+    /// What rows the run began with.
+    fn rows(&self) -> PathBuf {
+        self.root.join("row_hashes.json")
+    }
+
     pub fn metrics(&self) -> PathBuf {
         self.root.join("metrics.jsonl")
     }
@@ -48,14 +78,27 @@ impl RunFolder {
         self.root.join(if method.saves_adapter() { "adapter" } else { "model" })
     }
 
-    /// What a run leaves beside its records.
-    fn results(&self) -> [PathBuf; 3] {
-        [self.checkpoints(), self.root.join("adapter"), self.root.join("model")]
+    /// Whether a run's record lies in it.
+    pub fn is_run(&self) -> bool {
+        self.config().is_file()
+    }
+
+    /// Where a run writes an adapter, and where a model.
+    pub fn written(&self) -> [PathBuf; 2] {
+        ["adapter", "model"].map(|name| self.root.join(name))
+    }
+
+    /// What a run leaves beside its records: folders, and which of their files are a run's.
+    fn results(&self) -> [(PathBuf, IsOwn); 3] {
+        let [adapter, model] = self.written();
+        let is_of_adapter = |name: &str| [CONFIG_FILE, WEIGHTS_FILE, PROVENANCE, card::CARD].contains(&name);
+        let is_of_model = |name: &str| export::is_own(name) || name == PROVENANCE;
+        [(self.checkpoints(), state::is_own), (adapter, is_of_adapter), (model, is_of_model)]
     }
 
     /// Makes the folder ready for a run that starts (or, with `resume`, goes on) and keeps other processes out of it for as long as the
     /// result lives: refuses to mix runs.
-    pub fn prepare(&self, run: &Value, config: &RunConfig, args: &TrainArgs) -> Result<Option<File>> {
+    pub fn prepare(&self, run: &Value, rows: &RowHashes, config: &RunConfig, args: &TrainArgs) -> Result<Option<File>> {
         let root = self.root.display();
         if !self.holds_a_run() {
             self.check_free(args)?;
@@ -67,7 +110,7 @@ impl RunFolder {
             if args.overwrite {
                 self.clear(config)?;
             } else if args.resume {
-                self.check_same(run)?;
+                self.check_same(run, rows, config)?;
                 self.remove_leftovers();
                 return Ok(lock);
             } else {
@@ -76,7 +119,11 @@ impl RunFolder {
                 );
             }
         }
+        if args.resume {
+            note!("! {root} holds no run to go on with: this is a new one");
+        }
         atomic::write(&self.config(), format!("{run:#}\n").as_bytes())?;
+        atomic::write(&self.rows(), serde_json::to_string(rows)?.as_bytes())?;
         Ok(lock)
     }
 
@@ -94,7 +141,7 @@ impl RunFolder {
         }
         // Without run.json these are somebody else's, whatever their names.
         let folders = self.results();
-        if let Some(folder) = folders.iter().find(|folder| folder.exists()) {
+        if let Some((folder, _)) = folders.iter().find(|(folder, _)| folder.exists()) {
             bail!(
                 "{} is there, but {root} holds no run of retune's (run.json): move it, or set another output_dir",
                 folder.display()
@@ -122,14 +169,14 @@ impl RunFolder {
         }
     }
 
-    /// Removes what the earlier run left, unless the new one reads from it.
+    /// Removes what the earlier run left, unless the new one reads from it. What is none of its files stays.
     fn clear(&self, config: &RunConfig) -> Result<()> {
         let folders = self.results();
         let data = &config.data;
         let used =
             [Some(Path::new(&config.model)), config.adapter_init.as_deref(), Some(&*data.train), data.eval.as_deref()];
         let used: Vec<PathBuf> = used.into_iter().flatten().filter_map(|path| fs::canonicalize(path).ok()).collect();
-        for folder in folders.iter().filter_map(|folder| fs::canonicalize(folder).ok()) {
+        for folder in folders.iter().filter_map(|(folder, _)| fs::canonicalize(folder).ok()) {
             if used.iter().any(|path| path.starts_with(&folder)) {
                 bail!(
                     "this run reads from {}, which --overwrite would delete: set another output_dir",
@@ -137,14 +184,18 @@ impl RunFolder {
                 );
             }
         }
-        if let Some(card) = folders.iter().find_map(|folder| card::edited(folder)) {
+        if let Some(card) = folders.iter().find_map(|(folder, _)| card::edited(folder)) {
             bail!("{} was edited, and --overwrite would delete it: move it, or set another output_dir", card.display());
         }
         self.remove_leftovers();
-        for folder in folders.iter().filter(|folder| folder.exists()) {
-            fs::remove_dir_all(folder).with_context(|| format!("cannot remove {}", folder.display()))?;
+        for (folder, is_own) in &folders {
+            let others = remove_own(folder, *is_own)?;
+            if !others.is_empty() {
+                let (folder, others) = (folder.display(), others.join(", "));
+                note!("! {folder} holds what the run did not write, which is left there: {others}");
+            }
         }
-        for file in [self.metrics(), self.calibration(), self.passes(), self.config()] {
+        for file in [self.metrics(), self.calibration(), self.passes(), self.rows(), self.config()] {
             if file.exists() {
                 fs::remove_file(&file).with_context(|| format!("cannot remove {}", file.display()))?;
             }
@@ -153,7 +204,7 @@ impl RunFolder {
     }
 
     /// Refuses to go on with a run of another configuration than the one that is here.
-    pub fn check_same(&self, run: &Value) -> Result<()> {
+    pub fn check_same(&self, run: &Value, rows: &RowHashes, config: &RunConfig) -> Result<()> {
         let root = self.root.display();
         let text = fs::read_to_string(self.config()).with_context(|| format!("cannot read {root}/run.json"))?;
         let earlier: Value = serde_json::from_str(&text)
@@ -165,13 +216,61 @@ impl RunFolder {
         {
             run.remove(CONFIG_HASH);
         }
-        if let Some(difference) = first_difference("", &earlier, &run) {
+        if let Some((key, difference)) = first_difference("", &earlier, &run) {
+            if let Some(which) = ROWS_HASHES.iter().position(|name| *name == key) {
+                bail!("{}", self.other_rows(which, rows, config));
+            }
+            let hashed = HASHED.iter().find(|(name, _)| *name == key);
+            let difference = hashed.map_or(difference, |(_, what)| format!("{what} changed"));
             bail!(
                 "the run in {root} was started with another configuration: {difference}. Restore it, start anew with --overwrite, \
                  or set another output_dir"
             );
         }
         Ok(())
+    }
+
+    /// Says that the rows to train on (`which` is 0) or held out (1) are others than when the run began, and how many.
+    fn other_rows(&self, which: usize, rows: &RowHashes, config: &RunConfig) -> String {
+        let (path, what) = match (which, &config.data.eval) {
+            (0, _) => (&config.data.train, "rows to train on"),
+            (_, Some(path)) => (path, "held-out rows"),
+            (_, None) => (&config.data.train, "held-out rows"),
+        };
+        let now = [&rows.train, &rows.eval][which];
+        let earlier = fs::read(self.rows()).ok().and_then(|text| serde_json::from_slice::<RowHashes>(&text).ok());
+        let earlier = earlier.map(|RowHashes { train, eval }| if which == 0 { train } else { eval });
+        let counted = earlier.map_or_else(String::new, |earlier| {
+            let (new, gone) = (missing_from(&earlier, now), missing_from(now, &earlier));
+            let (then, now) = (earlier.len(), now.len());
+            match (new, gone) {
+                (0, 0) => format!(": the same {now}, in another order"),
+                _ => format!(": {new} are new and {gone} are gone ({then} then, {now} now)"),
+            }
+        });
+        format!(
+            "{} has other {what} than when the run in {} began{counted}. Restore the file, start anew with --overwrite, or set another \
+             output_dir",
+            path.display(),
+            self.root.display()
+        )
+    }
+
+    /// Puts the model that was written beside in the place of the one that is there, and keeps what is none of a model's files.
+    pub fn replace_model(&self) -> Result<()> {
+        let ([_, model], partial) = (self.written(), self.partial_model());
+        remove_own(&model, self.results()[2].1)?;
+        let cannot = || format!("cannot write {}", model.display());
+        if !model.exists() {
+            return fs::rename(&partial, &model).with_context(cannot);
+        }
+        let mut names: Vec<_> = fs::read_dir(&partial)?.flatten().map(|entry| entry.file_name()).collect();
+        // A folder without it is no model.
+        names.sort_by_key(|name| name == "config.json");
+        for name in names {
+            fs::rename(partial.join(&name), model.join(&name)).with_context(cannot)?;
+        }
+        fs::remove_dir(&partial).with_context(cannot)
     }
 
     pub fn partial_model(&self) -> PathBuf {
@@ -189,8 +288,42 @@ impl RunFolder {
     }
 }
 
-/// The first key in which two configurations differ.
-fn first_difference(key: &str, earlier: &Value, now: &Value) -> Option<String> {
+/// Removes a folder's files that are a run's, and the folder where nothing else is in it. Returns the names of what is left.
+fn remove_own(folder: &Path, is_own: IsOwn) -> Result<Vec<String>> {
+    let mut others = Vec::new();
+    for entry in fs::read_dir(folder).into_iter().flatten() {
+        let path = entry.with_context(|| format!("cannot read {}", folder.display()))?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let is_leftover = name.strip_prefix('.').and_then(|name| name.strip_suffix(".tmp")).is_some_and(is_own);
+        if path.is_file() && (is_own(&name) || is_leftover) {
+            fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))?;
+        } else {
+            others.push(name);
+        }
+    }
+    if others.is_empty() && folder.exists() {
+        fs::remove_dir(folder).with_context(|| format!("cannot remove {}", folder.display()))?;
+    }
+    others.sort();
+    Ok(others)
+}
+
+/// How many of `rows` are not among `others`; a row that is there twice is sought twice.
+fn missing_from(others: &[u32], rows: &[u32]) -> usize {
+    let mut left: BTreeMap<u32, usize> = BTreeMap::new();
+    others.iter().for_each(|row| *left.entry(*row).or_default() += 1);
+    let is_missing = |row: &&u32| match left.get_mut(row) {
+        Some(count) if *count > 0 => {
+            *count -= 1;
+            false
+        }
+        _ => true,
+    };
+    rows.iter().filter(is_missing).count()
+}
+
+/// The first key in which two configurations differ, and how.
+fn first_difference(key: &str, earlier: &Value, now: &Value) -> Option<(String, String)> {
     match (earlier, now) {
         (Value::Object(a), Value::Object(b)) => {
             let keys = a.keys().chain(b.keys().filter(|k| !a.contains_key(*k)));
@@ -200,10 +333,13 @@ fn first_difference(key: &str, earlier: &Value, now: &Value) -> Option<String> {
             })
         }
         (a, b) if a == b => None,
-        (a, b) if key == "isa" => Some(format!(
-            "it computed with {a}, now it would with {b}, whose last digits differ (RETUNE_ISA={} goes on where the machine can)",
-            a.as_str().unwrap_or_default()
+        (a, b) if key == "isa" => Some((
+            key.to_owned(),
+            format!(
+                "it computed with {a}, now it would with {b}, whose last digits differ (RETUNE_ISA={} goes on where the machine can)",
+                a.as_str().unwrap_or_default()
+            ),
         )),
-        (a, b) => Some(format!("{key} was {a}, now it is {b}")),
+        (a, b) => Some((key.to_owned(), format!("{key} was {a}, now it is {b}"))),
     }
 }

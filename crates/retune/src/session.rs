@@ -1,10 +1,11 @@
 //! A model with an adapter on it, ready to run: what most commands begin with.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use anyhow::{Context, Error, Result, bail};
 use retune_adapter::AdapterFile;
+use retune_adapter::files::CONFIG_FILE;
 use retune_engine::generate::{Generation, Sampling};
 use retune_engine::model::Model;
 use retune_engine::overlay::Overlay;
@@ -16,6 +17,7 @@ use retune_train::data::Example;
 use serde_json::{Value, json};
 
 use crate::args::{ModelArgs, NO_ADAPTER, NamedAdapter};
+use crate::run_folder::RunFolder;
 use crate::{fetch, storage};
 
 /// Where stamps are kept, within the cache. No model's folder begins with a dot.
@@ -197,8 +199,45 @@ pub fn refuse_long_rows(spec: &ModelSpec, overlay: &Overlay, examples: &[Example
     )
 }
 
+/// The folder of the adapter that somebody means, as [`find_adapter`] finds it; says so where it is another.
+///
+/// # Errors
+/// The folder of a run that has no adapter.
+pub fn adapter_folder(directory: &Path) -> Result<PathBuf> {
+    let found = find_adapter(directory)?;
+    if found != directory {
+        note!("{} is the folder of a run: taking {}", directory.display(), found.display());
+    }
+    Ok(found)
+}
+
+/// The folder of the adapter that somebody means: this one, or where it is a run's the one in it.
+///
+/// # Errors
+/// The folder of a run that has no adapter.
+pub fn find_adapter(directory: &Path) -> Result<PathBuf> {
+    let is_adapter = |folder: &Path| folder.join(CONFIG_FILE).exists();
+    let run = RunFolder { root: directory.to_owned() };
+    if is_adapter(directory) || !run.is_run() {
+        return Ok(directory.to_owned());
+    }
+    let [adapter, model] = run.written();
+    let name = directory.display();
+    if is_adapter(&adapter) {
+        return Ok(adapter);
+    }
+    if model.is_dir() {
+        bail!(
+            "{name} is the folder of a run that trained a whole model: give --model {}, without an adapter",
+            model.display()
+        );
+    }
+    bail!("{name} is the folder of a run that has not written its adapter yet: let it end (retune train --resume)")
+}
+
 /// Reads an adapter for a base it fits: what it lays on the base, and its values.
 pub fn adapted(base: &Base, directory: &Path) -> Result<(Overlay, Vec<f32>, AdapterFile)> {
+    let directory = &adapter_folder(directory)?;
     let file = AdapterFile::read(directory)?;
     let checkpoint = &base.checkpoint;
     let lower = || -> Result<_> {

@@ -69,6 +69,7 @@ fn under_each<'a>(base: &Base, adapters: impl Iterator<Item = &'a Path>, asked: 
 
 /// How this base was held when an adapter was trained on it; as it is, where that was another base or nothing is known.
 fn trained_on(base: &Base, adapter: &Path) -> Result<Storage> {
+    let adapter = &session::find_adapter(adapter)?;
     let Some(record) = session::provenance(adapter)? else { return Ok(Storage::AsIs) };
     let Some(trained_on) = record["run"]["base"].get("storage") else { return Ok(Storage::AsIs) };
     let storage: Storage = serde_json::from_value(trained_on.clone()).with_context(|| {

@@ -318,7 +318,7 @@ fn a_length_that_cuts_every_answer_away_is_refused() {
 #[test]
 fn a_run_file_with_a_mistake_is_refused_with_the_key() {
     let folder = Folder::with_run();
-    let cases: [(&str, &[&str]); 16] = [
+    let cases: [(&str, &[&str]); 23] = [
         (
             "adapter.target_modules=[q_prj]",
             &["adapter.target_modules: `q_prj` matches no module", "Did you mean `q_proj`", "gate_proj"],
@@ -331,6 +331,13 @@ fn a_run_file_with_a_mistake_is_refused_with_the_key() {
         ("training.lerning_rate=1", &["unknown key training.lerning_rate", "did you mean training.learning_rate"]),
         ("adapter.rr=1", &["unknown key adapter.rr", "did you mean adapter.r?"]),
         ("epochs=1", &["unknown key epochs", "did you mean training.epochs"]),
+        ("training.lr=1", &["unknown key training.lr; did you mean training.learning_rate? Keys of training"]),
+        ("adapter.rank=8", &["unknown key adapter.rank; did you mean adapter.r?"]),
+        ("lora_alpha=8", &["unknown key lora_alpha; did you mean adapter.lora_alpha?"]),
+        ("val_set_size=0.1", &["unknown key val_set_size; did you mean data.eval_fraction?"]),
+        ("load_in_4bit=true", &["unknown key load_in_4bit; did you mean base.storage?"]),
+        ("data.separator=';'", &["unknown key data.separator: columns of a .csv file are separated by commas"]),
+        ("training.zzz=1", &["unknown key training.zzz. Keys of training"]),
         ("training.epochs=many", &["training.epochs is the text \"many\"", "expected a number"]),
         ("training.epochs=0", &["training.epochs is 0", "above 0"]),
         ("training.lr_scheduler_type=cosin", &["lr_scheduler_type", "\"cosin\"", "Did you mean cosine"]),
@@ -361,6 +368,27 @@ fn an_output_folder_with_something_else_in_it_is_refused() {
     folder.refuses(&args, &["theirs exists and is not empty", "set another output_dir", "--overwrite"]);
     folder.succeeds(&joined(&[&args, &["--overwrite"]]));
     assert_eq!(folder.read("theirs/notes.txt"), b"keep me");
+    // What somebody has put beside what a run wrote is not the run's to remove.
+    for name in ["theirs/adapter/mine.txt", "theirs/checkpoints/mine.safetensors"] {
+        folder.write(name, "keep me");
+    }
+    fs::create_dir(folder.path("theirs/adapter/more")).unwrap();
+    let output = folder.succeeds(&joined(&[&args, &["--overwrite", "--set", "training.seed=1"]]));
+    let words = "theirs/adapter holds what the run did not write, which is left there: mine.txt, more";
+    assert!(output.stderr.contains(words), "{}", output.stderr);
+    for name in ["theirs/adapter/mine.txt", "theirs/checkpoints/mine.safetensors"] {
+        assert_eq!(folder.read(name), b"keep me");
+    }
+    assert!(folder.path("theirs/adapter/more").is_dir());
+    let full = ["--set", "method=full", "--set", "adapter=null", "--overwrite"];
+    folder.succeeds(&joined(&[&args, &full]));
+    assert!(!folder.path("theirs/adapter/adapter_config.json").exists(), "an adapter of the earlier run");
+    folder.write("theirs/model/mine.txt", "keep me");
+    for more in ["--resume", "--overwrite"] {
+        folder.succeeds(&joined(&[&args, &full[..4], &[more]]));
+        assert_eq!(folder.read("theirs/model/mine.txt"), b"keep me");
+        folder.succeeds(&["inspect", "theirs/model"]);
+    }
     folder.refuses(&["train", "run.yaml", "--set", "output_dir=theirs/notes.txt"], &["cannot create theirs/notes.txt"]);
 }
 
@@ -435,10 +463,98 @@ fn the_longest_answer_that_can_be_asked_for_does_not_overflow() {
 fn an_error_names_its_cause_once() {
     let folder = Folder::with_run();
     let model = golden(MODEL);
-    let logits = ["logits", "--model", &model, "--tokens", "1", "--out", "nowhere/l.safetensors"];
-    let output = folder.retune(&logits);
-    refused("logits", &output, &["cannot write nowhere/l.safetensors"]);
+    let eval = ["eval", "--model", &model, "--data", "eval.jsonl", "--predictions", "nowhere/p.jsonl"];
+    let output = folder.retune(&eval);
+    refused("eval", &output, &["cannot write nowhere/p.jsonl"]);
     assert_eq!(output.stderr.matches("os error 2").count(), 1, "{}", output.stderr);
+}
+
+#[test]
+fn a_folder_that_is_not_there_is_named_before_anything_is_computed() {
+    let folder = Folder::with_run();
+    // Were the model opened first, that would be the error.
+    let logits = ["logits", "--model", "no-model", "--tokens", "1", "--out", "nowhere/l.safetensors"];
+    folder.refuses(&logits, &["nowhere/l.safetensors cannot be written: there is no folder nowhere"]);
+}
+
+#[test]
+fn a_warm_up_leaves_something_to_train() {
+    let folder = Folder::with_run();
+    let metrics = |more: &[&str]| -> (String, Vec<f64>) {
+        let args = ["train", "run.yaml", "--overwrite"];
+        let output = folder.succeeds(&joined(&[&args, more]));
+        let text = String::from_utf8(folder.read("out/metrics.jsonl")).unwrap();
+        let lines = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+        (output.stderr, lines.filter_map(|line| line["learning_rate"].as_f64()).collect())
+    };
+    // The usual part of one step would be all of it.
+    assert_eq!(metrics(&["--set", "training.max_steps=1"]).1, [0.01]);
+    let (said, rates) = metrics(&["--set", "training.max_steps=2", "--set", "training.warmup_steps=4"]);
+    assert_eq!(rates, [0.0, 0.0025]);
+    assert!(
+        said.contains("training.warmup_steps is 4, and the run has 2 steps: the learning rate rises to 2.50e-3"),
+        "{said}"
+    );
+    let args =
+        ["train", "run.yaml", "--overwrite", "--set", "training.max_steps=1", "--set", "training.warmup_steps=5"];
+    folder.refuses(&args, &["training.warmup_steps is 5, and the run has one step", "set it to 0"]);
+}
+
+#[test]
+fn a_soft_prompt_that_fills_the_context_is_refused() {
+    let folder = Folder::with_run();
+    for method in ["prompt_tuning", "prefix_tuning"] {
+        let method = format!("method={method}");
+        let args = ["train", "run.yaml", "--set", &method, "--set", "adapter={num_virtual_tokens: 512}"];
+        folder.refuses(
+            &args,
+            &["adapter.num_virtual_tokens is 512", "context of 512 tokens has no room for a row", "lower it"],
+        );
+    }
+}
+
+#[test]
+fn columns_that_no_comma_separates_are_named() {
+    let folder = Folder::with_run();
+    for (separator, name) in [(";", "semicolons"), ("\t", "tabs"), ("|", "vertical bars")] {
+        folder.write(
+            "rows.csv",
+            ["prompt,completion", "a, b,c", "d,e"].map(|line| line.replacen(',', separator, 1)).join("\n"),
+        );
+        let found = format!("there is no comma, but 2 columns separated by {name}");
+        folder.refuses(
+            &["data", "run.yaml", "--set", "data.train=rows.csv"],
+            &["rows.csv, line 1", &found, "save it as a CSV file with commas"],
+        );
+    }
+}
+
+#[test]
+fn what_cannot_be_combined_is_told_how_it_can() {
+    let folder = Folder::with_run();
+    folder.succeeds(&[
+        "train",
+        "run.yaml",
+        "--set",
+        "method=miss",
+        "--set",
+        "adapter={r: 8}",
+        "--set",
+        "training.max_steps=2",
+    ]);
+    let combine = ["combine", "--adapter", "out/adapter=1", "--out", "both"];
+    let model = golden(MODEL);
+    let advice = format!("retune convert out/adapter --to lora --model {model} --out FOLDER");
+    folder.refuses(&combine, &["out/adapter is an adapter of method miss", &advice]);
+    // What it says to do works.
+    folder.succeeds(&["convert", "out/adapter", "--to", "lora", "--model", &model, "--out", "plain"]);
+    folder.succeeds(&["combine", "--adapter", "plain=1", "--out", "both"]);
+    for command in [
+        &["combine", "--adapter", "plain=1", "--out", "both"][..],
+        &["convert", "plain", "--to", "lora", "--out", "both"],
+    ] {
+        folder.refuses(command, &["both is not empty", "give another name"]);
+    }
 }
 
 /// A pipe that nobody reads, as after `| head`.

@@ -409,8 +409,109 @@ fn inspect_of_a_runs_folder_names_the_adapter_in_it() {
     let folder = Folder::with_run();
     folder.copy(ADAPTER, "out/adapter");
     folder.write("out/run.json", "{}");
-    folder.refuses(&["inspect", "out"], &["out is the folder of a run", "inspect out/adapter"]);
-    folder.succeeds(&["inspect", "out/adapter"]);
+    let adapter = folder.succeeds(&["inspect", "out/adapter", "--json"]).json();
+    let run = folder.succeeds(&["inspect", "out", "--json"]);
+    assert!(run.stderr.contains("out is the folder of a run: taking out/adapter"), "{}", run.stderr);
+    assert_eq!(run.json(), adapter);
+    fs::rename(folder.path("out/adapter"), folder.path("out/model")).unwrap();
+    folder.refuses(&["inspect", "out"], &["out is the folder of a run", "inspect out/model"]);
+    fs::rename(folder.path("out/model"), folder.path("elsewhere")).unwrap();
+    folder.refuses(&["inspect", "out"], &["out is the folder of a run that has not written its adapter yet"]);
+}
+
+/// Wherever an adapter is read, the folder of a run stands for the one in it.
+#[test]
+fn the_folder_of_a_run_stands_for_its_adapter() {
+    let folder = Folder::with_run();
+    folder.copy(NO_TOKENIZER, "model");
+    folder.copy("gguf_llama", "base");
+    short_run(&folder, &[]);
+    let model = golden(MODEL);
+    let taken = "out is the folder of a run: taking out/adapter";
+    let cases: [&[&str]; 6] = [
+        &["eval", "--model", &model, "--adapter", "out", "--data", "eval.jsonl"],
+        &["generate", "--model", &model, "--adapter", "out", "--max-new-tokens", "1", "hi"],
+        &["merge", "--model", &model, "--adapter", "out", "--out", "merged"],
+        &["unmerge", "--model", "merged", "--adapter", "out", "--out", "again"],
+        &["combine", "--adapter", "out=1", "--out", "combined"],
+        &["convert", "out", "--to", "lora", "--out", "plain"],
+    ];
+    for args in cases {
+        let output = folder.succeeds(args);
+        assert!(output.stderr.contains(taken), "{args:?}: {}", output.stderr);
+    }
+    let go_on =
+        ["train", "run.yaml", "--set", "adapter_init=out", "--set", "output_dir=on", "--set", "training.max_steps=1"];
+    assert!(folder.succeeds(&go_on).stderr.contains(taken));
+    folder.succeeds(&[
+        "train",
+        "run.yaml",
+        "--set",
+        "method=full",
+        "--set",
+        "adapter=null",
+        "--set",
+        "output_dir=whole",
+        "--set",
+        "training.max_steps=1",
+    ]);
+    let args = ["eval", "--model", &model, "--adapter", "whole", "--data", "eval.jsonl"];
+    folder.refuses(&args, &["whole is the folder of a run that trained a whole model", "--model whole/model"]);
+}
+
+/// A run that goes on from an adapter ends with that one where no step makes it better.
+#[test]
+fn the_adapter_a_run_began_from_may_be_its_best() {
+    let folder = Folder::with_run();
+    folder.succeeds(&["train", "run.yaml", "--set", "output_dir=learnt"]);
+    let more =
+        ["--set", "adapter_init=learnt/adapter", "--set", "training.learning_rate=1", "--set", "base.compute=f32"];
+    let args = joined(&[&["train", "run.yaml", "--json", "--set", "training.warmup_steps=0"], &SHORT, &more]);
+    let summary = folder.succeeds(&args).json();
+    assert_eq!(summary["best_step"], 0, "{summary}");
+    assert_eq!(summary["held_out_loss_before"], summary["held_out_loss_after"]);
+    assert!(summary["held_out_loss_last"].as_f64() > summary["held_out_loss_before"].as_f64(), "{summary}");
+    let weights = |of: &str| folder.read(&format!("{of}/adapter/adapter_model.safetensors"));
+    assert!(weights("learnt") == weights("out"));
+    let text = folder.succeeds(&joined(&[&args, &["--resume"]]));
+    assert_eq!(text.json()["best_step"], 0);
+    // Where nothing is held out, the last step is what there is.
+    folder.succeeds(&joined(&[&args, &["--overwrite", "--set", "data.eval=null", "--set", "data.eval_fraction=0"]]));
+    assert!(weights("learnt") != weights("out"));
+}
+
+/// What is trained in the base's place is as far from the base as a low-rank change is told to be.
+#[test]
+fn inspect_tells_of_vectors_and_rows_of_tokens() {
+    let folder = Folder::with_run();
+    let model = golden(MODEL);
+    let train = |more: &[&str]| {
+        folder.succeeds(&joined(&[&["train", "run.yaml", "--overwrite", "--set", "training.max_steps=2"], more]));
+        folder.succeeds(&["inspect", "out/adapter", "--model", &model, "--json"]).json()["modules"].clone()
+    };
+    let is_number = |value: &Value| value.as_f64().is_some_and(|number| number > 0.0);
+    let norms = train(&["--set", "method=partial", "--set", "adapter={norms: true}"]);
+    for module in ["model.norm", "model.layers.0.input_layernorm"] {
+        let entry = &norms[module];
+        assert!(is_number(&entry["norm_change"]) && is_number(&entry["change_over_weight"]), "{module}: {entry}");
+    }
+    let rows = train(&["--set", "adapter={target_modules: [q_proj], r: 4, trainable_token_indices: [3, 50]}"]);
+    let entry = &rows["model.embed_tokens"];
+    assert_eq!(entry["tokens"], 2);
+    assert!(is_number(&entry["norm_change"]) && is_number(&entry["change_over_weight"]), "{entry}");
+    assert!(is_number(&rows["model.layers.0.self_attn.q_proj"]["change_over_weight"]), "{rows}");
+}
+
+/// PiSSA is saved as LoRA of twice the rank, and the card is of what is saved.
+#[test]
+fn a_card_says_the_rank_that_the_files_have() {
+    let folder = Folder::with_run();
+    short_run(&folder, &["--set", "adapter.init_lora_weights=pissa"]);
+    let config: Value = serde_json::from_slice(&folder.read("out/adapter/adapter_config.json")).unwrap();
+    assert_eq!(config["r"], 8);
+    let card = String::from_utf8(folder.read("out/adapter/README.md")).unwrap();
+    assert!(card.contains("| `r` | 8 |") && card.contains("| trained as |"), "{card}");
+    assert!(card.contains("`init_lora_weights` `pissa`") && card.contains("`r` 4"), "{card}");
 }
 
 #[test]
@@ -503,7 +604,10 @@ fn a_run_that_made_the_model_worse_says_so_and_a_soft_prompt_is_not_to_be_merged
     // One that has learnt, and a rate that throws it off.
     folder.succeeds(&["train", "run.yaml", "--set", "output_dir=learnt"]);
     let worse = train(&["--set", "adapter_init=learnt/adapter", "--set", "training.learning_rate=1"]);
-    assert!(worse.contains("it is worse than before") && worse.contains(" merge "), "{worse}");
+    assert!(worse.contains("no step made it better: what is saved is the adapter that the run began from"), "{worse}");
+    assert!(worse.contains(" merge "), "{worse}");
+    let worse = train(&["--set", "method=full", "--set", "adapter=null", "--set", "training.learning_rate=1"]);
+    assert!(worse.contains("it is worse than before"), "{worse}");
     let prompt = train(&["--set", "method=prompt_tuning", "--set", "adapter={num_virtual_tokens: 4}"]);
     assert!(!prompt.contains("it is worse") && !prompt.contains(" merge "), "{prompt}");
 }

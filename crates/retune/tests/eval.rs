@@ -76,12 +76,16 @@ fn the_loss_of_a_label_is_that_of_a_row_with_this_answer() {
     assert!(close(found["by_likelihood"]["accuracy"].as_f64().unwrap(), right as f64 / 12.0));
     let columns = ["--reference", "reference", "--prediction", "likeliest_label", "--metric", "accuracy,macro-f1"];
     let scored = folder.succeeds(&joined(&[&["score", "--json", "--file", "p.jsonl"], &columns])).json();
-    assert_eq!(scored["accuracy"], found["by_likelihood"]["accuracy"]);
+    for metric in ["accuracy", "macro_f1"] {
+        assert_eq!(scored[metric], found["by_likelihood"][metric], "{metric}");
+    }
 
     // Labels that are given are more to choose from.
     let given = joined(&[&args, &["labelled.jsonl", "--labels", "on,time,sand", "--limit", "5"]]);
     let found = eval(&folder, &given);
-    assert_eq!(found["by_likelihood"]["labels"].as_array().unwrap().len(), 3);
+    assert_eq!(lines(&folder, "p.jsonl")[0]["label_losses"].as_object().unwrap().len(), 3);
+    let scored = folder.succeeds(&joined(&[&["score", "--json", "--file", "p.jsonl"], &columns])).json();
+    assert_eq!(scored["macro_f1"], found["by_likelihood"]["macro_f1"], "a label that no row has");
     assert_eq!((&found["by_likelihood"]["rows"], &found["rows"]), (&json!(5), &json!(5)));
     // The loss is the mean over rows' tokens, as before.
     let (mut sum, mut tokens) = (0.0, 0.0);
@@ -195,6 +199,20 @@ fn examples_stand_before_each_row() {
     };
     assert_eq!(seeded("0"), four["loss"]);
     assert!((1..4).any(|seed| seeded(&seed.to_string()) != four["loss"]), "the seed is of no effect");
+}
+
+#[test]
+fn rows_whose_labels_are_too_long_are_told() {
+    let folder = with_labels();
+    let model = golden(MODEL);
+    let args = ["eval", "--model", &model, "--data", "labelled.jsonl", "--json", "--max-length"];
+    let longest = (1..40).rev().map(|length| length.to_string()).find_map(|length| {
+        let output = folder.retune(&joined(&[&args, &[&length, "--labels", "on,time,the sand of time"]]));
+        (output.code == Some(0) && output.json()["by_likelihood"].is_null()).then_some(output)
+    });
+    let output = longest.expect("there is a length at which no row has all of its labels");
+    assert!(output.stderr.contains("in 12 of 12 rows no label was compared"), "{}", output.stderr);
+    assert_eq!(output.json()["labels_too_long"], 12);
 }
 
 #[test]

@@ -128,8 +128,23 @@ fn the_advice_after_an_interrupt_repeats_the_overrides() {
 fn a_finished_run_resumed_gives_the_same_bytes() {
     let folder = Folder::with_run();
     folder.succeeds(&["train", "run.yaml"]);
+    let card = folder.read("out/adapter/README.md");
     folder.succeeds(&["train", "run.yaml", "--resume"]);
     check_finished(&folder);
+    assert!(folder.read("out/adapter/README.md") == card, "the card says how long it took to train");
+    std::fs::remove_file(folder.path("out/adapter/README.md")).unwrap();
+    folder.succeeds(&["train", "run.yaml", "--resume"]);
+    let card = String::from_utf8(folder.read("out/adapter/README.md")).unwrap();
+    assert!(card.contains("| steps |") && !card.contains("| seconds |"), "{card}");
+}
+
+#[test]
+fn resuming_where_there_is_no_run_says_so() {
+    let folder = Folder::with_run();
+    let args = ["train", "run.yaml", "--resume", "--set", "training.max_steps=1"];
+    let words = "out holds no run to go on with: this is a new one";
+    assert!(folder.succeeds(&args).stderr.contains(words));
+    assert!(!folder.succeeds(&args).stderr.contains(words));
 }
 
 #[test]
@@ -158,8 +173,22 @@ fn a_run_is_not_resumed_with_another_configuration_or_other_data() {
     }
     let rows = folder.read("train.jsonl");
     folder.write("train.jsonl", [&rows[..], b"{\"prompt\": \"a\", \"completion\": \"b\"}\n"].concat());
-    folder.refuses(&resume, &["another configuration", "train_rows_hash"]);
-    folder.write("train.jsonl", rows);
+    let words = ["train.jsonl has other rows to train on", "1 are new and 0 are gone (30 then, 31 now)", "--overwrite"];
+    folder.refuses(&resume, &words);
+    let mut lines: Vec<&[u8]> = rows.split_inclusive(|byte| *byte == b'\n').collect();
+    lines.swap(0, 3);
+    folder.write("train.jsonl", lines.concat());
+    folder.refuses(&resume, &["train.jsonl has other rows to train on", "the same 30, in another order"]);
+    folder.write("train.jsonl", &rows);
+    let held_out = folder.read("eval.jsonl");
+    folder.write("eval.jsonl", lines[0]);
+    folder.refuses(&resume, &["eval.jsonl has other held-out rows", "are gone (4 then, 1 now)"]);
+    folder.write("eval.jsonl", held_out);
+    // A run of an earlier version has no record of its rows.
+    std::fs::remove_file(folder.path("out/row_hashes.json")).unwrap();
+    folder.write("train.jsonl", lines.concat());
+    folder.refuses(&resume, &["train.jsonl has other rows to train on than when the run in out began. Restore"]);
+    folder.write("train.jsonl", &rows);
     folder.succeeds(&resume);
     folder.succeeds(&joined(&[&args, &["--overwrite", "--set", "training.learning_rate=0.5"]]));
 }

@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use retune_engine::overlay::{Factor, LowRank, Offset, OutputScale, Overlay, TableTerm, TokenRows};
-use retune_engine::row_norms::row_norms;
+use retune_engine::row_norms::{column_norms, row_norms};
 use retune_engine::spec::ModelSpec;
 use retune_kernels::{PanelSource, dropout, random};
 use serde_json::Value;
@@ -124,7 +124,7 @@ impl Method for LoraConfig {
                 let (shape, values) = tensors.get_mut(&param.name)?;
                 let frozen = frozen.values(params);
                 if is_a {
-                    values.extend_from_slice(frozen);
+                    values.extend_from_slice(&frozen);
                     shape[0] *= 2;
                 } else {
                     let rows = values.chunks_exact(shape[1]).zip(frozen.chunks_exact(shape[1]));
@@ -208,9 +208,9 @@ fn on_tables(
 ) -> Result<(), Error> {
     for target in targets.iter().filter(|target| target.is_table) {
         check_table("target_modules", spec)?;
-        if config.use_dora || config.lora_bias || config.init_lora_weights.is_of_the_weight() {
+        if config.lora_bias || config.init_lora_weights.is_of_the_weight() {
             let problem = format!(
-                "names {}, a table of rows, on which DoRA, lora_bias and a start from the weight are not available; take it out, or use plain LoRA",
+                "names {}, a table of rows, on which lora_bias and a start from the weight are not available; take it out, or use plain LoRA",
                 target.module
             );
             return config_error("target_modules", problem);
@@ -219,7 +219,9 @@ fn on_tables(
         let layout = &mut overlay.layout;
         let a = layout.add_transposed(names::embedding_a(&target.module), vec![r, target.in_features], None);
         let b = layout.add(names::embedding_b(&target.module), vec![target.out_features, r], None);
-        let term = Some(TableTerm { a, b, r, scale });
+        let magnitudes = || layout.add(names::lora_magnitude(&target.module), vec![target.out_features], None);
+        let magnitudes = config.use_dora.then(magnitudes);
+        let term = Some(TableTerm { a, b, r, scale, magnitudes });
         if target.module == spec.table.name {
             overlay.table_term = term;
         } else {
@@ -269,7 +271,7 @@ fn on_tables(
 }
 
 impl LoraConfig {
-    /// Rows of tokens start as the base's; of tables A is zero and B normal, or both are normal.
+    /// Rows of tokens start as the base's; of tables A is zero and B normal, or both are normal, and DoRA's lengths are the columns'.
     fn start_tables(
         &self,
         spec: &ModelSpec,
@@ -295,6 +297,14 @@ impl LoraConfig {
                 let values = params[place.clone()].iter_mut().enumerate();
                 values.for_each(|(i, value)| *value = random::normal(key, i as u64) as f32);
             }
+        }
+        let tables =
+            [(Some(&spec.table.name), &overlay.table_term), (spec.table.positions.as_ref(), &overlay.positions_term)];
+        for (name, term) in tables {
+            let (Some(name), Some(term)) = (name, term) else { continue };
+            let Some(magnitudes) = &term.magnitudes else { continue };
+            let norms = column_norms(&(start.tensor)(&format!("{name}.weight"))?, term, params);
+            params[magnitudes.clone()].copy_from_slice(&norms);
         }
         Ok(())
     }

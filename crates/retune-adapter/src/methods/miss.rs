@@ -1,6 +1,6 @@
 //! MiSS (Kang and Yin 2024, "MiSS: Revisiting the Trade-off in LoRA with an Efficient Shard-Sharing Structure"): a low-rank term whose A is
 //! fixed. The input is cut into shards of r elements that are added up, so that A consists of identity matrices side by side, and only B is
-//! trained. PEFT holds Bᵀ as `miss_block`, `[r, out]`.
+//! trained. PEFT holds Bᵀ as `miss_block`, `[r, out]`; in its variant "mini" only the first rows of B are there, and the others repeat them.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -14,13 +14,14 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use crate::check::check_all_values;
-use crate::config::{ModuleSelection, OneOrMany, check_dropout, check_rank, config_error};
+use crate::config::{Bias, ModuleSelection, OneOrMany, check_dropout, check_rank, config_error};
 use crate::error::Error;
 use crate::files::{AdapterFile, Tensors};
 use crate::method::{self, Method, MethodInfo, Start};
+use crate::names::{BiasTarget, biases_beside};
 use crate::peft_config::{self, LORA_ONLY, bad};
 use crate::selection::Selection;
-use crate::targets::{BaseModules, LinearModule};
+use crate::targets::{BaseModules, LinearModule, check_bias};
 use crate::walk::{Saved, walk};
 
 pub static INFO: MethodInfo = MethodInfo {
@@ -34,8 +35,10 @@ pub static INFO: MethodInfo = MethodInfo {
 };
 
 /// The keys of `adapter_config.json` that mean the same here.
-const FIELDS: [&str; 7] = [
+const FIELDS: [&str; 9] = [
     "r",
+    "mini_r",
+    "bias",
     "miss_dropout",
     "target_modules",
     "exclude_modules",
@@ -50,6 +53,9 @@ const FIELDS: [&str; 7] = [
 pub struct MissConfig {
     /// Rank of the update: B is [out, r], nothing else is trained.
     pub r: usize,
+    /// How many rows of B are trained; the others repeat them, so that every module's number of outputs must be a multiple (PEFT's `init_weights: mini`). All of them when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mini_r: Option<usize>,
     /// Probability with which an input element of the adapter is dropped in training, in [0, 1).
     pub miss_dropout: f64,
     /// Modules to adapt: a list of name endings ("q_proj"), a regular expression for the whole name, or "all-linear" (every linear module but the output head).
@@ -62,18 +68,61 @@ pub struct MissConfig {
     pub layers_pattern: Option<OneOrMany<String>>,
     /// Modules trained and saved whole, by the end of their names ("lm_head", "embed_tokens").
     pub modules_to_save: Vec<String>,
+    /// Which biases of the base model are trained.
+    #[serde(skip_serializing_if = "MissBias::is_none")]
+    pub bias: MissBias,
+}
+
+/// Which biases of the base model are trained beside MiSS.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum MissBias {
+    /// None of them.
+    #[default]
+    None,
+    /// Every bias of the model.
+    All,
+    /// The biases of the adapted modules.
+    #[serde(rename = "MiSS_only")]
+    MissOnly,
+}
+
+impl MissBias {
+    fn is_none(&self) -> bool {
+        *self == Self::None
+    }
+
+    /// The name in a configuration.
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::All => "all",
+            Self::MissOnly => "MiSS_only",
+        }
+    }
+
+    /// The same, of any method.
+    fn of_any(self) -> Bias {
+        match self {
+            Self::None => Bias::None,
+            Self::All => Bias::All,
+            Self::MissOnly => Bias::LoraOnly,
+        }
+    }
 }
 
 impl Default for MissConfig {
     fn default() -> Self {
         Self {
             r: 64,
+            mini_r: None,
             miss_dropout: 0.0,
             target_modules: ModuleSelection::Pattern("all-linear".to_owned()),
             exclude_modules: None,
             layers_to_transform: None,
             layers_pattern: None,
             modules_to_save: Vec::new(),
+            bias: MissBias::None,
         }
     }
 }
@@ -99,9 +148,27 @@ fn block(module: &str) -> String {
 }
 
 impl MissConfig {
+    /// How many rows B has that are trained, for a module of so many outputs.
+    fn rows_of(&self, out_features: usize) -> usize {
+        self.mini_r.unwrap_or(out_features)
+    }
+
+    /// The biases that are trained beside the selected modules.
+    fn biases(&self, modules: &BaseModules<'_>, selected: &[&LinearModule<'_>]) -> Vec<BiasTarget> {
+        let is_adapted = |name: &str| selected.iter().any(|module| module.name == name);
+        biases_beside(self.bias.of_any(), &self.selection(), modules, is_adapted)
+    }
+
     /// Refuses a module that PEFT does not take, which could read nothing of what is trained here.
     fn check_module(&self, module: &LinearModule<'_>) -> Result<(), Error> {
-        let LinearModule { name, in_features, is_transposed, .. } = module;
+        let LinearModule { name, in_features, out_features, is_transposed, .. } = module;
+        let rows = self.rows_of(*out_features);
+        if rows == 0 || out_features % rows != 0 {
+            let problem = format!(
+                "{rows} does not divide the {out_features} outputs of {name}; give a divisor of all modules' outputs, or name other target_modules"
+            );
+            return config_error("mini_r", problem);
+        }
         if *in_features < self.r {
             let problem = format!("{} is more than the {in_features} elements that {name} reads; lower it", self.r);
             return config_error("r", problem);
@@ -117,19 +184,24 @@ impl MissConfig {
 
 fn from_peft(path: &Path, mut map: Map<String, Value>) -> Result<Arc<dyn Method>, Error> {
     match map.remove("init_weights") {
-        None | Some(Value::Null | Value::Bool(_)) => {}
+        // PEFT reads `mini_r` in its variant "mini" alone, and writes it always.
+        None | Some(Value::Null | Value::Bool(_)) => drop(map.remove("mini_r")),
+        Some(Value::String(name)) if name == "mini" => {
+            map.entry("mini_r").or_insert_with(|| json!(1));
+        }
         Some(other) => {
             let problem = format!(
-                "is {other}: \"bat\" is no low-rank term, and \"mini\" repeats one block, and neither is available; merge the adapter into its \
-                 base with PEFT and use the merged model"
+                "is {other}: of PEFT's variants \"bat\" multiplies the weight by what is trained and is no low-rank term, and others are not \
+                 known; merge the adapter into its base with PEFT and use the merged model"
             );
             return Err(bad(path, "init_weights", &problem));
         }
     }
-    if map.get("bias").is_some_and(|bias| bias == "none") {
-        map.remove("bias");
+    // PEFT takes whatever ends like this.
+    if map.get("bias").and_then(Value::as_str).is_some_and(|bias| bias.ends_with("_only")) {
+        map.insert("bias".to_owned(), json!(MissBias::MissOnly.as_str()));
     }
-    let fields = peft_config::known_fields(path, map, &FIELDS, &["mini_r"])?;
+    let fields = peft_config::known_fields(path, map, &FIELDS, &[])?;
     if !fields.contains_key("target_modules") {
         return Err(bad(path, "target_modules", "is missing or empty; expected the list of modules that were adapted"));
     }
@@ -152,6 +224,7 @@ impl Method for MissConfig {
 
     fn check(&self) -> Result<(), Error> {
         check_rank("r", self.r)?;
+        self.mini_r.map_or(Ok(()), |rows| check_rank("mini_r", rows))?;
         check_dropout("miss_dropout", self.miss_dropout)?;
         self.selection().check()
     }
@@ -164,12 +237,20 @@ impl Method for MissConfig {
         if strict {
             self.check_trainable(spec)?;
         }
+        let biases = self.biases(&modules, &selected);
+        if strict {
+            check_bias(self.bias.of_any(), self.bias.as_str(), &modules, !biases.is_empty())?;
+        }
         let saved = Saved::of(&selection, spec)?;
+        let bias = |module: &str, tensor: &str| {
+            let trained = biases.iter().find(|bias| bias.module == module && tensor.ends_with(".bias"));
+            trained.map(|bias| bias.key.clone())
+        };
         // Modules that read as many elements share an A.
         let mut fixed = BTreeMap::<usize, Arc<[f32]>>::new();
         Ok(walk(
             spec,
-            |module, tensor| saved.key(module, tensor),
+            |module, tensor| saved.key(module, tensor).or_else(|| bias(module, tensor)),
             |overlay, id, linear| {
                 let name = linear.name.as_str();
                 if !selected.iter().any(|module| module.name == name) {
@@ -177,10 +258,12 @@ impl Method for MissConfig {
                 }
                 let r = self.r;
                 let a = fixed.entry(linear.cols).or_insert_with(|| shards(r, linear.cols)).clone();
-                let b = overlay.layout.add_transposed(block(name), vec![r, linear.rows], None);
+                let rows = self.rows_of(linear.rows);
+                let b = overlay.layout.add_transposed(block(name), vec![r, rows], None);
+                let b = if rows == linear.rows { Factor::Trained(b) } else { Factor::Repeated(b, linear.rows / rows) };
                 let term = LowRank {
                     a: Factor::Frozen(a),
-                    b: Factor::Trained(b),
+                    b,
                     r,
                     scale: 1.0,
                     dropout: self.miss_dropout as f32,
@@ -210,12 +293,12 @@ impl Method for MissConfig {
         for module in self.selection().select(modules)? {
             self.check_module(module)?;
             let name = block(module.name);
+            let expected = [self.r, self.rows_of(module.out_features)];
             match file.tensors.get(&name).map(|(shape, _)| shape) {
                 None => return Err(Error::TensorMissing { name }),
-                Some(shape) if *shape == [self.r, module.out_features] => {}
+                Some(shape) if *shape == expected => {}
                 Some(shape) => {
-                    let expected = vec![self.r, module.out_features];
-                    return Err(Error::TensorShape { name, found: shape.clone(), expected });
+                    return Err(Error::TensorShape { name, found: shape.clone(), expected: expected.to_vec() });
                 }
             }
         }
@@ -236,9 +319,9 @@ impl Method for MissConfig {
         peft_config::selection_keys(&selection, &names, modules, &mut keys)?;
         keys.insert("r", json!(self.r));
         keys.insert("miss_dropout", json!(self.miss_dropout));
-        keys.insert("mini_r", json!(1));
-        keys.insert("init_weights", json!(true));
-        keys.insert("bias", json!("none"));
+        keys.insert("mini_r", json!(self.mini_r.unwrap_or(1)));
+        keys.insert("init_weights", self.mini_r.map_or(json!(true), |_| json!("mini")));
+        keys.insert("bias", json!(self.bias.as_str()));
         Ok(keys)
     }
 

@@ -30,6 +30,9 @@ pub use decode_stream::DecodeStream;
 const TURN_ENDS: &[&str] =
     &["<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|end_of_turn|>", "<|eom_id|>", "<|return|>", "</s>"];
 
+/// The files that [`Tokenizer::save`] writes.
+pub const FILES: [&str; 2] = [directory::TOKENIZER_FILE, directory::CONFIG_FILE];
+
 /// A model's tokenizer, with its chat template and the tokens that end generation.
 #[derive(Debug)]
 pub struct Tokenizer {
@@ -231,8 +234,9 @@ impl Tokenizer {
     /// `AutoTokenizer` and [`Tokenizer::from_dir`] load as this tokenizer.
     pub fn save(&self, dir: &Path) -> Result<(), Error> {
         std::fs::create_dir_all(dir).map_err(|error| Error::Write { path: dir.to_owned(), error })?;
-        write_json(&dir.join(directory::TOKENIZER_FILE), &self.to_json()?)?;
-        write_json(&dir.join(directory::CONFIG_FILE), &self.config_json())
+        let [tokenizer, config] = FILES.map(|name| dir.join(name));
+        write_json(&tokenizer, &self.to_json()?)?;
+        write_json(&config, &self.config_json())
     }
 
     /// The content of this tokenizer's `tokenizer.json`.

@@ -130,7 +130,7 @@ impl ColumnMap {
                 let nearest = nearest(column, known()).map_or("nothing", |(known, _)| known);
                 return Err(Error::UnknownKey {
                     key: format!("{}{column}", names.column),
-                    nearest: format!("{}{nearest}", names.column),
+                    advice: format!("; did you mean {}{nearest}?", names.column),
                     place: format!("of {}", names.columns),
                     known: quoted(known()),
                 });
@@ -447,6 +447,16 @@ impl Reader<'_> {
         };
         let mut reader = csv::ReaderBuilder::new().from_reader(text.as_bytes());
         let header = reader.headers().map_err(error)?.clone();
+        if let (1, Some(line)) = (header.len(), text.lines().next())
+            && let Some((other, name)) = SEPARATORS.iter().find(|(other, _)| line.contains(*other))
+        {
+            let columns = line.split(*other).count();
+            return Err(self.syntax(
+                1,
+                format!("there is no comma, but {columns} columns separated by {name}"),
+                CSV_WITH_COMMAS,
+            ));
+        }
         for (at, name) in header.iter().enumerate() {
             if header.iter().take(at).any(|earlier| earlier == name) {
                 return Err(self.syntax(1, format!("the column {name:?} is there twice"), CSV));
@@ -636,6 +646,9 @@ impl Reader<'_> {
 
 const JSON: &str = "one JSON object a line, or an array of objects";
 const CSV: &str = "a header line with the columns' names, then as many fields in every row";
+const CSV_WITH_COMMAS: &str = "commas between the columns; save it as a CSV file with commas";
+/// What programs separate columns by that is no comma.
+const SEPARATORS: [(char, &str); 3] = [(';', "semicolons"), ('\t', "tabs"), ('|', "vertical bars")];
 
 fn newlines(text: &str) -> usize {
     text.bytes().filter(|&byte| byte == b'\n').count()

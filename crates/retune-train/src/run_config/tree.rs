@@ -4,7 +4,11 @@
 
 use serde_json::{Map, Value};
 
+use super::synonyms::{self, Here};
 use crate::error::{Error, describe, nearest, quoted};
+
+/// Names that have less in common are not taken for each other.
+const LEAST_SIMILAR: f64 = 0.5;
 
 /// Parses YAML, of which JSON is a part; nothing but comments is null.
 pub(super) fn parse(text: &str, origin: &str) -> Result<Value, Error> {
@@ -133,8 +137,7 @@ impl<'a> Schema<'a> {
     }
 
     fn unknown_key(&self, path: &str, properties: Option<&Map<String, Value>>) -> Error {
-        let mut known = Vec::new();
-        self.key_paths(self.root, "", &mut known);
+        let known = self.all_keys();
         let (section, key) = path.rsplit_once('.').unwrap_or(("", path));
         // A key may be misspelt, or be right and in the wrong section.
         let similarity = |candidate: &str| {
@@ -144,12 +147,30 @@ impl<'a> Schema<'a> {
         };
         let best = known.iter().map(|known| (known.as_str(), similarity(known)));
         let best = best.reduce(|best, next| if next.1 > best.1 { next } else { best });
+        // What another program calls it says more than how it is spelt, unless it is a key of ours.
+        let meant = match synonyms::here(key) {
+            Some(Here::Key(here)) if known.iter().any(|known| known == here) => Some(here),
+            Some(Here::Words(_)) => None,
+            _ => best.filter(|best| best.1 >= LEAST_SIMILAR).map(|best| best.0),
+        };
+        let advice = match (meant, synonyms::here(key)) {
+            (Some(meant), _) => format!("; did you mean {meant}?"),
+            (None, Some(Here::Words(words))) => format!(": {words}."),
+            (None, _) => ".".to_owned(),
+        };
         Error::UnknownKey {
             key: path.to_owned(),
-            nearest: best.map_or("nothing", |best| best.0).to_owned(),
+            advice,
             place: if section.is_empty() { "at the top".to_owned() } else { format!("of {section}") },
             known: quoted(properties.into_iter().flat_map(Map::keys).map(String::as_str)),
         }
+    }
+
+    /// The paths of all keys.
+    pub(super) fn all_keys(&self) -> Vec<String> {
+        let mut known = Vec::new();
+        self.key_paths(self.root, "", &mut known);
+        known
     }
 
     /// The paths of all keys below a place.

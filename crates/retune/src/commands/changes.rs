@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use anyhow::Result;
 use rayon::prelude::*;
 use retune_adapter::{Deltas, LoraDelta};
-use retune_engine::overlay::Overlay;
+use retune_engine::overlay::{Overlay, TokenRows};
 use retune_kernels::PanelSource;
 use retune_model::checkpoint::Checkpoint;
 use retune_model::merge::change_of;
@@ -83,6 +83,53 @@ pub fn describe_weights(
     let does_nothing = !shares.is_empty() && is_all && shares.values().all(|share| *share < NOTHING);
     let nothing = does_nothing.then(|| "every weight stays as it is: this adapter changes nothing yet".to_owned());
     Ok(nothing.into_iter().chain(too_large(&shares)).collect())
+}
+
+/// Adds to each module of `modules` how far what was trained in the place of its vectors, of its table or of rows of tokens is from the base's.
+///
+/// # Errors
+/// A tensor that the base does not have.
+pub fn describe_replaced(
+    base: &Checkpoint,
+    overlay: &Overlay,
+    params: &[f32],
+    modules: &mut Map<String, Value>,
+) -> Result<()> {
+    let layout = &overlay.layout;
+    let linears: Vec<_> = overlay.linears.iter().filter_map(|change| change.weight.as_ref()).collect();
+    // The weights of linears are told with what stands on them.
+    let replaced = layout.params().iter().filter(|param| !linears.contains(&&param.range));
+    for (param, name) in replaced.filter_map(|param| Some((param, param.base.as_ref()?))) {
+        let Some((module, tensor)) = name.rsplit_once('.') else { continue };
+        put_change(modules, module, tensor == "bias", &params[param.range.clone()], &base.tensor(name)?.to_f32());
+    }
+    let spec = &base.spec;
+    let head = overlay.head_rows.as_ref().filter(|_| !spec.head.tied).map(|rows| (rows, &spec.head.linear.name));
+    for (TokenRows { ids, rows }, module) in overlay.table_rows.iter().map(|rows| (rows, &spec.table.name)).chain(head)
+    {
+        let table = base.tensor(&format!("{module}.weight"))?;
+        let mut of_base = vec![0.0; rows.len()];
+        for (&id, row) in ids.iter().zip(of_base.chunks_exact_mut(table.cols().max(1))) {
+            table.panel_f32(id as usize..id as usize + 1, 0..table.cols(), row);
+        }
+        put_change(modules, module, false, &params[rows.clone()], &of_base);
+    }
+    Ok(())
+}
+
+/// The norm of a change, and that over the norm of what is changed where that is not 0.
+fn put_change(modules: &mut Map<String, Value>, module: &str, is_bias: bool, trained: &[f32], base: &[f32]) {
+    let (of_change, of_base) = (norm_of_difference(trained, base), norm(base));
+    let names = if is_bias { ["norm_bias_change", "change_over_bias"] } else { ["norm_change", "change_over_weight"] };
+    let entry = modules.entry(module.to_owned()).or_insert_with(|| json!({}));
+    entry[names[0]] = json!(of_change);
+    if of_base > 0.0 {
+        entry[names[1]] = json!(of_change / of_base);
+    }
+}
+
+fn norm_of_difference(a: &[f32], b: &[f32]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| (f64::from(*a) - f64::from(*b)).powi(2)).sum::<f64>().sqrt()
 }
 
 fn put(shares: &BTreeMap<String, f64>, modules: &mut Map<String, Value>) {

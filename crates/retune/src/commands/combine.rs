@@ -1,7 +1,6 @@
 //! `retune combine`: several adapters made one.
 
-use std::fs;
-use std::path::Path;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
@@ -9,6 +8,7 @@ use clap::ValueEnum;
 use retune_adapter::combine::{Combination, Settings, Source, combine, refuse_beside};
 use retune_adapter::{AdapterFile, Deltas, LoraConfig, Method as _, delta};
 use retune_formats::atomic;
+use retune_model::export::refuse_occupied;
 use serde_json::{Map, Value, json};
 
 use super::print_json;
@@ -19,6 +19,8 @@ use crate::session;
 /// An adapter that was read.
 struct Part<'a> {
     args: &'a WeightedAdapter,
+    /// Where it lies.
+    folder: PathBuf,
     name: String,
     file: AdapterFile,
     config: LoraConfig,
@@ -66,23 +68,26 @@ pub fn run(args: &CombineArgs) -> Result<()> {
     if args.json { print_json(&summary) } else { print(args, &parts, &combination) }
 }
 
-/// Refuses a folder that holds something.
-pub(super) fn refuse_occupied(out: &Path) -> Result<()> {
-    if fs::read_dir(out).is_ok_and(|mut entries| entries.next().is_some()) {
-        bail!("{} is not empty: give another --out, or remove this one first", out.display());
-    }
-    Ok(())
-}
-
 fn read(args: &WeightedAdapter) -> Result<Part<'_>> {
-    let name = args.path.display().to_string();
-    let file = AdapterFile::read(&args.path)?;
+    let folder = session::adapter_folder(&args.path)?;
+    let name = folder.display().to_string();
+    let file = AdapterFile::read(&folder)?;
+    let method = file.method.info().name;
     let Some(config) = file.method.lora().cloned() else {
-        bail!("{name} is an adapter of method {}: only LoRA adapters can be combined", file.method.info().name);
+        if file.method.is_soft_prompt() {
+            bail!(
+                "{name} is an adapter of method {method}, which changes no weight: only LoRA adapters can be combined"
+            );
+        }
+        let base = file.base_model.as_deref().map_or("MODEL", |base| base);
+        bail!(
+            "{name} is an adapter of method {method}: only LoRA adapters can be combined. Make it one first (retune convert {name} --to lora \
+             --model {base} --out FOLDER), and combine that"
+        );
     };
     refuse_beside(&name, &config, &file.tensors)?;
     let deltas = retune_adapter::deltas(&config, &file.tensors).with_context(|| name.clone())?;
-    Ok(Part { args, name, file, config, deltas })
+    Ok(Part { args, folder, name, file, config, deltas })
 }
 
 /// What the adapters say, one like the other, of the tokenizer and the base they belong to. Adapters that say nothing agree with all.
@@ -97,7 +102,7 @@ fn common_origin(parts: &[Part<'_>]) -> Result<Map<String, Value>> {
         note!("! the adapters name different bases: {}", models.join(", "));
     }
     for part in parts {
-        let Some(record) = session::provenance(&part.args.path)? else { continue };
+        let Some(record) = session::provenance(&part.folder)? else { continue };
         for (key, path) in [
             ("tokenizer_hash", "/tokenizer_hash"),
             ("chat_template_hash", "/chat_template_hash"),

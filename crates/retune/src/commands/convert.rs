@@ -12,11 +12,11 @@ use retune_adapter::{AdapterFile, BaseModules, Method as _};
 use retune_engine::spec::Linear;
 use retune_formats::atomic;
 use retune_model::checkpoint::Checkpoint;
+use retune_model::export::refuse_occupied;
 use retune_model::merge::change_of;
 use retune_quant::Matrix;
 use serde_json::{Map, Value, json};
 
-use super::combine::refuse_occupied;
 use super::print_json;
 use crate::args::ConvertArgs;
 use crate::card::Card;
@@ -77,6 +77,7 @@ pub fn run(args: &ConvertArgs) -> Result<()> {
 
 /// What is kept of an adapter's changes.
 fn of_adapter(args: &ConvertArgs, path: &Path, base: Option<&Base>, keep: Option<Keep>) -> Result<Converted> {
+    let path = &session::adapter_folder(path)?;
     let name = path.display();
     let file = AdapterFile::read(path)?;
     let method = file.method.info().name;

@@ -91,6 +91,13 @@ pub fn run(args: &EvalArgs) -> Result<End> {
     scoring.losses(&data.examples)?;
     if let Some(labels) = &labels {
         scoring.labels(&file.rows, &answering, labels)?;
+        if scoring.overlong > 0 {
+            let (count, all) = (scoring.overlong, file.rows.len());
+            note!(
+                "! in {count} of {all} rows no label was compared: with one of them the row is longer than the {} tokens that --max-length allows",
+                answering.options().max_length
+            );
+        }
     }
     scoring.answers(&questions, args.max_new_tokens.unwrap_or(MAX_NEW_TOKENS))?;
 
@@ -229,6 +236,12 @@ fn questions(args: &EvalArgs, session: &Session, file: &DataFile, encoder: &Enco
     Ok(questions)
 }
 
+/// The row, and the numbers of two labels that make it the same tokens.
+fn same_tokens(of_row: &[Example]) -> Option<(usize, [usize; 2])> {
+    let mut pairs = (0..of_row.len()).flat_map(|b| (0..b).map(move |a| [a, b]));
+    pairs.find(|&[a, b]| of_row[a].ids == of_row[b].ids).map(|pair| (of_row[pair[0]].row, pair))
+}
+
 /// What came of a row.
 #[derive(Default)]
 struct RowResult {
@@ -249,6 +262,8 @@ struct Scoring<'a> {
     rows: Vec<RowResult>,
     /// Summed loss, and the number of label tokens.
     loss: (f64, usize),
+    /// Rows that a label makes longer than is allowed.
+    overlong: usize,
     /// Seconds in which answers were generated.
     seconds: f64,
 }
@@ -264,6 +279,7 @@ impl<'a> Scoring<'a> {
             workspace: Workspace::new(model, Saving::None),
             rows: file.rows.iter().map(result).collect(),
             loss: (0.0, 0),
+            overlong: 0,
             seconds: 0.0,
         }
     }
@@ -307,8 +323,18 @@ impl<'a> Scoring<'a> {
             if interrupted() {
                 break;
             }
-            let examples = some.iter().map(|row| with_labels(encoder, row, labels)).collect::<Result<Vec<_>, _>>()?;
-            let examples: Vec<Example> = examples.into_iter().flatten().flatten().collect();
+            let of_rows = some.iter().map(|row| with_labels(encoder, row, labels)).collect::<Result<Vec<_>, _>>()?;
+            self.overlong += of_rows.iter().filter(|of_row| of_row.is_none()).count();
+            let of_rows: Vec<Vec<Example>> = of_rows.into_iter().flatten().collect();
+            if let Some((row, [a, b])) = of_rows.iter().find_map(|of_row| same_tokens(of_row)) {
+                bail!(
+                    "row {}: the labels {:?} and {:?} are the same tokens to this model, so that none is likelier: give labels that differ",
+                    row + 1,
+                    labels[a],
+                    labels[b]
+                );
+            }
+            let examples: Vec<Example> = of_rows.into_iter().flatten().collect();
             let Session { model, overlay, .. } = self.session;
             session::refuse_long_rows(&model.spec, overlay, &examples, "--max-length")?;
             let mut all = Vec::with_capacity(examples.len());
@@ -381,13 +407,13 @@ impl Found<'_> {
     fn by_likelihood(&self) -> Option<Classification> {
         let pair = |row| Some((RowResult::reference(row)?, self.likeliest(row)?));
         let pairs: Vec<(&str, &str)> = self.rows().iter().filter_map(pair).collect();
-        (!pairs.is_empty()).then(|| Classification::of(self.labels.unwrap_or_default(), pairs))
+        (!pairs.is_empty()).then(|| Classification::of(pairs))
     }
 
     fn answers(&self) -> Option<Answers> {
         let pair = |row: &'_ RowResult| Some((row.reference.clone()?, row.answer.clone()?));
         let pairs: Vec<(String, Answer)> = self.rows().iter().filter_map(pair).collect();
-        (!pairs.is_empty()).then(|| Answers::of(&pairs, self.labels, self.scoring.seconds))
+        (!pairs.is_empty()).then(|| Answers::of(&pairs, self.labels.is_some(), self.scoring.seconds))
     }
 
     /// A line of each row that was scored.
@@ -428,6 +454,9 @@ impl Found<'_> {
             "compute": compute::summary(self.choices),
             "interrupted": interrupted(),
         });
+        if self.labels.is_some() {
+            found["labels_too_long"] = json!(self.scoring.overlong);
+        }
         if let Some(labels) = self.by_likelihood() {
             found["by_likelihood"] = json!(labels);
         }
@@ -480,7 +509,7 @@ struct Answers {
 }
 
 impl Answers {
-    fn of(pairs: &[(String, Answer)], labels: Option<&[String]>, seconds: f64) -> Self {
+    fn of(pairs: &[(String, Answer)], are_labels: bool, seconds: f64) -> Self {
         let texts = || pairs.iter().map(|(reference, answer)| (reference.as_str(), answer.text.as_str()));
         let mean = |score: fn(&str, &str) -> f64| texts().map(|(a, b)| score(a, b)).sum::<f64>() / pairs.len() as f64;
         let rouge: Vec<Rouge> = texts().map(|(reference, answer)| Rouge::of(reference, answer, false)).collect();
@@ -492,7 +521,7 @@ impl Answers {
             exact_match: mean(|a, b| f64::from(u8::from(exact_match(a, b)))),
             f1: mean(token_f1),
             rouge: Rouge::mean(&rouge),
-            labels: labels.map(|labels| Classification::of(labels, texts())),
+            labels: are_labels.then(|| Classification::of(texts())),
         }
     }
 
@@ -524,5 +553,18 @@ impl Answers {
         let rouge = self.rouge.named().map(|(name, score)| format!("{name} {:.4}", score.fmeasure));
         outln!("            {} (F)", rouge.join(", "));
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn labels_that_are_the_same_tokens_are_found() {
+        let label = |ids: &[u32]| Example { row: 7, source: vec![], ids: ids.to_vec(), trained: vec![true; ids.len()] };
+        assert_eq!(same_tokens(&[label(&[1, 2]), label(&[1, 3]), label(&[1])]), None);
+        assert_eq!(same_tokens(&[label(&[1, 2]), label(&[1, 3]), label(&[1, 2])]), Some((7, [0, 2])));
+        assert_eq!(same_tokens(&[]), None);
     }
 }

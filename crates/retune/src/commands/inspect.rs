@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Error, Result, anyhow, bail};
-use retune_adapter::files::WEIGHTS_FILE;
+use retune_adapter::files::{CONFIG_FILE, WEIGHTS_FILE};
 use retune_adapter::names::{self, Key, Part};
 use retune_adapter::{AdapterFile, BaseModules, Bias, count_matches, deltas};
 use retune_engine::spec::{Attention, Mix, SubLayer};
@@ -15,14 +15,17 @@ use serde_json::{Map, Value, json};
 use super::{changes, print_json};
 use crate::args::InspectArgs;
 use crate::memory::human;
+use crate::run_folder::RunFolder;
 use crate::{fetch, session};
 
 /// Prints it for a person, or with `--json` for a program.
 pub fn run(args: &InspectArgs) -> Result<()> {
     let path = Path::new(&args.path);
-    let value = if path.join("adapter_config.json").exists() {
+    // A run's folder stands for the adapter in it; one without is told what it is.
+    let folder = session::adapter_folder(path).unwrap_or_else(|_| path.to_owned());
+    let value = if folder.join(CONFIG_FILE).exists() {
         let base = args.model.as_deref().map(|model| Ok::<_, Error>(Checkpoint::open(&fetch::resolve(model)?)?));
-        adapter(path, base.transpose()?.as_ref())?
+        adapter(&folder, base.transpose()?.as_ref())?
     } else if args.model.is_some() {
         bail!("--model is the base of an adapter, and {} is no adapter: leave it out", args.path)
     } else {
@@ -37,17 +40,17 @@ pub fn run(args: &InspectArgs) -> Result<()> {
     Ok(())
 }
 
-/// The error for the folder of a run, which is no model but holds one or an adapter.
+/// The error for the folder of a run without an adapter, which is no model but may hold one.
 fn run_folder(path: &Path) -> Option<Error> {
-    if !path.join("run.json").is_file() {
-        return None;
+    let run = RunFolder { root: path.to_owned() };
+    let [_, model] = run.written();
+    if !model.is_dir() {
+        return session::adapter_folder(path).err();
     }
-    let result = ["adapter", "model"].map(|name| path.join(name)).into_iter().find(|result| result.is_dir())?;
-    Some(anyhow!(
-        "{} is the folder of a run, not a model or an adapter: inspect {}, which the run wrote",
-        path.display(),
-        result.display()
-    ))
+    let name = path.display();
+    let of_run =
+        anyhow!("{name} is the folder of a run, not a model: inspect {}, which the run wrote", model.display());
+    run.is_run().then_some(of_run)
 }
 
 fn model(checkpoint: &Checkpoint) -> Value {
@@ -183,12 +186,16 @@ fn adapter(path: &Path, base: Option<&Checkpoint>) -> Result<Value> {
 
 /// What there is to say of an adapter on its base, beyond what is said of LoRA's A and B; of a soft prompt the nearest tokens of the vocabulary.
 fn on_base(file: &AdapterFile, base: &Checkpoint, modules: &mut Map<String, Value>) -> Result<(Vec<String>, Value)> {
-    if file.method.lora().is_some_and(|config| !config.use_dora) {
+    let is_told = file.method.lora().is_some_and(|config| !config.use_dora);
+    let is_factor =
+        |key: &String| matches!(names::parse(key), Key::Part(_, Part::LoraA | Part::LoraB | Part::BaseWeight));
+    if is_told && file.tensors.keys().all(is_factor) {
         return Ok(Default::default());
     }
     let overlay = file.lower(&base.spec)?;
     let params = file.params(&overlay)?;
-    let notes = changes::describe_weights(base, &overlay, &params, modules)?;
+    changes::describe_replaced(base, &overlay, &params, modules)?;
+    let notes = if is_told { Vec::new() } else { changes::describe_weights(base, &overlay, &params, modules)? };
     let Some(rows) = &overlay.virtual_tokens else { return Ok((notes, Value::Null)) };
     let tokenizer = base.tokenizer().ok();
     let token = |(id, cosine)| {
@@ -219,8 +226,10 @@ fn modules(file: &AdapterFile) -> Map<String, Value> {
             Key::Copy | Key::Unknown => (name, "norm"),
         };
         let entry = modules.entry(module.clone()).or_insert_with(|| json!({}));
-        if norm == "norm_A" {
-            entry["r"] = json!(shape.first());
+        match norm {
+            "norm_A" => entry["r"] = json!(shape.first()),
+            "norm_rows" => entry["tokens"] = json!(shape.first()),
+            _ => {}
         }
         entry[norm] = json!(values.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt());
     }

@@ -12,11 +12,12 @@ use retune_engine::{Run, Saving};
 
 use crate::args::LogitsArgs;
 use crate::compute;
-use crate::output::refuse_source;
+use crate::output::{refuse_missing_folder, refuse_source};
 use crate::session::Session;
 
 /// Writes `logits` [T, V]; with labels also `loss` [1], and with an adapter the gradient of that loss by each of its tensors.
 pub fn run(args: &LogitsArgs) -> Result<()> {
+    refuse_missing_folder(&args.out)?;
     let Session { model, overlay, params, base } = Session::open(&args.model)?;
     let sources = [Some(base.checkpoint.path()), args.model.adapter.as_deref()];
     refuse_source(&args.out, &sources.into_iter().flatten().collect::<Vec<_>>())?;

@@ -16,9 +16,10 @@ use crate::{fetch, storage};
 /// Writes the merged model, panel by panel.
 pub fn run(args: &MergeArgs) -> Result<()> {
     let mut base = Base::open(&fetch::resolve(&args.model)?)?;
-    let adapter = AdapterFile::read(&args.adapter)?;
-    session::check_provenance(&base, &args.adapter)?;
-    let held = storage::under(&base, Some(&args.adapter), args.storage)?;
+    let folder = session::adapter_folder(&args.adapter)?;
+    let adapter = AdapterFile::read(&folder)?;
+    session::check_provenance(&base, &folder)?;
+    let held = storage::under(&base, Some(&folder), args.storage)?;
     storage::hold(&mut base, held)?;
     let merge = || -> Result<_> {
         let overlay = adapter.lower(&base.checkpoint.spec)?;
@@ -26,8 +27,7 @@ pub fn run(args: &MergeArgs) -> Result<()> {
         adapter.check_base_weights(&base.checkpoint)?;
         write(&base, &overlay, &params, &args.written)
     };
-    let written =
-        merge().with_context(|| format!("{} cannot be merged into {}", args.adapter.display(), args.model))?;
+    let written = merge().with_context(|| format!("{} cannot be merged into {}", folder.display(), args.model))?;
     report("merged model", &written, &args.written)
 }
 

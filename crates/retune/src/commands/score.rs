@@ -1,7 +1,7 @@
 //! `retune score`: how good the answers in a file are.
 
 use anyhow::{Result, bail};
-use retune_eval::labels::{Classification, distinct};
+use retune_eval::labels::Classification;
 use retune_eval::rouge::Rouge;
 use retune_eval::squad::{exact_match, token_f1};
 use retune_train::data::read_columns;
@@ -18,7 +18,7 @@ pub fn run(args: &ScoreArgs) -> Result<()> {
     let rows = read_columns(&args.file, [&args.reference, &args.prediction])?;
     let pairs = || rows.iter().map(|[reference, prediction]| (reference.as_str(), prediction.as_str()));
     let mean = |score: fn(&str, &str) -> f64| pairs().map(|(a, b)| score(a, b)).sum::<f64>() / rows.len() as f64;
-    let of_labels = || Classification::of(&distinct(pairs().flat_map(|(a, b)| [a, b])), pairs());
+    let of_labels = || Classification::of(pairs());
     let mut found = Map::new();
     let mut add = |name: &str, value: Value| found.insert(name.to_owned(), value);
     for metric in &args.metrics {

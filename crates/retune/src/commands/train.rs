@@ -21,8 +21,9 @@ use retune_model::export::{self, MergeOptions};
 use retune_train::calibration;
 use retune_train::data::{Example, Names};
 use retune_train::run_config::{ActivationCheckpointing, RunConfig};
+use retune_train::schedule::Schedule;
 use retune_train::state::{self, Progress as RunProgress};
-use retune_train::trainer::{Observer, Outcome, Passes, Trained, Trainer, largest_pass};
+use retune_train::trainer::{Observer, Outcome, Passes, Trained, Trainer, largest_pass, schedule};
 use serde_json::{Value, json};
 
 use super::data::problems;
@@ -31,7 +32,7 @@ use crate::memory::{self, human};
 use crate::progress::{Progress, watch_interrupts};
 use crate::report::{Report, print_stopped};
 use crate::run_data::RunData;
-use crate::run_folder::{CONFIG_HASH, RunFolder};
+use crate::run_folder::{CONFIG_HASH, ROWS_HASHES, RowHashes, RunFolder};
 use crate::session::{self, Base};
 use crate::{End, compute, fetch, storage};
 
@@ -55,6 +56,7 @@ struct Run<'a> {
     initial: Option<AdapterFile>,
     /// What `run.json` says.
     record: Value,
+    rows: RowHashes,
 }
 
 /// Trains; `threads` says that the command line chose their number already.
@@ -108,11 +110,15 @@ fn start(args: &TrainArgs, mut config: RunConfig, start: Instant) -> Result<End>
     record["adapter_init_hash"] = json!(initial.as_ref().map(tensors_hash));
     record["base_content_hash"] = json!(base.content_hash());
     record[CONFIG_HASH] = json!(text_hash(&base.checkpoint.config_json().to_string()));
-    record["train_rows_hash"] = json!(rows_hash(&data.train.examples));
-    record["eval_rows_hash"] = json!(data.eval.as_ref().map(|eval| rows_hash(&eval.examples)));
+    let [train_hash, eval_hash] = ROWS_HASHES;
+    record[train_hash] = json!(rows_hash(&data.train.examples));
+    record[eval_hash] = json!(data.eval.as_ref().map(|eval| rows_hash(&eval.examples)));
+    let hashes = |examples: &[Example]| examples.iter().map(row_hash).collect();
+    let held_out = data.eval.as_ref().map_or(&[][..], |eval| &eval.examples);
+    let rows = RowHashes { train: hashes(&data.train.examples), eval: hashes(held_out) };
     record["isa"] = json!(retune_kernels::isa::isa().to_string());
     let folder = RunFolder { root: config.output_dir.clone() };
-    Run { start, args, config, folder, base, data, method, initial, record }.train()
+    Run { start, args, config, folder, base, data, method, initial, record, rows }.train()
 }
 
 /// A hash of an adapter's values.
@@ -135,16 +141,26 @@ fn text_hash(text: &str) -> String {
 fn rows_hash(examples: &[Example]) -> String {
     use sha2::{Digest, Sha256};
     let mut hash = Sha256::new();
-    for example in examples {
-        if !example.source.is_empty() {
-            hash.update((example.source.len() as u64).to_le_bytes());
-            example.source.iter().for_each(|id| hash.update(id.to_le_bytes()));
-        }
-        hash.update((example.ids.len() as u64).to_le_bytes());
-        example.ids.iter().for_each(|id| hash.update(id.to_le_bytes()));
-        example.trained.iter().for_each(|&trained| hash.update([u8::from(trained)]));
-    }
+    examples.iter().for_each(|example| hash_row(example, &mut hash));
     hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// A short one of one row.
+fn row_hash(example: &Example) -> u32 {
+    use sha2::{Digest, Sha256};
+    let mut hash = Sha256::new();
+    hash_row(example, &mut hash);
+    hash.finalize().iter().take(4).fold(0, |all, byte| all << 8 | u32::from(*byte))
+}
+
+fn hash_row(example: &Example, hash: &mut impl sha2::Digest) {
+    if !example.source.is_empty() {
+        hash.update((example.source.len() as u64).to_le_bytes());
+        example.source.iter().for_each(|id| hash.update(id.to_le_bytes()));
+    }
+    hash.update((example.ids.len() as u64).to_le_bytes());
+    example.ids.iter().for_each(|id| hash.update(id.to_le_bytes()));
+    example.trained.iter().for_each(|&trained| hash.update([u8::from(trained)]));
 }
 
 /// Refuses to go on from an adapter that means other things by the same tensors.
@@ -178,6 +194,18 @@ fn refuse_other_settings(spec: &ModelSpec, ours: &Overlay, theirs: &Overlay) -> 
     Ok(())
 }
 
+/// Refuses more before each row than the model's context holds.
+fn refuse_long_prelude(spec: &ModelSpec, overlay: &Overlay) -> Result<()> {
+    let (context, before) = (spec.context, overlay.prelude(spec).len());
+    if before >= context {
+        bail!(
+            "adapter.num_virtual_tokens is {before}, and the model's context of {context} tokens has no room for a row after them; lower it, 20 are \
+             usual"
+        );
+    }
+    Ok(())
+}
+
 impl Run<'_> {
     fn train(&self) -> Result<End> {
         let Run { config, folder, data, .. } = self;
@@ -195,10 +223,12 @@ impl Run<'_> {
         session::refuse_long_rows(&model.spec, &overlay, &data.train.examples, "data.max_length")?;
         let held_out = data.eval.as_ref().map_or(&[][..], |eval| &eval.examples);
         session::refuse_long_rows(&model.spec, &overlay, held_out, "data.max_length")?;
+        self.check_warmup()?;
         self.print_start(&model, &overlay, layout.len());
         let params = self.first_params(&model, &mut overlay)?;
+        refuse_long_prelude(&model.spec, &overlay)?;
         self.check_memory(&model, &overlay, &layout, self.computes_int8())?;
-        let _lock = folder.prepare(&self.record, config, self.args)?;
+        let _lock = folder.prepare(&self.record, &self.rows, config, self.args)?;
         if self.method.keeps_start() && state::list(&folder.checkpoints())?.is_empty() {
             state::write_start(&folder.checkpoints(), &params)?;
         }
@@ -226,7 +256,14 @@ impl Run<'_> {
         let mut progress = Progress::new(&folder.metrics(), &trainer.progress)?;
         if trainer.progress.initial_loss.is_none() && !eval.is_empty() {
             match trainer.score_untrained(&progress)? {
-                Some(evaluation) => progress.evaluation(&evaluation)?,
+                Some(mut evaluation) => {
+                    // What was trained before may be better than all that steps make of it.
+                    if self.initial.is_some() {
+                        trainer.take_start_as_best(&folder.checkpoints())?;
+                        evaluation.best = true;
+                    }
+                    progress.evaluation(&evaluation)?;
+                }
                 None => {
                     progress.finish();
                     print_stopped(&self.args.run, &trainer.progress);
@@ -234,6 +271,7 @@ impl Run<'_> {
                 }
             }
         }
+        let first_step = trainer.progress.step;
         let outcome = trainer.run(&folder.checkpoints(), &mut progress)?;
         progress.finish();
         if let Outcome::Interrupted { .. } = outcome {
@@ -250,13 +288,16 @@ impl Run<'_> {
             let trained = std::mem::replace(&mut params, vec![0.0; overlay.layout.len()]);
             map.forward(&trained, &mut params);
         }
-        let out = self.write_result(&overlay, &params, &progress, &choices)?;
+        let (out, saved) = self.write_result(&overlay, &params, &progress, &choices)?;
         let samples = self.samples(&model, &overlay, &params, eval)?;
         let report = Report {
             config,
             method: &*self.method,
+            saved: &*saved,
             data,
             resumed: self.args.resume,
+            has_trained: progress.step > first_step,
+            goes_on: self.initial.is_some(),
             trained: layout.len(),
             progress: &progress,
             result: &out,
@@ -310,7 +351,7 @@ impl Run<'_> {
             return Ok(None);
         }
         // Another configuration is named as such before its file is found to be of another size.
-        self.folder.check_same(&self.record)?;
+        self.folder.check_same(&self.record, &self.rows, &self.config)?;
         let mut first = vec![0.0; overlay.layout.len()];
         if state::read_start(&checkpoints, &mut first)?.is_none() {
             bail!(
@@ -505,17 +546,39 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// Writes the adapter or the whole model, and beside it where it comes from; returns its folder.
+    /// Refuses a warm-up that leaves no step a learning rate, and says where the whole run is one.
+    fn check_warmup(&self) -> Result<()> {
+        let training = &self.config.training;
+        let Schedule { warmup_steps, total_steps, .. } = schedule(training, self.data.train.examples.len());
+        if warmup_steps < total_steps {
+            return Ok(());
+        }
+        if total_steps == 1 {
+            bail!(
+                "training.warmup_steps is {warmup_steps}, and the run has one step: its learning rate would be 0, and nothing would be trained; \
+                 set it to 0, or train for more steps"
+            );
+        }
+        let highest = (total_steps - 1) as f64 / warmup_steps as f64 * training.peak_learning_rate();
+        note!(
+            "         ! training.warmup_steps is {warmup_steps}, and the run has {total_steps} steps: the learning rate rises to {highest:.2e} and \
+             the run ends"
+        );
+        Ok(())
+    }
+
+    /// Writes the adapter or the whole model, and beside it where it comes from; returns its folder, and the method as it is saved.
     fn write_result(
         &self,
         overlay: &Overlay,
         params: &[f32],
         progress: &RunProgress,
         choices: &[Choice],
-    ) -> Result<PathBuf> {
+    ) -> Result<(PathBuf, Arc<dyn Method>)> {
         let Run { config, base, folder, .. } = self;
         let (checkpoint, tokenizer) = (&base.checkpoint, base.tokenizer()?);
         let out = folder.result(&config.method);
+        let mut saved = self.method.clone();
         if !config.method.saves_adapter() {
             // Beside the final name first: an earlier model goes only when this one is whole.
             let partial = folder.partial_model();
@@ -525,13 +588,11 @@ impl Run<'_> {
                 note!("! {note}");
             }
             export::write(checkpoint, overlay, params, &partial, &options, &mut |_, _| {})?;
-            if out.exists() {
-                fs::remove_dir_all(&out).with_context(|| format!("cannot replace {}", out.display()))?;
-            }
-            fs::rename(&partial, &out).with_context(|| format!("cannot write {}", out.display()))?;
+            folder.replace_model()?;
         } else {
             let file = AdapterFile::of(&self.method, Some(config.model.clone()), overlay, params);
             file.write(&out, &BaseModules::of(&checkpoint.spec))?;
+            saved = file.method;
         }
         let provenance = json!({
             "run": self.record,
@@ -544,7 +605,7 @@ impl Run<'_> {
             "held_out_loss_after": progress.best_loss,
         });
         atomic::write(&out.join(session::PROVENANCE), format!("{provenance:#}\n").as_bytes())?;
-        Ok(out)
+        Ok((out, saved))
     }
 
     /// Answers to a few held-out rows by the base and by what was trained.

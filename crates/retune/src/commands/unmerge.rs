@@ -12,16 +12,16 @@ use crate::session::{self, Base};
 /// Writes the model without the adapter, panel by panel.
 pub fn run(args: &UnmergeArgs) -> Result<()> {
     let merged = Base::open(&fetch::resolve(&args.model)?)?;
-    let adapter = AdapterFile::read(&args.adapter)?;
-    if let Some(record) = session::provenance(&args.adapter)? {
-        session::check_tokens(&merged, &args.adapter, &record)?;
+    let folder = session::adapter_folder(&args.adapter)?;
+    let adapter = AdapterFile::read(&folder)?;
+    if let Some(record) = session::provenance(&folder)? {
+        session::check_tokens(&merged, &folder, &record)?;
     }
     let unmerge = || -> Result<_> {
         let overlay = adapter.lower(&merged.checkpoint.spec)?;
         let params = adapter.params(&overlay)?;
         write(&merged, &inverse(&overlay)?, &params, &args.written)
     };
-    let written =
-        unmerge().with_context(|| format!("{} cannot be taken out of {}", args.adapter.display(), args.model))?;
+    let written = unmerge().with_context(|| format!("{} cannot be taken out of {}", folder.display(), args.model))?;
     report("unmerged model", &written, &args.written)
 }
