@@ -14,6 +14,12 @@ use serde_json::{Value, json};
 
 const KILLS: usize = 20;
 
+/// Optimizers that keep something else than the usual one.
+const OPTIMIZERS: [&[&str]; 2] = [
+    &["--set", "training.optim=adamw_8bit", "--set", "adapter={r: 256, target_modules: all-linear}"],
+    &["--set", "training.optim=adafactor"],
+];
+
 /// The adapter of a run that was left alone, and how long the run took.
 static UNDISTURBED: LazyLock<(Tree, Duration)> = LazyLock::new(|| undisturbed(1));
 
@@ -312,7 +318,7 @@ fn a_full_disk_leaves_no_part_of_a_merged_model_or_of_logits() {
 
 #[test]
 fn with_every_method_an_interrupted_run_ends_with_the_bytes_of_one_left_alone() {
-    for method in METHODS {
+    for method in METHODS.into_iter().chain(OPTIMIZERS) {
         let short = joined(&[&["--set", "training.max_steps=6", "--set", "training.save_steps=3"], method]);
         let alone = Folder::with_run();
         alone.succeeds(&joined(&[&["train", "run.yaml"], &short]));
