@@ -1,9 +1,10 @@
-"""Makes the GGUF goldens: single blocks of every supported type, and two tiny whole llama files.
+"""Makes the GGUF goldens: single blocks of every supported type, read and written, and two tiny whole llama files.
 
     python goldens/make_gguf.py             (torch, transformers, gguf, safetensors)
 
 crates/retune-quant/tests/goldens/gguf_blocks.safetensors: <TYPE>.bytes (uint8 [rows, bytes a row]) and <TYPE>.values
 (float32 [rows, columns]) as the gguf package dequantizes them, to be matched bit for bit.
+crates/retune-quant/tests/goldens/gguf_encoded.safetensors: values (float32 [rows, columns]) and <TYPE>.bytes, what the package makes of them.
 crates/retune-model/tests/goldens/gguf_llama{,_rope_freqs}/: model.gguf, golden.safetensors (as make_llama.py's, without
 gradients) computed by transformers on the dequantized weights, and tokens.jsonl ({"text", "ids"}).
 """
@@ -24,7 +25,9 @@ from gguf_hf import bytes_to_unicode, build_tokenizer, permute, weights
 
 # type -> offsets of the f16 scales in its block
 SCALES = {Type.Q4_0: [0], Type.Q4_1: [0, 2], Type.Q5_0: [0], Type.Q5_1: [0, 2], Type.Q8_0: [0], Type.Q2_K: [80, 82],
-          Type.Q3_K: [108], Type.Q4_K: [0, 2], Type.Q5_K: [0, 2], Type.Q6_K: [208]}
+          Type.Q3_K: [108], Type.Q4_K: [0, 2], Type.Q5_K: [0, 2], Type.Q6_K: [208], Type.IQ4_NL: [0], Type.IQ4_XS: [0], Type.MXFP4: []}
+ENCODED = [Type.F16, Type.BF16, Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0]
+QUANT = GOLDENS.parents[2] / "retune-quant" / "tests" / "goldens"
 EDGES = np.array([0.0, -0.0, 6e-8, -6e-8, 6.1e-5, 5.9e-5, 1.0, -1.0, 65504.0, -65504.0], np.float16)
 
 
@@ -44,6 +47,9 @@ def make_blocks():
         data = rng.integers(0, 256, (rows * blocks, size), dtype=np.uint8)
         for offset in offsets:
             data[:, offset:offset + 2] = random_f16(rng, len(data)).view(np.uint8).reshape(-1, 2)
+        if kind == Type.MXFP4:
+            data[:, 0] = np.minimum(data[:, 0], 250)  # beyond it twelve times the scale is infinite
+            data[:3, 0] = [0, 1, 2]
         tensors[f"{kind.name}.bytes"] = data.reshape(rows, blocks * size)
     tensors["F16.bytes"] = random_f16(rng, 6 * 40).view(np.uint8).reshape(6, 80)
     bf16 = rng.integers(0, 0x7F80, 6 * 40).astype(np.uint16) | (rng.integers(0, 2, 6 * 40) << 15).astype(np.uint16)
@@ -54,9 +60,29 @@ def make_blocks():
         values = quants.dequantize(data, kind)
         assert values.dtype == np.float32 and np.isfinite(values).all()
         tensors[f"{kind.name}.values"] = values
-    folder = GOLDENS.parents[2] / "retune-quant" / "tests" / "goldens"
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "gguf_blocks.safetensors")
+    QUANT.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, QUANT / "gguf_blocks.safetensors")
+
+
+def make_encoded():
+    """Rows as weights are, and rows that are not: constant, zero, tiny, huge, of one sign, with an outlier, with ties."""
+    rng = np.random.default_rng(1)
+    rows = rng.standard_normal((40, 64), np.float32) * np.float32(0.05)
+    rows[1] = 0
+    rows[2] = 0.25
+    rows[3] = -0.0
+    rows[4] *= np.float32(1e-7)
+    rows[5] *= np.float32(3e5)
+    rows[6] = abs(rows[6])
+    rows[7] = -abs(rows[7])
+    rows[8, 17] = 9
+    rows[9, 40] = -9
+    rows[10] = np.arange(-32, 32)  # ties: the first of the greatest counts
+    rows[11] = np.where(np.arange(64) % 2, 0.5, -0.5)
+    rows[12] = np.arange(64) / 2
+    rows[13, :32] = 0
+    tensors = {f"{kind.name}.bytes": quants.quantize(rows, kind).view(np.uint8).reshape(len(rows), -1) for kind in ENCODED}
+    save_file(tensors | {"values": rows}, QUANT / "gguf_encoded.safetensors")
 
 
 SIZES = dict(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, vocab_size=288,
@@ -153,6 +179,7 @@ def make_llama(case, config, pre, seed):
 if __name__ == "__main__":
     float64_inside(modeling_llama)
     make_blocks()
+    make_encoded()
     make_llama("gguf_llama", LlamaConfig(**SIZES, num_hidden_layers=2, tie_word_embeddings=True,
                                          attn_implementation="eager"), "smollm", 0)
     make_llama("gguf_llama_rope_freqs", LlamaConfig(**SIZES, num_hidden_layers=1, rope_parameters=LLAMA3,

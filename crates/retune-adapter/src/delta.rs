@@ -9,7 +9,7 @@ use retune_engine::spec::{Linear, ModelSpec};
 
 use crate::config::{LoraConfig, ModuleSelection};
 use crate::error::Error;
-use crate::files::Tensors;
+use crate::files::{AdapterFile, Tensors};
 use crate::names::{self, Key, Part};
 use crate::targets::{BaseModules, LinearModule, select};
 
@@ -102,6 +102,20 @@ pub fn low_rank(spec: &ModelSpec, overlay: &Overlay, params: &[f32]) -> Result<D
         deltas.insert(linear.name.clone(), delta);
     }
     Ok(deltas)
+}
+
+/// The changes that an adapter makes to a base, which must be low-rank and all that it does.
+///
+/// # Errors
+/// What [`low_rank`] refuses; what has no place in a plain LoRA.
+pub fn of_adapter(file: &AdapterFile, spec: &ModelSpec, overlay: &Overlay, params: &[f32]) -> Result<Deltas, Error> {
+    match file.method.lora().filter(|config| !config.use_dora) {
+        Some(config) => {
+            refuse_beside_weights(spec, overlay)?;
+            deltas(config, &file.tensors)
+        }
+        None => low_rank(spec, overlay, params),
+    }
 }
 
 /// Refuses an overlay that does more than change the weights of linears by what stands beside them.

@@ -71,6 +71,11 @@ impl Staged {
         draft.finish()
     }
 
+    /// Where the file is until it gets its name, to be looked at before.
+    pub fn temporary(&self) -> &Path {
+        &self.temporary
+    }
+
     /// Gives the file its name, replacing what had it.
     ///
     /// # Errors

@@ -1,4 +1,4 @@
-//! Reader of GGUF files, versions 2 and 3 (<https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>).
+//! Reader of GGUF files, versions 2 and 3 (<https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>); their writer is in `write.rs`.
 //!
 //! Works on the bytes of the whole file, normally a memory map, and copies none of the tensors nor the long metadata arrays.
 //! Every file is treated as hostile: each length is checked against what is left of the file before anything is allocated or
@@ -10,6 +10,8 @@ use std::ops::Range;
 use retune_quant::{Format, SharedBytes};
 
 use crate::error::Error;
+
+pub mod write;
 
 const DEFAULT_ALIGNMENT: u64 = 32;
 /// ggml's GGML_MAX_DIMS.
@@ -57,7 +59,8 @@ impl Gguf {
     pub fn parse(bytes: SharedBytes) -> Result<Gguf, Error> {
         let mut reader = Reader { bytes: &bytes[..], at: 0 };
         let (version, tensor_count, entry_count) = read_header(&mut reader)?;
-        let metadata = Metadata { entries: read_entries(&mut reader, entry_count)?, bytes: bytes.clone() };
+        let (entries, places) = read_entries(&mut reader, entry_count)?;
+        let metadata = Metadata { entries, places, bytes: bytes.clone() };
         if let Some(count) = metadata.get_u64("split.count")?.filter(|&count| count > 1) {
             return Err(Error::GgufSplit { count });
         }
@@ -100,18 +103,24 @@ fn read_header(reader: &mut Reader) -> Result<(u32, u64, u64), Error> {
     Ok((version, tensor_count, entry_count))
 }
 
-fn read_entries(reader: &mut Reader, count: u64) -> Result<BTreeMap<String, Value>, Error> {
+/// The values, and where in the file each stands with its type.
+type Entries = (BTreeMap<String, Value>, Vec<(String, Range<usize>)>);
+
+fn read_entries(reader: &mut Reader, count: u64) -> Result<Entries, Error> {
     let mut entries = BTreeMap::new();
+    let mut places = Vec::new();
     for _ in 0..count {
         let key = reader.string("a metadata key")?.to_owned();
+        let start = reader.at;
         let kind = ValueType::from_id(reader.u32(&key)?, &key)?;
         let value = read_value(reader, kind, &key, 0)?;
         if entries.contains_key(&key) {
             return Err(header_error(format!("metadata key {key:?} twice"), "every key once"));
         }
+        places.push((key.clone(), start..reader.at));
         entries.insert(key, value);
     }
-    Ok(entries)
+    Ok((entries, places))
 }
 
 fn read_placements(reader: &mut Reader, count: u64) -> Result<Vec<Placement>, Error> {
@@ -185,6 +194,8 @@ impl Placement {
 /// Every getter gives `Ok(None)` for a missing key and an error that names the key for a value that cannot be converted.
 pub struct Metadata {
     entries: BTreeMap<String, Value>,
+    /// Where each value stands with its type, in the order of the file.
+    places: Vec<(String, Range<usize>)>,
     /// The whole file: arrays are decoded from it when asked for.
     bytes: SharedBytes,
 }
@@ -249,6 +260,11 @@ impl Metadata {
             Some(Value::Array { .. }) => self.get_array(key, "an array of integers of at least 0", Value::to_u64),
             _ => Ok(self.get_u64(key)?.map(|value| vec![value])),
         }
+    }
+
+    /// Each key with its type and value as the file holds them, in its order.
+    fn encoded(&self) -> impl Iterator<Item = (&str, &[u8])> {
+        self.places.iter().map(|(key, place)| (key.as_str(), self.bytes.get(place.clone()).unwrap_or_default()))
     }
 
     fn get<T>(

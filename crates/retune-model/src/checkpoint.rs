@@ -64,7 +64,7 @@ pub struct Checkpoint {
 
 enum Source {
     HuggingFace { config_json: Value },
-    Gguf { metadata: Metadata, config_json: Value },
+    Gguf { file: Gguf, config_json: Value, extra: Vec<usize> },
 }
 
 struct StoredTensor {
@@ -128,8 +128,10 @@ impl Checkpoint {
         // What a configuration says of it need not be about the head: T5's is about the scale.
         spec.head.tied &= file.tensor(HEAD).is_none();
         let tensors = gguf_tensors(&file, &translation, &spec)?;
+        let is_extra = |&at: &usize| translation.reads(&file.tensors[at].name) || is_unused(&file.tensors[at].name);
+        let extra = (0..file.tensors.len()).filter(is_extra).collect();
         let Translation { config: config_json, notes, .. } = translation;
-        let source = Source::Gguf { metadata: file.metadata, config_json };
+        let source = Source::Gguf { file, config_json, extra };
         let (path, files) = (path.to_owned(), vec![path.to_owned()]);
         Ok(Checkpoint { spec, family, tokens, path, files, file_bytes, notes, tensors, source })
     }
@@ -224,7 +226,7 @@ impl Checkpoint {
     pub fn tokenizer(&self) -> Result<Tokenizer, Error> {
         let tokenizer = match &self.source {
             Source::HuggingFace { .. } => Tokenizer::from_dir(&self.path)?,
-            Source::Gguf { metadata, .. } => Tokenizer::from_gguf(metadata).map_err(|error| error.at(&self.path))?,
+            Source::Gguf { file, .. } => Tokenizer::from_gguf(&file.metadata).map_err(|error| error.at(&self.path))?,
         };
         Ok(tokenizer.with_rows(self.spec.vocab_size))
     }
@@ -254,6 +256,37 @@ impl Checkpoint {
             Some(inner) => format!("model.{inner}"),
             None => name.to_owned(),
         }
+    }
+
+    /// The header of the GGUF file that the model is.
+    pub(crate) fn gguf_metadata(&self) -> Option<&Metadata> {
+        match &self.source {
+            Source::Gguf { file, .. } => Some(&file.metadata),
+            Source::HuggingFace { .. } => None,
+        }
+    }
+
+    /// The names of the tensors of the GGUF file that the model is, in its order.
+    pub(crate) fn gguf_names(&self) -> impl Iterator<Item = &str> {
+        let file = match &self.source {
+            Source::Gguf { file, .. } => Some(file),
+            Source::HuggingFace { .. } => None,
+        };
+        file.into_iter().flat_map(|file| &file.tensors).map(|tensor| tensor.name.as_str())
+    }
+
+    /// The tensors of the GGUF file that the model is which are no weights of it: factors on the rotation.
+    pub(crate) fn gguf_factors(&self) -> Option<Vec<&TensorInfo>> {
+        match &self.source {
+            Source::Gguf { file, extra, .. } => Some(extra.iter().map(|&at| &file.tensors[at]).collect()),
+            Source::HuggingFace { .. } => None,
+        }
+    }
+
+    /// A tensor's bytes in the GGUF file that the model is, if they are of this format.
+    pub(crate) fn gguf_bytes(&self, name: &str, format: Format) -> Option<SharedBytes> {
+        let stored = self.tensors.get(name).filter(|_| self.gguf_metadata().is_some())?;
+        stored.parts.first().filter(|_| stored.storage == format.name()).cloned()
     }
 
     /// SHA-256, in hexadecimal, over the stored bytes of all tensors in name order, with names, formats and shapes. The same
@@ -506,10 +539,7 @@ fn gguf_tensors(
         }
     }
     refuse_missing(&missing)?;
-    // Frequencies that follow from the configuration, and biases that T5's attention to the encoder does not read.
-    let may_be_left =
-        |name: &str| [".attn_rot_embd.weight", ".cross_attn_rel_b.weight"].iter().any(|end| name.ends_with(end));
-    if let Some(tensor) = unused.into_keys().find(|name| !may_be_left(name)) {
+    if let Some(tensor) = unused.into_keys().find(|name| !is_unused(name)) {
         return Err(Error::UnexpectedTensor { tensor: tensor.to_owned(), family: spec.family });
     }
 
@@ -522,6 +552,12 @@ fn gguf_tensors(
         tensors.insert(name, tensor);
     }
     Ok(tensors)
+}
+
+/// Whether a tensor of a GGUF file is one that nobody reads: frequencies that follow from the configuration, and biases that T5's attention
+/// to the encoder does not read.
+fn is_unused(name: &str) -> bool {
+    [".attn_rot_embd.weight", ".cross_attn_rel_b.weight"].iter().any(|end| name.ends_with(end))
 }
 
 /// A module as llama.cpp stores it.
@@ -542,7 +578,7 @@ impl Stored<'_> {
 }
 
 /// For each linear whose rows llama.cpp stores in another order, where each row is.
-fn row_maps(spec: &ModelSpec, paired_rows: bool) -> BTreeMap<&str, Arc<[u32]>> {
+pub(crate) fn row_maps(spec: &ModelSpec, paired_rows: bool) -> BTreeMap<&str, Arc<[u32]>> {
     let mut shared: BTreeMap<(usize, usize), Arc<[u32]>> = BTreeMap::new();
     let mut maps = BTreeMap::new();
     for sub_layer in spec.sub_layers() {

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::export::ExportType;
+use retune_quant::Format;
 
 /// Everything that can go wrong while reading or writing a model.
 #[derive(Debug, thiserror::Error)]
@@ -131,9 +131,14 @@ pub enum Error {
 
     /// A weight beyond the range of the type it is to be written as.
     #[error(
-        "tensor {tensor} would hold {value} at row {row}, column {column}, which {dtype} cannot represent; write f32, or bf16, whose range is nearly the same"
+        "tensor {tensor} would hold {value} at row {row}, column {column}, which {} cannot represent; write f32, or bf16, whose range is nearly the same",
+        .format.name().to_lowercase()
     )]
-    OutOfRange { tensor: String, row: usize, column: usize, value: f32, dtype: ExportType },
+    OutOfRange { tensor: String, row: usize, column: usize, value: f32, format: Format },
+
+    /// A model that llama.cpp's files cannot say.
+    #[error("a GGUF file cannot hold this model: {what}; merge into a directory instead, for programs that read those")]
+    NoGguf { what: String },
 }
 
 impl Error {

@@ -1,4 +1,5 @@
-//! Writing a model as a Hugging Face directory: a base with an adapter merged into it, or a model whose weights were trained.
+//! Writing a model: a base with an adapter merged into it, or a model whose weights were trained. A Hugging Face directory here, a GGUF file in
+//! `gguf.rs`.
 //!
 //! A tensor is decoded, changed, rounded and written a panel of rows at a time, so that memory does not grow with the model (GPT-2's
 //! transposed weights are panels of their own). Files get
@@ -20,7 +21,7 @@ use retune_engine::spec::{ModelSpec, Module};
 use retune_formats::atomic::{Draft, Staged};
 use retune_formats::safetensors::{Dtype, Header, INDEX, SINGLE};
 use retune_kernels::PanelSource;
-use retune_quant::Matrix;
+use retune_quant::{Format, Matrix, SharedBytes};
 use retune_text::tokenizer::{FILES, Tokenizer};
 use serde_json::{Map, Value, json};
 
@@ -28,6 +29,11 @@ use crate::checkpoint::{CONFIG, Checkpoint, CheckpointKind};
 use crate::error::Error;
 use crate::families;
 use crate::merge::{merge_bias, merge_rows, merge_table_rows};
+
+mod gguf;
+mod gguf_header;
+
+pub use gguf::{GgufType, WrittenGguf, gguf_linears, write_gguf};
 
 pub(crate) const GENERATION_CONFIG: &str = "generation_config.json";
 
@@ -47,20 +53,21 @@ pub enum ExportType {
 }
 
 impl ExportType {
-    /// Bytes of a value.
-    pub(crate) fn bytes(self) -> usize {
-        match self {
-            ExportType::F32 => 4,
-            ExportType::BF16 | ExportType::F16 => 2,
-        }
-    }
-
     /// The type in a safetensors header.
     pub(crate) fn dtype(self) -> Dtype {
         match self {
             ExportType::F32 => Dtype::F32,
             ExportType::BF16 => Dtype::BF16,
             ExportType::F16 => Dtype::F16,
+        }
+    }
+
+    /// How a value is stored.
+    pub(crate) fn format(self) -> Format {
+        match self {
+            ExportType::F32 => Format::F32,
+            ExportType::BF16 => Format::BF16,
+            ExportType::F16 => Format::F16,
         }
     }
 
@@ -73,17 +80,6 @@ impl ExportType {
         }
     }
 
-    /// Whether a value is finite and stays so when it is rounded to this type.
-    pub(crate) fn holds(self, value: f32) -> bool {
-        // Half a step beyond the greatest value is where rounding gives infinity.
-        let limit = match self {
-            ExportType::F32 => f32::INFINITY,
-            ExportType::BF16 => f32::from_bits(0x7F7F_8000),
-            ExportType::F16 => 65520.0,
-        };
-        value.abs() < limit
-    }
-
     /// A value rounded to this type.
     fn rounded(self, value: f32) -> f32 {
         match self {
@@ -92,23 +88,27 @@ impl ExportType {
             ExportType::F16 => f16::from_f32(value).to_f32(),
         }
     }
-
-    /// Rounds values to the nearest of this type, ties to even; `bytes` has their size.
-    pub(crate) fn encode(self, values: &[f32], bytes: &mut [u8]) {
-        match self {
-            ExportType::F32 => encode(values, bytes, f32::to_le_bytes),
-            ExportType::BF16 => encode(values, bytes, |value| bf16::from_f32(value).to_le_bytes()),
-            ExportType::F16 => encode(values, bytes, |value| f16::from_f32(value).to_le_bytes()),
-        }
-    }
 }
 
-fn encode<const N: usize>(values: &[f32], bytes: &mut [u8], to_bytes: impl Fn(f32) -> [u8; N] + Sync) {
-    let pieces = bytes.par_chunks_mut(PIECE_VALUES * N).zip(values.par_chunks(PIECE_VALUES));
+/// Whether a value is finite and stays so when it is stored. What has scales has them in half precision.
+pub(crate) fn holds(format: Format, value: f32) -> bool {
+    // Half a step beyond the greatest value is where rounding gives infinity.
+    let limit = match format {
+        Format::F32 => f32::INFINITY,
+        Format::BF16 => f32::from_bits(0x7F7F_8000),
+        _ => 65520.0,
+    };
+    value.abs() < limit
+}
+
+/// Stores values, which are whole blocks; `bytes` has their size.
+pub(crate) fn encode(format: Format, values: &[f32], bytes: &mut [u8]) {
+    let piece = PIECE_VALUES.next_multiple_of(format.block_len());
+    let piece_bytes = piece / format.block_len() * format.block_bytes();
+    let pieces = bytes.par_chunks_mut(piece_bytes).zip(values.par_chunks(piece));
     pieces.for_each(|(bytes, values)| {
-        for (to, &value) in bytes.chunks_exact_mut(N).zip(values) {
-            to.copy_from_slice(&to_bytes(value));
-        }
+        let is_written = format.encode_row(values, bytes);
+        debug_assert!(is_written, "{format} is only read");
     });
 }
 
@@ -167,24 +167,21 @@ pub fn write(
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<MergeReport, Error> {
     refuse_occupied(out_dir)?;
-    if overlay.virtual_tokens.is_some() || overlay.prefix.is_some() {
-        return Err(Error::SoftPrompt);
-    }
-    let mut changes = checkpoint.spec.linears().zip(&overlay.linears);
-    if let Some((linear, _)) = changes.find(|(linear, change)| change.offset.is_some() && !linear.bias) {
-        return Err(Error::NoBias { module: linear.name.clone() });
-    }
+    refuse_unmergeable(&checkpoint.spec, overlay)?;
     let tied = checkpoint.spec.head.tied && !unties(&checkpoint.spec, overlay);
     let tokenizer = checkpoint.tokenizer()?;
     let export = Export {
-        shards: into_shards(tensors(checkpoint, &edits(checkpoint, overlay, params)?, tied)?, options),
+        shards: into_shards(
+            tensors(checkpoint, &edits(checkpoint, overlay, params)?, tied, options.dtype.format())?,
+            options,
+        ),
         generation_config: generation_config(checkpoint, &tokenizer)?,
         tokenizer,
         config: config_json(checkpoint, options.dtype, tied)?,
     };
     let is_new = !out_dir.exists();
     fs::create_dir_all(out_dir).map_err(|error| Error::Write { path: out_dir.to_owned(), error })?;
-    let report = export.write(out_dir, options.dtype, progress);
+    let report = export.write(out_dir, progress);
     if report.is_err() && is_new {
         // Best effort, and only if nothing is in it: the error that matters is the one returned.
         let _ = fs::remove_dir(out_dir);
@@ -203,6 +200,18 @@ pub fn scale_note(checkpoint: &Checkpoint, dtype: ExportType) -> Option<String> 
              be multiplied by {written}: write that type to have the same model"
         )
     })
+}
+
+/// Refuses what no weight can hold.
+fn refuse_unmergeable(spec: &ModelSpec, overlay: &Overlay) -> Result<(), Error> {
+    if overlay.virtual_tokens.is_some() || overlay.prefix.is_some() {
+        return Err(Error::SoftPrompt);
+    }
+    let mut changes = spec.linears().zip(&overlay.linears);
+    match changes.find(|(linear, change)| change.offset.is_some() && !linear.bias) {
+        Some((linear, _)) => Err(Error::NoBias { module: linear.name.clone() }),
+        None => Ok(()),
+    }
 }
 
 /// Whether table and head of a tied model differ under an overlay.
@@ -295,18 +304,36 @@ fn edits<'a>(checkpoint: &Checkpoint, overlay: &'a Overlay, params: &'a [f32]) -
 
 /// A tensor to be written.
 struct Tensor<'a> {
+    /// Its module.
+    module: String,
     name: String,
     /// As it is written: `[rows, cols]`, `[cols, rows]` where it is transposed, or `[cols]`.
     shape: Vec<usize>,
     base: Matrix,
     edit: Edit<'a>,
-    /// Whether it is written as `[in, out]`.
-    is_transposed: bool,
+    format: Format,
+    arranged: Arranged,
+}
+
+/// How the values of a tensor are arranged in the file.
+#[derive(Clone)]
+enum Arranged {
+    /// As the spec has them.
+    Plainly,
+    /// As `[in, out]`.
+    Transposed,
+    /// Row r stands where this says; in a vector, value r.
+    Rows(Arc<[u32]>),
+    /// With 1 added.
+    PlusOne,
+    /// As the source's file has them, whose bytes these are.
+    AsStored(SharedBytes),
 }
 
 impl Tensor<'_> {
-    fn bytes(&self, dtype: ExportType) -> u64 {
-        (self.base.rows() * self.base.cols() * dtype.bytes()) as u64
+    fn bytes(&self) -> u64 {
+        let values = self.base.rows() * self.base.cols();
+        (values / self.format.block_len() * self.format.block_bytes()) as u64
     }
 
     /// Decodes `rows` into `values`, [rows.len(), cols], and of a tensor that is changed the base's into `base`.
@@ -389,7 +416,12 @@ pub fn refuse_occupied(dir: &Path) -> Result<(), Error> {
 }
 
 /// The tensors to write, in the order of their names.
-fn tensors<'a>(checkpoint: &Checkpoint, edits: &Edits<'a>, tied: bool) -> Result<Vec<Tensor<'a>>, Error> {
+fn tensors<'a>(
+    checkpoint: &Checkpoint,
+    edits: &Edits<'a>,
+    tied: bool,
+    format: Format,
+) -> Result<Vec<Tensor<'a>>, Error> {
     let spec = &checkpoint.spec;
     let mut modules = spec.modules();
     if spec.head.tied && !tied {
@@ -402,8 +434,9 @@ fn tensors<'a>(checkpoint: &Checkpoint, edits: &Edits<'a>, tied: bool) -> Result
         for (name, shape) in module.tensors() {
             let base = checkpoint.tensor(if name == head && spec.head.tied { &table } else { &name })?;
             let edit = edits.get(&name).cloned().unwrap_or(Edit::Nothing);
-            let is_transposed = is_transposed && shape.len() == 2;
-            tensors.push(Tensor { name: checkpoint.exported_name(&name), shape, base, edit, is_transposed });
+            let arranged = if is_transposed && shape.len() == 2 { Arranged::Transposed } else { Arranged::Plainly };
+            let (module, name) = (module.name().to_owned(), checkpoint.exported_name(&name));
+            tensors.push(Tensor { module, name, shape, base, edit, format, arranged });
         }
     }
     tensors.sort_by(|a, b| a.name.cmp(&b.name));
@@ -414,7 +447,7 @@ fn into_shards<'a>(tensors: Vec<Tensor<'a>>, options: &MergeOptions) -> Vec<Vec<
     let mut shards: Vec<Vec<Tensor<'a>>> = Vec::new();
     let mut filled = 0u64;
     for tensor in tensors {
-        let bytes = tensor.bytes(options.dtype);
+        let bytes = tensor.bytes();
         match shards.last_mut() {
             Some(shard) if filled + bytes <= options.max_shard_bytes => {
                 filled += bytes;
@@ -486,9 +519,9 @@ pub(crate) fn pretty(json: &Value) -> Result<Vec<u8>, Error> {
 }
 
 impl Export<'_> {
-    fn write(&self, dir: &Path, dtype: ExportType, progress: &mut dyn FnMut(u64, u64)) -> Result<MergeReport, Error> {
-        let total = self.shards.iter().flatten().map(|tensor| tensor.bytes(dtype)).sum();
-        let mut writer = ShardWriter::new(dtype, total, progress);
+    fn write(&self, dir: &Path, progress: &mut dyn FnMut(u64, u64)) -> Result<MergeReport, Error> {
+        let total = self.shards.iter().flatten().map(Tensor::bytes).sum();
+        let mut writer = TensorWriter::new(total, progress);
         let names = shard_names(self.shards.len());
         let mut staged = Vec::new();
         for (name, shard) in names.iter().zip(&self.shards) {
@@ -529,9 +562,8 @@ pub(crate) fn shard_names(count: usize) -> Vec<String> {
     }
 }
 
-/// Writes weight files one after the other, and keeps account.
-struct ShardWriter<'a> {
-    dtype: ExportType,
+/// Writes tensors one after the other, and keeps account.
+struct TensorWriter<'a> {
     /// Bytes of tensors written, and to write.
     done: u64,
     total: u64,
@@ -545,10 +577,9 @@ struct ShardWriter<'a> {
     changed: BTreeSet<String>,
 }
 
-impl<'a> ShardWriter<'a> {
-    fn new(dtype: ExportType, total: u64, progress: &'a mut dyn FnMut(u64, u64)) -> Self {
+impl<'a> TensorWriter<'a> {
+    fn new(total: u64, progress: &'a mut dyn FnMut(u64, u64)) -> Self {
         Self {
-            dtype,
             done: 0,
             total,
             progress,
@@ -570,8 +601,14 @@ impl<'a> ShardWriter<'a> {
         }
     }
 
+    /// A file of weights of a directory.
     fn stage(&mut self, path: &Path, shard: &[Tensor<'_>]) -> Result<Staged, Error> {
-        let tensors = shard.iter().map(|tensor| (tensor.name.as_str(), self.dtype.dtype(), tensor.shape.as_slice()));
+        let dtype = |format| match format {
+            Format::F16 => Dtype::F16,
+            Format::BF16 => Dtype::BF16,
+            _ => Dtype::F32,
+        };
+        let tensors = shard.iter().map(|tensor| (tensor.name.as_str(), dtype(tensor.format), tensor.shape.as_slice()));
         let header = Header::new(&[("format", "pt")], tensors);
         self.header_bytes += header.bytes().len() as u64;
         let mut draft = Draft::create(path)?;
@@ -584,31 +621,56 @@ impl<'a> ShardWriter<'a> {
 
     fn write(&mut self, tensor: &Tensor<'_>, draft: &mut Draft) -> Result<(), Error> {
         let (rows, cols) = (tensor.base.rows(), tensor.base.cols());
-        // The transpose of a part is no part of the transpose.
-        let panel_rows = if tensor.is_transposed { rows.max(1) } else { (PANEL_VALUES / cols.max(1)).max(1) };
+        let panel_rows = match tensor.arranged {
+            Arranged::Plainly | Arranged::PlusOne => (PANEL_VALUES / cols.max(1)).max(1),
+            // What is arranged otherwise in a part is no part of the whole.
+            Arranged::Transposed | Arranged::Rows(_) | Arranged::AsStored(_) => rows.max(1),
+        };
         let mut largest = Magnitude::default();
         for start in (0..rows).step_by(panel_rows) {
             largest = largest.max(self.decode(tensor, start..(start + panel_rows).min(rows)));
             self.check(tensor, start)?;
-            if tensor.is_transposed {
-                let values = &self.values;
-                self.base = (0..cols).flat_map(|j| (0..rows).map(move |i| values[i * cols + j])).collect();
-                std::mem::swap(&mut self.base, &mut self.values);
+            if let Arranged::AsStored(bytes) = &tensor.arranged {
+                draft.write_all(bytes)?;
+                self.done += bytes.len() as u64;
+            } else {
+                self.arrange(tensor);
+                let format = tensor.format;
+                self.encoded.resize(self.values.len() / format.block_len() * format.block_bytes(), 0);
+                encode(format, &self.values, &mut self.encoded);
+                draft.write_all(&self.encoded)?;
+                self.done += self.encoded.len() as u64;
             }
-            self.encoded.resize(self.values.len() * self.dtype.bytes(), 0);
-            self.dtype.encode(&self.values, &mut self.encoded);
-            draft.write_all(&self.encoded)?;
-            self.done += self.encoded.len() as u64;
             (self.progress)(self.done, self.total);
         }
         if largest.change > 0.0 {
-            let module = tensor.name.rsplit_once('.').map_or(tensor.name.as_str(), |(module, _)| module);
-            self.changed.insert(module.to_owned());
+            self.changed.insert(tensor.module.clone());
             if largest.weight > 0.0 {
                 self.largest_change = self.largest_change.max(largest.change / largest.weight);
             }
         }
         Ok(())
+    }
+
+    /// Arranges the decoded panel as the file has it.
+    fn arrange(&mut self, tensor: &Tensor<'_>) {
+        let (rows, cols) = (tensor.base.rows(), tensor.base.cols());
+        match &tensor.arranged {
+            Arranged::Plainly | Arranged::AsStored(_) => return,
+            Arranged::PlusOne => return self.values.iter_mut().for_each(|value| *value += 1.0),
+            Arranged::Transposed => {
+                let values = &self.values;
+                self.base = (0..cols).flat_map(|j| (0..rows).map(move |i| values[i * cols + j])).collect();
+            }
+            Arranged::Rows(places) => {
+                // A vector is a matrix of one row, whose values are in that order.
+                let width = if rows == 1 { 1 } else { cols };
+                for (&place, row) in places.iter().zip(self.values.chunks_exact(width)) {
+                    self.base[place as usize * width..][..width].copy_from_slice(row);
+                }
+            }
+        }
+        std::mem::swap(&mut self.base, &mut self.values);
     }
 
     /// Decodes `rows` of a tensor into `self.values`.
@@ -629,13 +691,13 @@ impl<'a> ShardWriter<'a> {
 
     /// Refuses the first value of the panel that would not be written as a finite number.
     fn check(&self, tensor: &Tensor<'_>, first_row: usize) -> Result<(), Error> {
-        let dtype = self.dtype;
-        let found = self.values.par_iter().enumerate().find_first(|(_, value)| !dtype.holds(**value));
+        let format = tensor.format;
+        let found = self.values.par_iter().enumerate().find_first(|(_, value)| !holds(format, **value));
         let Some((at, &value)) = found else { return Ok(()) };
         let cols = tensor.base.cols().max(1);
         let (tensor, row, column) = (tensor.name.clone(), first_row + at / cols, at % cols);
         Err(if value.is_finite() {
-            Error::OutOfRange { tensor, row, column, value, dtype }
+            Error::OutOfRange { tensor, row, column, value, format }
         } else {
             Error::NotFinite { tensor, row, column, value }
         })
@@ -671,23 +733,26 @@ mod tests {
     fn tensor<'a>(name: &str, shape: &[usize], values: &[f32], edit: Edit<'a>) -> Tensor<'a> {
         let (rows, cols) = if shape.len() == 2 { (shape[0], shape[1]) } else { (1, shape[0]) };
         Tensor {
+            module: name.rsplit_once('.').map_or(name, |(module, _)| module).to_owned(),
             name: name.to_owned(),
             shape: shape.to_vec(),
             base: Matrix::from_f32(rows, cols, values.to_vec()),
             edit,
-            is_transposed: false,
+            format: Format::F32,
+            arranged: Arranged::Plainly,
         }
     }
 
     /// The bytes of one file, and the report.
-    fn written(tensors: &[Tensor<'_>], dtype: ExportType) -> Result<(Vec<u8>, MergeReport), Error> {
+    fn written(tensors: Vec<Tensor<'_>>, dtype: ExportType) -> Result<(Vec<u8>, MergeReport), Error> {
+        let tensors: Vec<_> = tensors.into_iter().map(|tensor| Tensor { format: dtype.format(), ..tensor }).collect();
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("x");
-        let total = tensors.iter().map(|tensor| tensor.bytes(dtype)).sum();
+        let total = tensors.iter().map(Tensor::bytes).sum();
         let mut last = (0, 0);
         let mut progress = |done, total| last = (done, total);
-        let mut writer = ShardWriter::new(dtype, total, &mut progress);
-        writer.stage(&path, tensors)?.commit()?;
+        let mut writer = TensorWriter::new(total, &mut progress);
+        writer.stage(&path, &tensors)?.commit()?;
         let report = writer.report(1);
         assert_eq!(last, (total, total));
         Ok((fs::read(&path).unwrap(), report))
@@ -696,7 +761,8 @@ mod tests {
     #[test]
     fn the_bytes_are_those_of_the_safetensors_crate() {
         let (a, b) = (numbers(6, 1), numbers(3, 2));
-        let tensors = [tensor("a.weight", &[2, 3], &a, Edit::Nothing), tensor("b.bias", &[3], &b, Edit::Nothing)];
+        let tensors =
+            || vec![tensor("a.weight", &[2, 3], &a, Edit::Nothing), tensor("b.bias", &[3], &b, Edit::Nothing)];
         for (dtype, theirs) in
             [(ExportType::F32, Dtype::F32), (ExportType::BF16, Dtype::BF16), (ExportType::F16, Dtype::F16)]
         {
@@ -708,14 +774,14 @@ mod tests {
                 });
                 each.flatten().collect()
             };
-            let (a, b) = (bytes(&a), bytes(&b));
+            let (a_bytes, b_bytes) = (bytes(&a), bytes(&b));
             let views = vec![
-                ("b.bias", TensorView::new(theirs, vec![3], &b).unwrap()),
-                ("a.weight", TensorView::new(theirs, vec![2, 3], &a).unwrap()),
+                ("b.bias", TensorView::new(theirs, vec![3], &b_bytes).unwrap()),
+                ("a.weight", TensorView::new(theirs, vec![2, 3], &a_bytes).unwrap()),
             ];
             let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
             let expected = safetensors::serialize(views, Some(metadata)).unwrap();
-            let (ours, report) = written(&tensors, dtype).unwrap();
+            let (ours, report) = written(tensors(), dtype).unwrap();
             assert_eq!(ours, expected, "{dtype}");
             assert_eq!((report.bytes, report.changed_modules), (expected.len() as u64, 0));
         }
@@ -731,10 +797,10 @@ mod tests {
         merge_rows(&change, &[], cols, rows, 0..rows, &mut merged);
         let change = Edit::Weight { change: &change, params: &[] };
         let replaced = Edit::Replaced(&merged);
-        let (bytes, report) = written(&[tensor("x.weight", &[rows, cols], &base, change)], ExportType::F32).unwrap();
+        let (bytes, report) = written(vec![tensor("x.weight", &[rows, cols], &base, change)], ExportType::F32).unwrap();
         let data = &bytes[bytes.len() - 4 * merged.len()..];
         assert!(data.chunks_exact(4).zip(&merged).all(|(bytes, value)| bytes == value.to_le_bytes()));
-        let again = written(&[tensor("x.weight", &[rows, cols], &base, replaced)], ExportType::F32).unwrap();
+        let again = written(vec![tensor("x.weight", &[rows, cols], &base, replaced)], ExportType::F32).unwrap();
         assert_eq!((bytes, report), again);
 
         let largest = |values: &mut dyn Iterator<Item = f32>| values.fold(0.0f32, |largest, v| largest.max(v.abs()));
@@ -747,13 +813,13 @@ mod tests {
     fn a_module_counts_once_and_only_when_it_has_changed() {
         let (zero, one) = ([0.0; 4], [1.0; 4]);
         let nothing = low_rank(2, 1.0, &one, &zero);
-        let tensors = [
+        let tensors = vec![
             tensor("a.bias", &[4], &zero, Edit::Replaced(&one)),
             tensor("a.weight", &[2, 2], &one, Edit::Replaced(&zero)),
             tensor("b.weight", &[2, 2], &one, Edit::Replaced(&one)),
             tensor("c.weight", &[2, 2], &one, Edit::Weight { change: &nothing, params: &[] }),
         ];
-        let (_, report) = written(&tensors, ExportType::BF16).unwrap();
+        let (_, report) = written(tensors, ExportType::BF16).unwrap();
         assert_eq!((report.changed_modules, report.largest_change), (1, 1.0));
     }
 
@@ -762,9 +828,9 @@ mod tests {
         let edges = [65504.0, 65519.996, 65520.0, 1e30, f32::MAX, f32::INFINITY, f32::NAN, 0.0, -65520.0];
         let near = [0x7F7F_7FFF, 0x7F7F_8000, 0x7F7F_8001].map(f32::from_bits);
         for value in edges.into_iter().chain(near) {
-            assert_eq!(ExportType::F16.holds(value), f16::from_f32(value).is_finite(), "{value}");
-            assert_eq!(ExportType::BF16.holds(value), bf16::from_f32(value).is_finite(), "{value}");
-            assert_eq!(ExportType::F32.holds(value), value.is_finite(), "{value}");
+            assert_eq!(holds(Format::F16, value), f16::from_f32(value).is_finite(), "{value}");
+            assert_eq!(holds(Format::BF16, value), bf16::from_f32(value).is_finite(), "{value}");
+            assert_eq!(holds(Format::F32, value), value.is_finite(), "{value}");
         }
     }
 
@@ -772,18 +838,21 @@ mod tests {
     fn values_that_cannot_be_written_are_refused_by_place() {
         let values = [0.0, 0.0, 0.0, 0.0, 0.0, 7e4];
         let large = tensor("x.weight", &[2, 3], &values, Edit::Nothing);
-        let message = written(&[large], ExportType::F16).unwrap_err().to_string();
+        let message = written(vec![large], ExportType::F16).unwrap_err().to_string();
         assert!(message.contains("x.weight would hold 70000 at row 1, column 2, which f16 cannot"), "{message}");
         let change = low_rank(1, f32::MAX, &values[3..], &values[4..]);
         let overflow = tensor("x.weight", &[2, 3], &values, Edit::Weight { change: &change, params: &[] });
-        let message = written(&[overflow], ExportType::F32).unwrap_err().to_string();
+        let message = written(vec![overflow], ExportType::F32).unwrap_err().to_string();
         assert!(message.contains("x.weight holds inf at row 1, column 2"), "{message}");
     }
 
     #[test]
     fn shards_end_before_they_grow_too_large_and_cut_no_tensor() {
         let counts = |max_shard_bytes| -> Vec<usize> {
-            let tensors = [2, 2, 9, 1, 2].map(|n| tensor("x", &[n], &numbers(n, 1), Edit::Nothing));
+            let tensors = [2, 2, 9, 1, 2].map(|n| {
+                let plain = tensor("x", &[n], &numbers(n, 1), Edit::Nothing);
+                Tensor { format: Format::F16, ..plain }
+            });
             let options = MergeOptions { dtype: ExportType::F16, max_shard_bytes };
             into_shards(tensors.into(), &options).iter().map(Vec::len).collect()
         };

@@ -426,16 +426,17 @@ fn write_plain(item: &Item, draft: &mut Draft) -> Result<(), Error> {
     let (rows, cols) = rows_and_cols(&item.shape);
     let panel_rows = (PANEL_VALUES / cols.max(1)).max(1);
     let (mut values, mut bytes) = (Vec::new(), Vec::new());
+    let format = item.dtype.format();
     for start in (0..rows).step_by(panel_rows) {
         let of_rows = start..(start + panel_rows).min(rows);
         values.resize(of_rows.len() * cols, 0.0);
         item.matrix.panel_f32(of_rows, 0..cols, &mut values);
-        if let Some(at) = values.iter().position(|value| !item.dtype.holds(*value)) {
+        if let Some(at) = values.iter().position(|value| !export::holds(format, *value)) {
             let (row, column, value) = (start + at / cols, at % cols, values[at]);
-            return Err(Error::OutOfRange { tensor: item.name.clone(), row, column, value, dtype: item.dtype });
+            return Err(Error::OutOfRange { tensor: item.name.clone(), row, column, value, format });
         }
-        bytes.resize(values.len() * item.dtype.bytes(), 0);
-        item.dtype.encode(&values, &mut bytes);
+        bytes.resize(values.len() * format.block_bytes(), 0);
+        export::encode(format, &values, &mut bytes);
         draft.write_all(&bytes)?;
     }
     Ok(())

@@ -115,9 +115,9 @@ const ROPE_THETA: &str = "rope_theta";
 const TABLE: &str = "token_embd.weight";
 /// Missing where the table is the head as well.
 pub const HEAD: &str = "output.weight";
-const ROPE_FACTORS: &str = "rope_freqs.weight";
-const LONG_FACTORS: &str = "rope_factors_long.weight";
-const SHORT_FACTORS: &str = "rope_factors_short.weight";
+pub const ROPE_FACTORS: &str = "rope_freqs.weight";
+pub const LONG_FACTORS: &str = "rope_factors_long.weight";
+pub const SHORT_FACTORS: &str = "rope_factors_short.weight";
 /// Half of the largest head imaginable.
 const MAX_ROPE_FACTORS: usize = 1 << 16;
 

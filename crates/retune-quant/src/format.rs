@@ -24,11 +24,14 @@ pub enum Format {
     Q4K,
     Q5K,
     Q6K,
+    IQ4NL,
+    IQ4XS,
+    MXFP4,
 }
 
 impl Format {
     /// Every format there is.
-    pub const ALL: [Format; 13] = [
+    pub const ALL: [Format; 16] = [
         Format::F32,
         Format::F16,
         Format::BF16,
@@ -42,6 +45,9 @@ impl Format {
         Format::Q4K,
         Format::Q5K,
         Format::Q6K,
+        Format::IQ4NL,
+        Format::IQ4XS,
+        Format::MXFP4,
     ];
 
     /// Name as ggml spells it ("Q4_K"), values in a block, bytes of a block, number of the ggml type.
@@ -60,6 +66,9 @@ impl Format {
             Format::Q4K => ("Q4_K", 256, 144, 12),
             Format::Q5K => ("Q5_K", 256, 176, 13),
             Format::Q6K => ("Q6_K", 256, 210, 14),
+            Format::IQ4NL => ("IQ4_NL", 32, 18, 20),
+            Format::IQ4XS => ("IQ4_XS", 256, 136, 23),
+            Format::MXFP4 => ("MXFP4", 32, 17, 39),
         }
     }
 
@@ -86,7 +95,7 @@ impl Format {
     /// The format of a GGUF tensor.
     ///
     /// # Errors
-    /// A type that is not decoded here (IQ*, TQ*, MXFP4, integers, ...) is refused by name, a number without a type as such.
+    /// A type that is not decoded here (most IQ*, TQ*, NVFP4, integers, ...) is refused by name, a number without a type as such.
     pub fn from_ggml_type(id: u32) -> Result<Self, Error> {
         match Self::ALL.into_iter().find(|format| format.ggml_type() == id) {
             Some(format) => Ok(format),
@@ -118,6 +127,18 @@ impl Format {
         }
     }
 
+    /// Encodes the whole blocks of `src` into `dst`; false where the format is only read.
+    ///
+    /// The codes of blocks of 32 are those of the `gguf` Python package; blocks of 256 are searched as llama.cpp does. Values must be finite,
+    /// and no larger than half precision can say: scales are stored in that.
+    ///
+    /// # Panics
+    /// Unless `dst` has exactly the bytes of `src.len()` values.
+    pub fn encode_row(self, src: &[f32], dst: &mut [u8]) -> bool {
+        assert_eq!(Some(dst.len()), self.bytes_for(1, src.len()), "bytes of {} values stored as {self}", src.len());
+        blocks::encode(self, src, dst)
+    }
+
     /// The names of all formats, for messages.
     pub(crate) fn names() -> String {
         Self::ALL.map(Self::name).join(", ")
@@ -141,10 +162,8 @@ fn unsupported_name(id: u32) -> Option<&'static str> {
         17 => "IQ2_XS",
         18 => "IQ3_XXS",
         19 => "IQ1_S",
-        20 => "IQ4_NL",
         21 => "IQ3_S",
         22 => "IQ2_S",
-        23 => "IQ4_XS",
         24 => "I8",
         25 => "I16",
         26 => "I32",
@@ -159,7 +178,6 @@ fn unsupported_name(id: u32) -> Option<&'static str> {
         36 => "IQ4_NL_4_4",
         37 => "IQ4_NL_4_8",
         38 => "IQ4_NL_8_8",
-        39 => "MXFP4",
         40 => "NVFP4",
         41 => "Q1_0",
         _ => return None,
@@ -178,8 +196,8 @@ mod tests {
         }
         assert!((0..=41).all(|id| !matches!(Format::from_ggml_type(id), Err(Error::UnknownType { .. }))));
         assert_eq!(Format::from_ggml_type(42), Err(Error::UnknownType { id: 42 }));
-        let refused = Format::from_ggml_type(39).unwrap_err().to_string();
-        assert!(refused.contains("MXFP4") && refused.contains("Q6_K"), "{refused}");
+        let refused = Format::from_ggml_type(40).unwrap_err().to_string();
+        assert!(refused.contains("NVFP4") && refused.contains("Q6_K"), "{refused}");
     }
 
     #[test]

@@ -45,6 +45,12 @@ pub enum Error {
     #[error("GGUF metadata {key:?} holds {cause}; the file is damaged: download or convert it again")]
     GgufVocabulary { key: &'static str, cause: String },
 
+    /// A tokenizer that a GGUF file cannot hold.
+    #[error(
+        "a GGUF file cannot hold this model's tokenizer: {cause}; merge into a directory, and convert that with llama.cpp's convert_hf_to_gguf.py"
+    )]
+    NoGgufTokenizer { cause: String },
+
     /// A text that the tokenizer cannot encode.
     #[error("the text cannot be encoded: {cause}; the tokenizer lacks what it needs for this text")]
     Encode { cause: String },

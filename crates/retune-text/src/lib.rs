@@ -5,6 +5,7 @@
 pub mod chat_template;
 pub mod date;
 pub mod error;
+pub mod go_template;
 pub mod tokenizer;
 
 pub use error::Error;

@@ -1,10 +1,11 @@
 //! The command line, as clap reads it. What the arguments mean is decided in `commands`.
 
+use std::fmt;
 use std::path::{Path, PathBuf};
 
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use retune_adapter::combine::{Kind, MajoritySign};
-use retune_model::export::ExportType;
+use retune_model::export::{ExportType, GgufType};
 use retune_train::data::DataFormat;
 use retune_train::run_config::{Compute, MethodName, Storage};
 use serde_json::Value;
@@ -49,6 +50,8 @@ pub enum Command {
     Quantize(QuantizeArgs),
     /// Take an adapter out of a model again that it was merged into
     Unmerge(UnmergeArgs),
+    /// Write a model or an adapter in the form that another program takes
+    Export(ExportArgs),
     /// Combine adapters, each with a weight, into one
     Combine(CombineArgs),
     /// Turn an adapter, or the difference of two models, into a plain LoRA adapter
@@ -244,13 +247,17 @@ fn named(text: &str) -> Result<NamedAdapter, String> {
 /// How a model is written.
 #[derive(Args)]
 pub struct WrittenModel {
-    /// Where the written model goes: a folder that does not exist yet or is empty
-    #[arg(long, short, value_name = "DIR")]
+    /// Where the written model goes: a folder that does not exist yet or is empty, or a file that ends in .gguf
+    #[arg(long, short, value_name = "PATH")]
     pub out: PathBuf,
 
-    /// Type of the written weights
-    #[arg(long, value_enum, default_value_t = ExportType::F32)]
-    pub dtype: ExportType,
+    /// Type of the written weights of a folder; f32 when absent
+    #[arg(long, value_enum)]
+    pub dtype: Option<ExportType>,
+
+    /// Type of the matrices of a .gguf file; bf16 or f16 when absent, whichever the base is nearer to
+    #[arg(long = "type", value_enum, value_name = "TYPE")]
+    pub kind: Option<GgufType>,
 
     /// Print one JSON object instead of text
     #[arg(long)]
@@ -331,6 +338,79 @@ pub struct UnmergeArgs {
 
     #[command(flatten)]
     pub written: WrittenModel,
+}
+
+#[derive(Args)]
+#[command(after_help = "\
+llama.cpp, lmstudio and jan take a GGUF file of the model with the adapter merged into it; --adapter-only writes the adapter alone, as a LoRA \
+for llama.cpp (--lora). ollama takes a folder with that file and a Modelfile; it takes no adapters (it refuses them since 0.34.1). vllm, \
+mistral.rs, peft and mlx take a folder with the adapter alone; what they would pass over in silence (ranks and scales by module, rsLoRA) is in \
+the weights then. Without --adapter the base alone is written.
+
+What was written is read back, and run beside what it was made of on a few texts.
+
+  retune export --for llama.cpp --model HuggingFaceTB/SmolLM2-135M-Instruct --adapter runs/a/adapter --type q8_0 --out a.gguf
+  retune export --for ollama --model HuggingFaceTB/SmolLM2-135M-Instruct --adapter runs/a/adapter --type q4_k --out a-ollama
+  retune export --for vllm --model HuggingFaceTB/SmolLM2-135M-Instruct --adapter runs/a/adapter --out a-vllm")]
+pub struct ExportArgs {
+    /// The program that is to load it
+    #[arg(long = "for", value_enum, value_name = "PROGRAM")]
+    pub program: Program,
+
+    /// The base model: a directory, a .gguf file or a Hub id
+    #[arg(long, short, value_name = "MODEL")]
+    pub model: String,
+
+    /// The PEFT adapter directory
+    #[arg(long, short, value_name = "DIR")]
+    pub adapter: Option<PathBuf>,
+
+    /// Where it goes: a file that ends in .gguf, or a folder that does not exist yet or is empty
+    #[arg(long, short, value_name = "PATH")]
+    pub out: PathBuf,
+
+    /// Type of the matrices of a merged model; bf16 or f16 when absent, whichever the base is nearer to
+    #[arg(long = "type", value_enum, value_name = "TYPE")]
+    pub kind: Option<GgufType>,
+
+    /// Write the adapter alone; for llama.cpp
+    #[arg(long)]
+    pub adapter_only: bool,
+
+    /// Print one JSON object instead of text
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// A program that loads models or adapters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Program {
+    #[value(name = "llama.cpp")]
+    LlamaCpp,
+    Ollama,
+    #[value(name = "lmstudio")]
+    LmStudio,
+    Jan,
+    Vllm,
+    #[value(name = "mistral.rs")]
+    MistralRs,
+    Peft,
+    Mlx,
+}
+
+impl fmt::Display for Program {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Program::LlamaCpp => "llama.cpp",
+            Program::Ollama => "Ollama",
+            Program::LmStudio => "LM Studio",
+            Program::Jan => "Jan",
+            Program::Vllm => "vLLM",
+            Program::MistralRs => "mistral.rs",
+            Program::Peft => "PEFT",
+            Program::Mlx => "mlx-lm",
+        })
+    }
 }
 
 #[derive(Args)]
@@ -745,5 +825,7 @@ mod tests {
         assert_eq!(flags::<DataFormat>(), ["auto", "messages", "prompt_completion", "alpaca", "input_output", "text"]);
         let types = ExportType::value_variants().iter().map(ToString::to_string).collect::<Vec<_>>();
         assert_eq!(types, flags::<ExportType>());
+        let types = GgufType::value_variants().iter().map(ToString::to_string).collect::<Vec<_>>();
+        assert_eq!(types, flags::<GgufType>());
     }
 }

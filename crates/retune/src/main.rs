@@ -70,6 +70,7 @@ fn run(cli: &Cli) -> Result<End> {
         Command::Quantize(args) => commands::quantize::run(args).map(done),
         Command::Unmerge(args) => commands::unmerge::run(args).map(done),
         Command::Combine(args) => commands::combine::run(args).map(done),
+        Command::Export(args) => commands::export::run(args).map(done),
         Command::Convert(args) => commands::convert::run(args).map(done),
         Command::Eval(args) => commands::eval::run(args),
         Command::Inspect(args) => commands::inspect::run(args).map(done),

@@ -103,7 +103,7 @@ impl Block<210, 256> for Q6K {
 /// Scale and offset of each of the 8 parts of a Q4_K or Q5_K block, whose first 16 bytes hold d, dmin and 6 bits for each:
 /// those of parts 0 to 3 whole, and in what is left the low 4 and the high 2 bits of parts 4 to 7.
 #[inline(always)]
-fn scales_and_offsets<const BYTES: usize>(src: &[u8; BYTES]) -> [(f32, f32); 8] {
+pub(super) fn scales_and_offsets<const BYTES: usize>(src: &[u8; BYTES]) -> [(f32, f32); 8] {
     let (d, dmin) = (f16_at(src, 0), f16_at(src, 2));
     let packed = &src[4..16];
     let mut factors = [(0.0, 0.0); 8];

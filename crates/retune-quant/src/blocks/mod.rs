@@ -4,16 +4,22 @@
 //! of operations is that of the `gguf` Python package (`gguf/quants.py`) and nothing is fused, so that values are the same
 //! to the last bit on every instruction set. Decoding runs inside the packing of a matrix multiplication: the format is
 //! looked at once for a panel, and all below is inlined into a copy for each instruction set that the compiler vectorises.
+//!
+//! The other way, a format that is written is a second function, from the values of a block to its bytes.
 
+mod four_bits;
+mod k_encode;
 mod k_quants;
 mod plain;
 mod simple;
 
 use std::ops::Range;
 
+use half::f16;
 use retune_kernels::multiversion;
 
 use crate::format::Format;
+use four_bits::{IQ4NL, IQ4XS, MXFP4};
 use k_quants::{Q2K, Q3K, Q4K, Q5K, Q6K};
 use plain::{BF16, F16, F32, f16_to_f32};
 use simple::{Q4_0, Q4_1, Q5_0, Q5_1, Q8_0};
@@ -21,6 +27,36 @@ use simple::{Q4_0, Q4_1, Q5_0, Q5_1, Q8_0};
 /// A format whose blocks are `LEN` values in `BYTES` bytes.
 trait Block<const BYTES: usize, const LEN: usize> {
     fn decode(src: &[u8; BYTES], dst: &mut [f32; LEN]);
+}
+
+/// A format that is written, too.
+trait Encode<const BYTES: usize, const LEN: usize>: Block<BYTES, LEN> {
+    fn encode(src: &[f32; LEN], dst: &mut [u8; BYTES]);
+}
+
+/// Encodes whole blocks of `src` as `format`; false, and nothing done, where that is only read.
+pub(crate) fn encode(format: Format, src: &[f32], dst: &mut [u8]) -> bool {
+    match format {
+        Format::F32 => encode_blocks::<F32, _, _>(src, dst),
+        Format::F16 => encode_blocks::<F16, _, _>(src, dst),
+        Format::BF16 => encode_blocks::<BF16, _, _>(src, dst),
+        Format::Q4_0 => encode_blocks::<Q4_0, _, _>(src, dst),
+        Format::Q4_1 => encode_blocks::<Q4_1, _, _>(src, dst),
+        Format::Q5_0 => encode_blocks::<Q5_0, _, _>(src, dst),
+        Format::Q5_1 => encode_blocks::<Q5_1, _, _>(src, dst),
+        Format::Q8_0 => encode_blocks::<Q8_0, _, _>(src, dst),
+        Format::Q4K => encode_blocks::<Q4K, _, _>(src, dst),
+        Format::Q5K => encode_blocks::<Q5K, _, _>(src, dst),
+        Format::Q6K => encode_blocks::<Q6K, _, _>(src, dst),
+        Format::Q2K | Format::Q3K | Format::IQ4NL | Format::IQ4XS | Format::MXFP4 => return false,
+    }
+    true
+}
+
+fn encode_blocks<B: Encode<BYTES, LEN>, const BYTES: usize, const LEN: usize>(src: &[f32], dst: &mut [u8]) {
+    for (dst, src) in dst.as_chunks_mut::<BYTES>().0.iter_mut().zip(src.as_chunks::<LEN>().0) {
+        B::encode(src, dst);
+    }
 }
 
 /// Rows of blocks laid end to end.
@@ -57,6 +93,9 @@ multiversion! {
             Format::Q4K => decode_rows::<Q4K, _, _>(stored, rows, cols, dst),
             Format::Q5K => decode_rows::<Q5K, _, _>(stored, rows, cols, dst),
             Format::Q6K => decode_rows::<Q6K, _, _>(stored, rows, cols, dst),
+            Format::IQ4NL => decode_rows::<IQ4NL, _, _>(stored, rows, cols, dst),
+            Format::IQ4XS => decode_rows::<IQ4XS, _, _>(stored, rows, cols, dst),
+            Format::MXFP4 => decode_rows::<MXFP4, _, _>(stored, rows, cols, dst),
         }
     }
 }
@@ -139,4 +178,9 @@ fn decode_part<B: Block<BYTES, LEN>, const BYTES: usize, const LEN: usize>(
 #[inline(always)]
 fn f16_at<const BYTES: usize>(src: &[u8; BYTES], at: usize) -> f32 {
     f16_to_f32(u16::from_le_bytes([src[at], src[at + 1]]))
+}
+
+/// Rounds a value to the half-precision number at byte `at` of a block.
+fn put_f16<const BYTES: usize>(dst: &mut [u8; BYTES], at: usize, value: f32) {
+    dst[at..at + 2].copy_from_slice(&f16::from_f32(value).to_le_bytes());
 }

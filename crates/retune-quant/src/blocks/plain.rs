@@ -1,6 +1,8 @@
 //! Floating-point values as they are: a block is one value.
 
-use super::Block;
+use half::{bf16, f16};
+
+use super::{Block, Encode};
 
 pub(super) struct F32;
 pub(super) struct F16;
@@ -24,6 +26,26 @@ impl Block<2, 1> for BF16 {
     #[inline(always)]
     fn decode(src: &[u8; 2], dst: &mut [f32; 1]) {
         *dst = [f32::from_bits(u32::from(u16::from_le_bytes(*src)) << 16)];
+    }
+}
+
+impl Encode<4, 1> for F32 {
+    fn encode(src: &[f32; 1], dst: &mut [u8; 4]) {
+        *dst = src[0].to_le_bytes();
+    }
+}
+
+/// To the nearest, ties to even.
+impl Encode<2, 1> for F16 {
+    fn encode(src: &[f32; 1], dst: &mut [u8; 2]) {
+        *dst = f16::from_f32(src[0]).to_le_bytes();
+    }
+}
+
+/// To the nearest, ties to even.
+impl Encode<2, 1> for BF16 {
+    fn encode(src: &[f32; 1], dst: &mut [u8; 2]) {
+        *dst = bf16::from_f32(src[0]).to_le_bytes();
     }
 }
 

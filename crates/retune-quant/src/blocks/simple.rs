@@ -3,7 +3,7 @@
 //! The low nibbles of the 16 bytes of quants are values 0 to 15, the high nibbles 16 to 31. Where there are fifth bits, bit i
 //! of a 32-bit word belongs to value i.
 
-use super::{Block, f16_at, fill};
+use super::{Block, Encode, f16_at, fill, put_f16};
 
 pub(super) struct Q4_0;
 pub(super) struct Q4_1;
@@ -65,6 +65,86 @@ impl Block<34, 32> for Q8_0 {
     fn decode(src: &[u8; 34], dst: &mut [f32; 32]) {
         let (d, quants) = (f16_at(src, 0), &src[2..]);
         fill(dst, |i| f32::from(quants[i] as i8) * d);
+    }
+}
+
+/// The value of the greatest magnitude, the first of several.
+fn extreme(src: &[f32; 32]) -> f32 {
+    src.iter().fold(src[0], |extreme, &value| if value.abs() > extreme.abs() { value } else { extreme })
+}
+
+fn reciprocal(d: f32) -> f32 {
+    if d == 0.0 { 0.0 } else { 1.0 / d }
+}
+
+/// Packs 32 quants of up to 5 bits: the low nibbles of `quants`, and the fifth bits that are left over.
+fn pack(q: impl Fn(usize) -> u8, quants: &mut [u8]) -> u32 {
+    let mut fifths = 0;
+    for (i, byte) in quants.iter_mut().enumerate() {
+        let (low, high) = (q(i), q(i + 16));
+        *byte = low & 15 | high << 4;
+        fifths |= u32::from(low >> 4) << i | u32::from(high >> 4) << (i + 16);
+    }
+    fifths
+}
+
+/// The least value, and what the range of values is divided into `steps` by.
+fn offset_and_step(src: &[f32; 32], steps: f32) -> (f32, f32) {
+    let least = src.iter().copied().fold(f32::INFINITY, f32::min);
+    let greatest = src.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    (least, (greatest - least) / steps)
+}
+
+// Codes are those of the `gguf` Python package, so the order of operations is its own.
+
+impl Encode<18, 32> for Q4_0 {
+    fn encode(src: &[f32; 32], dst: &mut [u8; 18]) {
+        let d = extreme(src) / -8.0;
+        let by = reciprocal(d);
+        put_f16(dst, 0, d);
+        pack(|i| ((src[i] * by + 8.5) as u8).min(15), &mut dst[2..]);
+    }
+}
+
+impl Encode<20, 32> for Q4_1 {
+    fn encode(src: &[f32; 32], dst: &mut [u8; 20]) {
+        let (m, d) = offset_and_step(src, 15.0);
+        let by = reciprocal(d);
+        put_f16(dst, 0, d);
+        put_f16(dst, 2, m);
+        pack(|i| (((src[i] - m) * by + 0.5) as u8).min(15), &mut dst[4..]);
+    }
+}
+
+impl Encode<22, 32> for Q5_0 {
+    fn encode(src: &[f32; 32], dst: &mut [u8; 22]) {
+        let d = extreme(src) / -16.0;
+        let by = reciprocal(d);
+        put_f16(dst, 0, d);
+        let fifths = pack(|i| ((src[i] * by + 16.5) as u8).min(31), &mut dst[6..]);
+        dst[2..6].copy_from_slice(&fifths.to_le_bytes());
+    }
+}
+
+impl Encode<24, 32> for Q5_1 {
+    fn encode(src: &[f32; 32], dst: &mut [u8; 24]) {
+        let (m, d) = offset_and_step(src, 31.0);
+        let by = reciprocal(d);
+        put_f16(dst, 0, d);
+        put_f16(dst, 2, m);
+        let fifths = pack(|i| (((src[i] - m) * by + 0.5) as u8).min(31), &mut dst[8..]);
+        dst[4..8].copy_from_slice(&fifths.to_le_bytes());
+    }
+}
+
+impl Encode<34, 32> for Q8_0 {
+    fn encode(src: &[f32; 32], dst: &mut [u8; 34]) {
+        let d = extreme(src).abs() / 127.0;
+        let by = reciprocal(d);
+        put_f16(dst, 0, d);
+        for (byte, value) in dst[2..].iter_mut().zip(src) {
+            *byte = (value * by).round() as i8 as u8;
+        }
     }
 }
 

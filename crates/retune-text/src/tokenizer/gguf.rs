@@ -16,9 +16,11 @@ use super::{Parts, Source, SpecialTokens};
 use crate::error::Error;
 
 /// Values of `tokenizer.ggml.token_type`.
-const UNKNOWN: i32 = 2;
-const CONTROL: i32 = 3;
-const USER_DEFINED: i32 = 4;
+pub(super) const NORMAL: i32 = 1;
+pub(super) const UNKNOWN: i32 = 2;
+pub(super) const CONTROL: i32 = 3;
+pub(super) const USER_DEFINED: i32 = 4;
+pub(super) const UNUSED: i32 = 5;
 
 /// Texts of tokens that end or mark a turn, or a gap to be filled. Such a token is special whatever the file says of it, as in llama.cpp.
 const ALWAYS_SPECIAL: &[&str] = &[
@@ -144,7 +146,8 @@ impl<'a> Vocabulary<'a> {
             .enumerate()
             .map(|(id, token)| if token.is_empty() { format!("[EMPTY_{id}]") } else { token.to_owned() })
             .collect();
-        let mut types = metadata.get_i32_array("tokenizer.ggml.token_type")?.unwrap_or_else(|| vec![1; tokens.len()]);
+        let mut types =
+            metadata.get_i32_array("tokenizer.ggml.token_type")?.unwrap_or_else(|| vec![NORMAL; tokens.len()]);
         let mut scores = metadata.get_f32_array("tokenizer.ggml.scores")?;
         if model == "t5" {
             drop_stand_ins(&mut tokens, &mut types, scores.as_mut());

@@ -10,6 +10,7 @@ mod directory;
 pub(crate) mod fixture;
 mod gguf;
 mod pre_tokenizer;
+mod to_gguf;
 
 use std::ops::Range;
 use std::path::Path;
@@ -24,6 +25,7 @@ use crate::date::Date;
 use crate::error::Error;
 use backend::{Backend, ExtraToken, Model, guarded};
 pub use decode_stream::DecodeStream;
+pub use to_gguf::GgufVocabulary;
 
 /// Tokens that end an assistant's turn in the chat templates in use. One that the vocabulary has and the template writes
 /// ends generation, whether or not the files say so.

@@ -163,6 +163,32 @@ impl Rule {
         RULES.iter().find(|rule| rule.names.contains(&name))
     }
 
+    /// The rule of a `tokenizer.json`, by its parts; the first of several.
+    pub(super) fn of(normalizer: &Value, pre_tokenizer: &Value, ignore_merges: bool) -> Option<&'static Rule> {
+        let parts = match &pre_tokenizer["pretokenizers"] {
+            Value::Array(parts) => parts.as_slice(),
+            _ => std::slice::from_ref(pre_tokenizer),
+        };
+        let is_nfc = match normalizer["type"].as_str() {
+            None => false,
+            Some("NFC") => true,
+            Some(_) => return None,
+        };
+        RULES.iter().find(|rule| {
+            let stages = rule.stages.iter().map(Stage::to_json);
+            let fits = |(part, stage): (&Value, Value)| of_pre_tokenizer(part) == of_pre_tokenizer(&stage);
+            rule.nfc == is_nfc
+                && rule.ignore_merges == ignore_merges
+                && rule.stages.len() == parts.len()
+                && parts.iter().zip(stages).all(fits)
+        })
+    }
+
+    /// The name that most models have it by.
+    pub(super) fn name(&self) -> &'static str {
+        self.names.first().copied().unwrap_or(DEFAULT)
+    }
+
     /// The `pre_tokenizer` part of a `tokenizer.json`.
     pub(super) fn pre_tokenizer(&self) -> Value {
         let stages: Vec<Value> = self.stages.iter().map(Stage::to_json).collect();
@@ -187,6 +213,15 @@ impl Stage {
             Stage::Bytes => byte_level(false),
         }
     }
+}
+
+/// What of a stage decides how texts are split: `trim_offsets` does not.
+fn of_pre_tokenizer(stage: &Value) -> Value {
+    let mut stage = stage.clone();
+    if let Some(fields) = stage.as_object_mut() {
+        fields.remove("trim_offsets");
+    }
+    stage
 }
 
 /// Every known name, for error texts.
