@@ -7,11 +7,11 @@ use serde_json::{Value, json};
 
 const LABELS: [&str; 2] = ["on", "time"];
 
-/// Rows that ask which of the labels stands in them; the first is hostile to pages.
+/// Rows that ask which of the labels stands in them.
 fn labelled() -> String {
     let row = |n: usize| {
         let label = LABELS[n % 2];
-        let words = if n == 0 { "<script>alert(1)</script> & \"'" } else { ["the", "sand", "of"][n % 3] };
+        let words = ["the", "sand", "of"][n % 3];
         json!({ "prompt": format!("{words} {label} {n}:"), "completion": format!(" {label}") }).to_string() + "\n"
     };
     (0..40).map(row).collect()
@@ -150,8 +150,7 @@ fn a_comparison_leaves_a_table_numbers_and_a_page() {
     }
     // Of either cost, the differences, the ranks and what was learnt: all are drawn.
     assert_eq!(page.matches("<svg ").count(), 8);
-    for words in
-        ["Which method for", "Rows that changed", "Ranks and target modules", "retune compare plan.yaml", "adapter.r"]
+    for words in ["Which method for", "Rows that changed", "Ranks and target modules", "compare plan.yaml", "adapter.r"]
     {
         assert!(page.contains(words), "{words} is not in the page");
     }
@@ -164,22 +163,19 @@ fn a_comparison_leaves_a_table_numbers_and_a_page() {
 
 #[test]
 fn a_hostile_row_is_text_on_the_page() {
-    // All rows but the hostile one are trained on.
     let mut plan = plan(&[]);
-    plan["data"]["eval"] = json!("hostile.jsonl");
-    plan["data"]["columns"] = json!({ "prompt": "question" });
+    plan["data"] = json!({ "train": "train.jsonl", "eval": "hostile.csv", "max_length": 192, "columns": { "prompt": "question" } });
     plan["variants"] = json!([{ "name": "<b>LoRA</b>", "adapter": { "r": 4, "lora_alpha": 8 } }]);
-    plan["generate"] = json!({ "max_new_tokens": 3 });
+    plan["generate"] = json!({ "max_new_tokens": 0 });
     let folder = folder(&plan);
-    let text = labelled();
-    folder.write("rows.jsonl", text.replace("\"prompt\"", "\"question\""));
-    let hostile: String = text.lines().take(1).map(|row| row.replace("\"prompt\"", "\"question\"") + "\n").collect();
-    folder.write("hostile.jsonl", hostile.repeat(3));
+    // No labels, so that rows are compared by their loss, which training changes.
+    folder.write("train.jsonl", common::rows(0..30).replace("\"prompt\"", "\"question\""));
+    folder.write("hostile.csv", "question,completion\n<script>alert(1)</script> & \"\"\"',the sand </div> of time\n");
     folder.succeeds(&["compare", "plan.yaml"]);
     let page = String::from_utf8(folder.read("out/report.html")).unwrap();
     assert_well_formed(&page);
     assert!(page.contains("&lt;script&gt;alert(1)"), "the row is not shown");
-    assert!(page.contains("&lt;b&gt;LoRA&lt;"), "the name is not shown");
+    assert!(page.contains("the sand &lt;") && page.contains("&lt;b&gt;LoRA&lt;"), "answer and name are not shown");
     assert!(!page.contains("<script") && !page.contains("<b>LoRA"));
 }
 
@@ -202,7 +198,7 @@ fn started_again_it_repeats_no_finished_run_and_says_the_same() {
     // Once more, and nothing is run at all.
     let results = stopped.read("out/results.json");
     let output = stopped.succeeds(&["compare", "plan.yaml"]);
-    assert!(!output.stderr.contains("run "), "{}", output.stderr);
+    assert!(!output.stderr.contains("\nrun "), "{}", output.stderr);
     assert!(stopped.read("out/results.json") == results);
 
     // Another plan is another comparison.

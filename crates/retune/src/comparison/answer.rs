@@ -1,12 +1,12 @@
 //! The answer in three sentences: which method, what it costs against full fine-tuning, how sure that is.
 
+use retune_eval::bootstrap::Difference;
+use retune_train::plan::BASE;
 use serde::Serialize;
 
 use super::decide::Decided;
 use super::results::{Failure, Summary};
 use super::rows::Rows;
-use retune_train::plan::BASE;
-
 use crate::memory::human;
 
 /// The answer.
@@ -19,9 +19,19 @@ pub struct Answer {
     pub sentences: [String; 3],
 }
 
-/// Answers by held-out loss, which tells more than accuracy with as many rows.
+/// The variant of the least loss, and the one to take: by held-out loss, which tells more than accuracy with as many rows.
+pub fn choose(variants: &[Summary]) -> Option<(&Summary, &Summary)> {
+    let best = variants.iter().min_by(|a, b| a.loss.total_cmp(&b.loss))?;
+    let cannot_be_told = |of: &&Summary| {
+        of.name == best.name || of.loss_against_best.as_ref().is_some_and(|difference| !difference.is_sure())
+    };
+    let chosen = variants.iter().filter(cannot_be_told).min_by_key(|of| of.trainable_parameters)?;
+    Some((best, chosen))
+}
+
+/// The answer.
 pub fn of(variants: &[Summary], decided: &Decided, rows: &Rows, failed: &[Failure]) -> Answer {
-    let Some(best) = variants.iter().min_by(|a, b| a.loss.total_cmp(&b.loss)) else {
+    let Some((best, chosen)) = choose(variants) else {
         let nothing = "No run was finished, so there is nothing to compare.".to_owned();
         return Answer {
             variant: String::new(),
@@ -29,11 +39,6 @@ pub fn of(variants: &[Summary], decided: &Decided, rows: &Rows, failed: &[Failur
             sentences: [nothing, String::new(), String::new()],
         };
     };
-    // What differs from the best by less than these rows can tell, and that not because they tell nothing at all.
-    let is_as_good = |summary: &&Summary| {
-        summary.name == best.name || summary.loss_against_best.is_some_and(|difference| !difference.is_sure())
-    };
-    let chosen = variants.iter().filter(is_as_good).min_by_key(|summary| summary.trainable_parameters).unwrap_or(best);
     let base = variants.iter().find(|summary| summary.name == BASE);
     let full = variants.iter().find(|summary| summary.is_full());
     Answer {
@@ -42,7 +47,7 @@ pub fn of(variants: &[Summary], decided: &Decided, rows: &Rows, failed: &[Failur
         sentences: [
             which(chosen, best, base, variants),
             cost(chosen, full, decided, failed),
-            sure(chosen, best, base, rows),
+            sure(chosen, variants, rows),
         ],
     }
 }
@@ -124,32 +129,38 @@ fn cost(chosen: &Summary, full: Option<&Summary>, decided: &Decided, failed: &[F
     )
 }
 
-fn sure(chosen: &Summary, best: &Summary, base: Option<&Summary>, rows: &Rows) -> String {
+fn sure(chosen: &Summary, variants: &[Summary], rows: &Rows) -> String {
     let count = rows.held_out_rows;
     let seeds = match chosen.runs.len() {
-        1 => "with one seed, so that the chance in training is not in it".to_owned(),
+        1 if chosen.trains() => ", with one seed, so that the chance in training is not in it".to_owned(),
+        1 => String::new(),
         seeds => {
             let (low, high) = chosen.loss_range();
-            format!("over {seeds} seeds, whose losses go from {low:.3} to {high:.3}")
+            format!(", over {seeds} seeds, whose losses go from {low:.3} to {high:.3}")
         }
     };
-    // The base has no difference to itself: what it is compared with then is the best.
-    let (difference, than) = match (chosen.loss_against_base, base) {
-        (Some(difference), Some(_)) => (Some(difference), "the base's"),
-        _ if chosen.name != best.name => (chosen.loss_against_best, "that of the best"),
-        _ => (None, ""),
+    // The next one is who it could have been instead.
+    let others = || variants.iter().filter(|of| of.name != chosen.name && of.name != BASE);
+    let next =
+        others().min_by(|a, b| a.loss.total_cmp(&b.loss)).and_then(|of| Some((of, of.loss_against_chosen.as_ref()?)));
+    let next = next.map_or_else(String::new, |(of, difference)| {
+        let Difference { estimate, low, high, detectable } = difference;
+        format!(
+            " The nearest other is {}, {estimate:+.3} from it [{low:+.3}, {high:+.3}]; a difference under {detectable:.3} between the two could not be \
+             seen with so few rows.",
+            of.name
+        )
+    });
+    let against = match &chosen.loss_against_base {
+        Some(Difference { low, high, .. }) => {
+            let (side, near, far) = if *high < 0.0 { ("below", -high, -low) } else { ("above", *low, *high) };
+            format!(
+                "With 95% confidence its loss is {near:.3} to {far:.3} {side} the base's on rows such as these {count} (paired bootstrap){seeds}."
+            )
+        }
+        None => format!("It was scored on {count} held-out rows{seeds}."),
     };
-    let Some(difference) = difference else {
-        return format!("It is of {count} held-out rows, {seeds}.");
-    };
-    let side = |value: f64| format!("{:.3} {}", value.abs(), if value < 0.0 { "below" } else { "above" });
-    format!(
-        "With 95% confidence its loss is {} to {} {than} on rows such as these {count} (paired bootstrap), {seeds}; a difference \
-         under {:.3} could not be seen with so few.",
-        side(difference.low),
-        side(difference.high),
-        difference.detectable
-    )
+    format!("{against}{next}")
 }
 
 /// Time and memory of training.

@@ -85,8 +85,7 @@ pub enum Shape<'a> {
 
 /// A plot of shapes over an axis, with levels that have no place on it.
 pub fn plot(x: &Axis, y: &Axis, shapes: &[Shape], levels: &[Level], with_frontier: bool) -> Result<String> {
-    let mut xs = Vec::new();
-    let mut ys: Vec<f64> = levels.iter().map(|level| level.y).collect();
+    let (mut xs, mut ys) = (Vec::new(), Vec::new());
     for shape in shapes {
         match shape {
             Shape::Mark(mark) => {
@@ -99,6 +98,10 @@ pub fn plot(x: &Axis, y: &Axis, shapes: &[Shape], levels: &[Level], with_frontie
             }
         }
     }
+    // A level far off would press all that is to be told apart into a line: it stands at the edge.
+    let of_shapes = range(&ys, 0.1);
+    let near = of_shapes.start - of_shapes.end..2.0 * of_shapes.end - of_shapes.start;
+    ys.extend(levels.iter().map(|level| level.y).filter(|y| near.contains(y)));
     let ys = range(&ys, 0.1);
     match x.logarithmic {
         true => {
@@ -152,6 +155,7 @@ where
         let mut builder = ChartBuilder::on(&root);
         builder.margin(6).margin_right(14).x_label_area_size(40).y_label_area_size(52);
         let mut chart = builder.build_cartesian_2d(xs, ys.clone()).map_err(failed)?;
+        let xs_any = chart.x_range().start;
         let (x_format, y_format) = (x.format, y.format);
         chart
             .configure_mesh()
@@ -170,15 +174,24 @@ where
             .draw()
             .map_err(failed)?;
         let (right, _) = chart.plotting_area().dim_in_pixel();
-        for level in levels {
-            let (_, at) = chart.backend_coord(&(1.0, level.y));
-            let (left, _) = chart.plotting_area().get_base_pixel();
+        let (left, top) = chart.plotting_area().get_base_pixel();
+        let right = left + right as i32;
+        for (number, level) in levels.iter().enumerate() {
+            let is_inside = ys.contains(&level.y);
+            let at = if is_inside { chart.backend_coord(&(xs_any, level.y)).1 } else { top + 14 * (number as i32 + 1) };
             let dash = |from: i32| PathElement::new(vec![(from, at), (from + 5, at)], INK);
-            for from in (left..left + right as i32).step_by(9) {
+            for from in (left..right).step_by(9).filter(|_| is_inside) {
                 root.draw(&dash(from)).map_err(failed)?;
             }
-            let style = small().pos(Pos::new(HPos::Right, VPos::Bottom));
-            root.draw(&Text::new(level.name.clone(), (left + right as i32 - 2, at - 3), style)).map_err(failed)?;
+            // Neighbours' names stand at either end.
+            let (side, place) = if number % 2 == 0 { (HPos::Right, right - 2) } else { (HPos::Left, left + 4) };
+            let direction = if level.y > ys.end { "above" } else { "below" };
+            let text = if is_inside {
+                level.name.clone()
+            } else {
+                format!("{}: {}, {direction}", level.name, y_format(level.y))
+            };
+            root.draw(&Text::new(text, (place, at - 3), small().pos(Pos::new(side, VPos::Bottom)))).map_err(failed)?;
         }
         if with_frontier {
             let mut frontier: Vec<(f64, f64)> = shapes
@@ -192,30 +205,27 @@ where
             chart.draw_series(LineSeries::new(frontier, INK.stroke_width(1))).map_err(failed)?;
         }
         for shape in shapes {
-            match shape {
-                Shape::Mark(mark) => {
-                    let at = chart.backend_coord(&(mark.x, mark.y));
-                    number_at(&root, at, mark.number, mark.on_frontier && with_frontier)?;
-                }
-                Shape::Line { number, points, dots } => {
-                    let colour = colour(*number);
-                    chart.draw_series(LineSeries::new(points.clone(), colour.stroke_width(2))).map_err(failed)?;
-                    let dot = |at: &(f64, f64)| Circle::new(*at, 3, colour.filled());
-                    chart.draw_series(dots.iter().map(dot)).map_err(failed)?;
-                }
-            }
+            let Shape::Line { number, points, dots } = shape else { continue };
+            let colour = colour(*number);
+            chart.draw_series(LineSeries::new(points.clone(), colour.stroke_width(2))).map_err(failed)?;
+            let dot = |at: &(f64, f64)| Circle::new(*at, 3, colour.filled());
+            chart.draw_series(dots.iter().map(dot)).map_err(failed)?;
         }
-        // Numbers last, so that no line runs over them; those that would cover each other move down.
+        // Numbers last, so that no line runs over them. Those that would cover each other move: of marks to the side, of lines down.
         let mut taken: Vec<(i32, i32)> = Vec::new();
         for shape in shapes {
-            let Shape::Line { number, points, dots } = shape else { continue };
-            let Some(last) = points.last().or(dots.last()) else { continue };
-            let (at_x, mut at_y) = chart.backend_coord(last);
-            while taken.iter().any(|&(x, y)| (x - at_x).abs() < 16 && (y - at_y).abs() < 15) {
-                at_y += 15;
+            let (number, end, ringed, step) = match shape {
+                Shape::Mark(mark) => (mark.number, Some((mark.x, mark.y)), mark.on_frontier && with_frontier, (-18, 0)),
+                Shape::Line { number, points, dots } => {
+                    (*number, points.last().or(dots.last()).copied(), false, (0, 16))
+                }
+            };
+            let Some(mut at) = end.map(|end| chart.backend_coord(&end)) else { continue };
+            while taken.iter().any(|&(x, y)| (x - at.0).abs() < 16 && (y - at.1).abs() < 15) && at.0 > left {
+                at = (at.0 + step.0, at.1 + step.1);
             }
-            taken.push((at_x, at_y));
-            number_at(&root, (at_x, at_y), *number, false)?;
+            taken.push(at);
+            number_at(&root, at, number, ringed)?;
         }
         root.present().map_err(failed)?;
     }

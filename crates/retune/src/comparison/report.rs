@@ -1,6 +1,7 @@
 //! The report of a comparison: one page that needs nothing else, neither a network nor a script.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
 
 use anyhow::{Context, Result};
 use minijinja::value::Value as Html;
@@ -48,7 +49,7 @@ fn render(results: &Results, questions: &[String]) -> Result<String> {
     }).collect();
     let page = context! {
         answer => results.answer,
-        model => results.provenance.model,
+        model => model_name(&results.provenance.model),
         held_out => results.data.held_out_in_words(),
         training_rows => grouped(results.data.training_rows as u64),
         titles,
@@ -67,6 +68,13 @@ fn render(results: &Results, questions: &[String]) -> Result<String> {
     };
     let template = environment.get_template("report.html")?;
     template.render(page).context("the report cannot be written")
+}
+
+/// A Hub id as it is, of a path the last part.
+fn model_name(model: &str) -> String {
+    let is_id = !Path::new(model).exists() && model.matches('/').count() == 1;
+    let last = Path::new(model).file_name().filter(|_| !is_id);
+    last.map_or_else(|| model.to_owned(), |name| name.to_string_lossy().into_owned())
 }
 
 /// What every held-out row asks.
@@ -207,8 +215,8 @@ fn comparison(other: &Summary, subject: &Summary, questions: &[String]) -> Html 
             worse => gain < 0.0,
             question => question.map(|text| cut(text)),
             reference => after.reference.as_deref().map(cut),
-            before => before.output.as_deref().map(cut),
-            after => after.output.as_deref().map(cut),
+            before => before.output(measure).map(cut),
+            after => after.output(measure).map(cut),
             loss_before => format!("{:.3}", before.mean_loss()),
             loss_after => format!("{:.3}", after.mean_loss()),
         }

@@ -59,6 +59,8 @@ pub struct Summary {
     pub share_of_full_gain: Option<f64>,
     /// And than the variant of the least loss.
     pub loss_against_best: Option<Difference>,
+    /// And than the one that the answer names.
+    pub loss_against_chosen: Option<Difference>,
     pub flips_against_base: Option<Flips>,
     pub flips_against_full: Option<Flips>,
     pub trainable_parameters: u64,
@@ -144,6 +146,7 @@ impl Summary {
             loss_against_full: None,
             share_of_full_gain: None,
             loss_against_best: None,
+            loss_against_chosen: None,
             flips_against_base: None,
             flips_against_full: None,
             trainable_parameters: trainings().map(|of| of.trainable_parameters).max().unwrap_or(0),
@@ -218,6 +221,12 @@ impl Results {
         let measure = base.as_ref().map_or(Measure::Loss, |base| Measure::of_flips(&base.rows));
         let others = Others { base, full, best, measure };
         variants.iter_mut().for_each(|summary| summary.compare(&others));
+        let chosen = answer::choose(&variants).map(|(_, chosen)| of(chosen));
+        for summary in &mut variants {
+            let other = chosen.as_ref().filter(|chosen| chosen.name != summary.name);
+            summary.loss_against_chosen =
+                other.and_then(|chosen| scores::difference(Measure::Loss, &chosen.rows, &summary.rows));
+        }
         let answer = answer::of(&variants, decided, data, &failed);
         Ok(Self {
             answer,

@@ -30,8 +30,10 @@ struct Line {
 #[derive(Clone, Debug, PartialEq)]
 pub struct RowScore {
     pub reference: Option<String>,
-    /// What the first seed said: its answer, or else its likeliest label.
-    pub output: Option<String>,
+    /// The answer of the first seed.
+    answer: Option<String>,
+    /// Its likeliest label.
+    label: Option<String>,
     /// Summed over the label tokens.
     loss: f64,
     label_tokens: f64,
@@ -102,6 +104,13 @@ impl Measure {
 }
 
 impl RowScore {
+    /// What was said to the row, of which the measure speaks.
+    pub fn output(&self, measure: Measure) -> Option<&str> {
+        let (first, second) =
+            if measure == Measure::Accuracy { (&self.label, &self.answer) } else { (&self.answer, &self.label) };
+        first.as_ref().or(second.as_ref()).map(String::as_str)
+    }
+
     /// The mean loss of a label token.
     pub fn mean_loss(&self) -> f64 {
         self.loss / self.label_tokens.max(1.0)
@@ -142,7 +151,8 @@ impl RowScore {
             label_tokens: line.label_tokens as f64 / seeds,
             right: right.map(|right| right / seeds),
             rouge_l: line.prediction.as_deref().and_then(rouge).map(|score| score / seeds),
-            output: line.prediction.or(line.likeliest_label),
+            answer: line.prediction,
+            label: line.likeliest_label,
             reference: line.reference,
         }
     }
@@ -220,7 +230,7 @@ mod tests {
     fn seeds_are_averaged_row_by_row() {
         let (first, second) = (scores(&[FIRST]), scores(&[FIRST, SECOND]));
         let row = &second[&1];
-        assert_eq!((row.mean_loss(), row.right, row.output.as_deref()), (1.5, Some(0.5), Some("no")));
+        assert_eq!((row.mean_loss(), row.right, row.output(Measure::Accuracy)), (1.5, Some(0.5), Some("no")));
         assert!((difference(Measure::Loss, &first, &second).unwrap().estimate - 0.0625).abs() < 1e-12);
     }
 }

@@ -36,7 +36,8 @@ pub fn columns(variants: &[Summary]) -> Vec<Column> {
         columns.push(("accuracy", Box::new(move |of| share(of.accuracy))));
         columns.push(("against base", Box::new(|of| with_interval(of.accuracy_against_base.as_ref(), 3))));
     }
-    if has(|of| of.rouge_l) {
+    // Of a label they say nothing more.
+    if has(|of| of.rouge_l) && !has(|of| of.accuracy) {
         columns.push(("ROUGE-L", Box::new(move |of| share(of.rouge_l))));
         columns.push(("exact", Box::new(move |of| share(of.exact_match))));
     }
