@@ -196,7 +196,7 @@ impl Comparison<'_> {
                         format!(", {count} parameters trained for {} steps in {}", of.steps, duration(of.seconds))
                     });
                     progress.end(job.trains(), &format!("held-out loss {:.4}{trained}", record.scores.loss));
-                    records.push(record);
+                    records.push(*record);
                 }
                 Outcome::Interrupted => return Ok(None),
                 Outcome::Failed(error) => {

@@ -119,7 +119,7 @@ pub struct Point {
 
 /// How a job ended.
 pub enum Outcome {
-    Done(RunRecord),
+    Done(Box<RunRecord>),
     Failed(String),
     Interrupted,
 }
@@ -186,7 +186,7 @@ impl Runner<'_> {
         write_json(&self.folder.record(&job.slug), &record)?;
         // Nobody goes on with a finished run; full fine-tuning leaves three times its model there.
         let _ = fs::remove_dir_all(self.folder.run(&job.slug).join("checkpoints"));
-        Ok(Outcome::Done(record))
+        Ok(Outcome::Done(Box::new(record)))
     }
 
     /// The arguments that begin every run.
