@@ -74,10 +74,13 @@ pub struct RawVariant {
     /// The settings of the method, in PEFT's terms; its defaults when absent. Not with method full.
     #[serde(default)]
     pub adapter: Option<Value>,
+    /// How the frozen base is computed and held for this variant (`storage: nf4-double` is QLoRA), in place of the plan's `base`.
+    #[serde(default)]
+    pub base: Option<BaseConfig>,
     /// What this variant has otherwise than the plan's `training`.
     #[serde(default)]
     pub training: Option<TrainingConfig>,
-    /// Examples put before each row in place of training: a hard prompt. Not with method, adapter and training.
+    /// Examples put before each row in place of training: a hard prompt. Not with method, adapter, base and training.
     #[serde(default)]
     pub examples: Option<usize>,
     /// The seeds of this variant, in place of the plan's.
@@ -184,9 +187,12 @@ impl Plan {
 /// What the variant at a place of the plan's list does, checked as the run file that it stands for.
 fn kind_of(variant: &RawVariant, plan: &Value, at: usize) -> Result<Kind, Error> {
     if let Some(examples) = variant.examples {
-        let trains = variant.method.is_some() || variant.adapter.is_some() || variant.training.is_some();
+        let trains = variant.method.is_some()
+            || variant.adapter.is_some()
+            || variant.base.is_some()
+            || variant.training.is_some();
         if trains || examples == 0 {
-            let found = if trains { "given with method, adapter or training".to_owned() } else { "0".to_owned() };
+            let found = if trains { "given with method, adapter, base or training".to_owned() } else { "0".to_owned() };
             return Err(key_value(
                 "examples",
                 found,
@@ -196,21 +202,21 @@ fn kind_of(variant: &RawVariant, plan: &Value, at: usize) -> Result<Kind, Error>
         }
         return Ok(Kind::Examples(examples));
     }
-    let own = |key: &str| plan.pointer(&format!("/variants/{at}/{key}")).cloned();
+    let own = |key: &str| plan.pointer(&format!("/variants/{at}/{key}")).filter(|value| !value.is_null()).cloned();
     let mut run = Map::new();
     for key in ["model", "output_dir", "base", "data", "threads"] {
         run.extend(plan.get(key).map(|value| (key.to_owned(), value.clone())));
     }
-    for key in ["method", "adapter"] {
+    if variant.method.is_some_and(|method| !method.saves_adapter()) {
+        // How the plan's base is frozen says nothing of one that is trained.
+        run.remove("base");
+    }
+    for key in ["method", "adapter", "base"] {
         run.extend(own(key).map(|value| (key.to_owned(), value)));
     }
     let mut training = plan.get("training").and_then(Value::as_object).cloned().unwrap_or_default();
     training.extend(own("training").as_ref().and_then(Value::as_object).cloned().unwrap_or_default());
     run.insert("training".to_owned(), Value::Object(training));
-    if variant.method.is_some_and(|method| !method.saves_adapter()) {
-        // How a frozen base is computed says nothing of one that is trained.
-        run.remove("base");
-    }
     RunConfig::from_tree(Value::Object(run)).map(|config| Kind::Trained(Box::new(config)))
 }
 
@@ -291,6 +297,7 @@ fn schema(with_settings: bool) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::run_config::Compute;
 
     const LEAST: &str = "model: m\noutput_dir: out\ndata:\n  train: rows.jsonl\n";
 
@@ -340,6 +347,9 @@ mod tests {
         assert_eq!((a.training.batch_size, a.training.learning_rate), (4, Some(1e-3)));
         assert_eq!((b.training.batch_size, b.training.learning_rate), (4, Some(5e-4)));
         assert_eq!(plan.variants[1].seeds, [1, 2]);
+        assert_eq!((a.base.compute, b.base.compute), (Compute::Int8, Compute::Auto));
+        let of_its_own = parse(&["base.compute=int8", "variants=[{name: a, base: {compute: f32}}]"]).unwrap();
+        assert_eq!(run(&of_its_own, "a").base.compute, Compute::F32);
         assert_eq!((plan.variants[0].seeds.as_slice(), plan.variants[2].seeds.as_slice()), (&[1][..], &[7][..]));
         assert!(!plan.usual);
     }
