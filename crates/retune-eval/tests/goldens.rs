@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::Path;
 
+use retune_eval::bootstrap::{Pair, paired_by};
 use retune_eval::labels::Classification;
 use retune_eval::rouge::Rouge;
 use retune_eval::squad::{exact_match, token_f1};
@@ -61,5 +62,23 @@ fn labels_are_scored_as_scikit_learn_does() {
             let numbers = [found.precision, found.recall, found.f1, found.rows as f64];
             assert!(numbers.iter().zip(0..).all(|(number, at)| close(*number, &expected[at])), "{found:?}, {expected}");
         }
+    }
+}
+
+#[test]
+fn intervals_are_scipys_percentile_intervals_of_the_same_draws() {
+    let cases: Vec<Value> = serde_json::from_str(&golden("bootstrap.json")).unwrap();
+    assert_eq!(cases.len(), 4);
+    for case in cases {
+        let [first, second, weight] =
+            ["first", "second", "weight"].map(|key| serde_json::from_value::<Vec<f64>>(case[key].clone()).unwrap());
+        let draws: Vec<Vec<usize>> = serde_json::from_value(case["draws"].clone()).unwrap();
+        let rows = first.iter().zip(&second).zip(&weight);
+        let rows: Vec<Pair> = rows.map(|((a, b), weight)| Pair { difference: b - a, weight: *weight }).collect();
+        let found = paired_by(&rows, draws).unwrap();
+        assert!(close(found.estimate, &case["estimate"]), "{found:?}");
+        assert!(close(found.low, &case["low"]) && close(found.high, &case["high"]), "{found:?}");
+        let error = found.detectable / 2.801_585_218_112_968;
+        assert!(close(error, &case["standard_error"]), "{error} and {}", case["standard_error"]);
     }
 }

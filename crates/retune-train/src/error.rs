@@ -161,6 +161,10 @@ pub enum Error {
     #[error("adapter.{0}")]
     AdapterConfig(retune_adapter::Error),
 
+    /// What is wrong with a variant of a comparison's plan.
+    #[error("variant {name:?}: {error}")]
+    InVariant { name: String, error: Box<Error> },
+
     /// A loss that is no number. `row` counts from 0, the text from 1.
     #[error(
         "step {step}: the loss is not finite in row {number} of the training data, first at {layer}; start anew with a lower \

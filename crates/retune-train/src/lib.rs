@@ -4,6 +4,7 @@ pub mod calibration;
 pub mod data;
 pub mod error;
 pub mod optimizer;
+pub mod plan;
 pub mod run_config;
 pub mod schedule;
 pub mod state;

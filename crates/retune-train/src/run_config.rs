@@ -4,9 +4,9 @@
 //! A checked configuration written out is itself a valid file that reads back as the same one, so a resumed run decides nothing
 //! anew.
 
-mod method;
+pub(crate) mod method;
 mod synonyms;
-mod tree;
+pub(crate) mod tree;
 
 use std::path::{Path, PathBuf};
 
@@ -365,6 +365,11 @@ impl RunConfig {
         for text in overrides {
             tree::set(&mut tree, text)?;
         }
+        RunConfig::from_tree(tree)
+    }
+
+    /// As [`RunConfig::load`], from the keys and values of a file.
+    pub(crate) fn from_tree(tree: Value) -> Result<RunConfig, Error> {
         // Which settings there are is the method's to say; a method that is none is told with the other keys.
         let method = tree.get("method").and_then(Value::as_str).map(by_name);
         tree::Schema::new(&schema(Some(method.flatten().unwrap_or(MethodName::default().0)))).check(&tree)?;

@@ -22,6 +22,7 @@ use crate::fetch;
     after_help = "\
 First steps:
   retune train examples/debian-synopsis.yaml    fine-tune a small model on bundled data
+  retune compare --model M --data rows.jsonl    which method suits a model, data and machine
   retune data run.yaml                          see what the model will see, before training
   retune inspect PATH                           a model's or an adapter's shapes and names
 
@@ -58,6 +59,8 @@ pub enum Command {
     Convert(ConvertArgs),
     /// Score a model on a data file: loss and perplexity, the likeliest label, the quality of its answers
     Eval(EvalArgs),
+    /// Find out which method suits a model, data and machine: train several, score them on held-out rows, and write a report
+    Compare(CompareArgs),
     /// Score answers in a file beside their references: ROUGE, exact match, F1, accuracy
     Score(ScoreArgs),
     /// Show what a model or an adapter is made of
@@ -73,8 +76,8 @@ pub enum Command {
     /// Measure speed and memory on this machine
     #[command(subcommand)]
     Bench(BenchCommand),
-    /// Print the JSON Schema of run files
-    Schema,
+    /// Print the JSON Schema of run files, or of plans
+    Schema(SchemaArgs),
 }
 
 #[derive(Args)]
@@ -592,6 +595,66 @@ pub struct EvalArgs {
     /// Print one JSON object instead of text
     #[arg(long)]
     pub json: bool,
+}
+
+#[derive(Args)]
+#[command(group(ArgGroup::new("what").required(true).args(["plan", "model"])), after_help = "\
+Without a plan the base is compared with a hard prompt of 4 examples, LoRA of rank 16 and 4, MiSS, (IA)3, prompt tuning and, where it \
+fits into memory, full fine-tuning. Every run is a process of its own, one after the other. What they are scored on is never trained on: \
+`data.eval`, or a part of the rows held out. Started again after Ctrl-C or a kill, the same command goes on and repeats no finished run.
+
+It leaves report.html, results.json, results.csv, and of each run its adapter, its log and its predictions.
+
+  retune compare --model HuggingFaceTB/SmolLM2-135M-Instruct --data rows.jsonl --minutes 30
+  retune compare plan.yaml --set training.epochs=2")]
+pub struct CompareArgs {
+    /// The plan (YAML), which says what is compared; `retune schema plan` describes its keys
+    #[arg(value_name = "PLAN.yaml")]
+    pub plan: Option<PathBuf>,
+
+    /// The base model, in the place of a plan: a directory, a .gguf file or a Hub id
+    #[arg(long, short, value_name = "MODEL", requires = "data")]
+    pub model: Option<String>,
+
+    /// The rows, in the place of a plan: JSONL, JSON or CSV
+    #[arg(long, short, value_name = "FILE", requires = "model")]
+    pub data: Option<PathBuf>,
+
+    /// Minutes for all of it (minutes of a plan)
+    #[arg(long, value_name = "N")]
+    pub minutes: Option<f64>,
+
+    /// Where the report and the runs go (output_dir of a plan); without a plan runs/compare-DATA when absent
+    #[arg(long, short, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+
+    /// Override a key of the plan, as often as needed: --set training.max_steps=100
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub overrides: Vec<String>,
+
+    /// Throw away what an earlier comparison left in the output folder
+    #[arg(long)]
+    pub overwrite: bool,
+
+    /// Print results.json at the end instead of text
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Args)]
+pub struct SchemaArgs {
+    /// What to describe
+    #[arg(value_enum, default_value_t = SchemaOf::Run)]
+    pub of: SchemaOf,
+}
+
+/// What there are schemas of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum SchemaOf {
+    /// Run files, for `retune train`
+    Run,
+    /// Plans, for `retune compare`
+    Plan,
 }
 
 /// What answers are scored by.

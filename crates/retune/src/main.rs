@@ -6,6 +6,7 @@ mod output;
 mod args;
 mod card;
 mod commands;
+mod comparison;
 mod compute;
 mod fetch;
 mod memory;
@@ -59,6 +60,10 @@ fn run(cli: &Cli) -> Result<End> {
         Some(n) => bail!("--threads is {n}; expected 1 to {MOST_THREADS}"),
         None => std::thread::available_parallelism().map_or(1, usize::from),
     };
+    // It computes nothing: the processes that it starts do.
+    if let Command::Compare(args) = &cli.command {
+        return commands::compare::run(args, cli.threads);
+    }
     // The commands run inside the pool, so that the calling thread is one of its workers; the others wait for it awake.
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build()?;
     let done = |()| End::Done;
@@ -79,7 +84,9 @@ fn run(cli: &Cli) -> Result<End> {
         Command::Tokenize(args) => commands::tokenize::run(args).map(done),
         Command::Logits(args) => commands::logits::run(args).map(done),
         Command::Bench(command) => commands::bench::run(command).map(done),
-        Command::Schema => commands::schema::run().map(done),
+        Command::Schema(args) => commands::schema::run(args).map(done),
+        // Handled above.
+        Command::Compare(_) => Ok(End::Done),
         Command::Score(args) => commands::score::run(args).map(done),
     };
     pool.install(|| parallel::awake(command))

@@ -14,6 +14,7 @@ use retune_train::state::Progress as RunProgress;
 use retune_train::trainer::{Evaluation, Observer, StepReport};
 use serde_json::{Value, json};
 
+use crate::comparison::answer::duration;
 use crate::memory;
 
 /// Set by Ctrl-C.
@@ -210,6 +211,105 @@ impl RowProgress {
 
 impl Drop for RowProgress {
     fn drop(&mut self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+/// Shows how many runs of a comparison are done, what the one at work says, and how long all will take.
+pub struct JobProgress {
+    bar: Option<ProgressBar>,
+    jobs: usize,
+    done: usize,
+    /// Of runs that train, and of those that do not: how many are left, and the seconds of each that was done here.
+    trained: (usize, Vec<f64>),
+    others: (usize, Vec<f64>),
+    title: String,
+    start: Instant,
+}
+
+impl JobProgress {
+    /// Of so many jobs, so many of which train.
+    pub fn new(jobs: usize, trained: usize) -> Self {
+        let bar = std::io::stderr().is_terminal().then(|| {
+            let bar = ProgressBar::new(jobs as u64);
+            let style = ProgressStyle::with_template("{spinner} {wide_msg}");
+            bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+            bar.enable_steady_tick(Duration::from_millis(200));
+            bar
+        });
+        Self {
+            bar,
+            jobs,
+            done: 0,
+            trained: (trained, Vec::new()),
+            others: (jobs - trained, Vec::new()),
+            title: String::new(),
+            start: Instant::now(),
+        }
+    }
+
+    fn of_kind(&mut self, trains: bool) -> &mut (usize, Vec<f64>) {
+        if trains { &mut self.trained } else { &mut self.others }
+    }
+
+    /// A job was done earlier.
+    pub fn skip(&mut self, trains: bool) {
+        self.done += 1;
+        self.of_kind(trains).0 -= 1;
+    }
+
+    /// The seconds that are left, where there is something to tell them by; `expected` is what one that trains takes.
+    fn left(&self, expected: Option<f64>) -> Option<f64> {
+        let of = |(left, seconds): &(usize, Vec<f64>), expected: Option<f64>| {
+            let mean = (!seconds.is_empty()).then(|| seconds.iter().sum::<f64>() / seconds.len() as f64);
+            if *left == 0 { Some(0.0) } else { Some(*left as f64 * mean.or(expected)?) }
+        };
+        Some(of(&self.trained, expected)? + of(&self.others, None)?)
+    }
+
+    /// A job begins, which takes about so long.
+    pub fn begin(&mut self, title: &str, expected: Option<f64>) {
+        self.start = Instant::now();
+        let left = self.left(expected).map_or_else(String::new, |left| format!(", about {} left", duration(left)));
+        self.title = format!("run {} of {}: {title}{left}", self.done + 1, self.jobs);
+        match &self.bar {
+            Some(bar) => bar.set_message(self.title.clone()),
+            None => note!("{}", self.title),
+        }
+    }
+
+    /// What the job at work says.
+    pub fn said(&self, line: &str) {
+        if let Some(bar) = &self.bar {
+            bar.set_message(format!("{}: {}", self.title, line.trim()));
+        }
+    }
+
+    /// Something to keep.
+    pub fn line(&self, text: &str) {
+        match &self.bar {
+            Some(bar) => bar.println(text),
+            None => note!("{text}"),
+        }
+    }
+
+    /// A job has ended, with this.
+    pub fn end(&mut self, trains: bool, text: &str) {
+        let seconds = self.start.elapsed().as_secs_f64();
+        let (left, all) = self.of_kind(trains);
+        *left -= 1;
+        all.push(seconds);
+        self.done += 1;
+        match &self.bar {
+            Some(bar) => bar.println(format!("{}: {text}", self.title)),
+            None => note!("  {text}"),
+        }
+    }
+
+    /// Takes the line away.
+    pub fn finish(&self) {
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();
         }

@@ -234,12 +234,12 @@ pub fn print_stopped(run: &RunFile, progress: &Progress) {
 }
 
 /// This program as it was called.
-fn program() -> String {
+pub fn program() -> String {
     std::env::args().next().map_or_else(|| "retune".to_owned(), |name| shell_word(&name))
 }
 
 /// A word as a shell reads it.
-fn shell_word(word: &str) -> String {
+pub fn shell_word(word: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "._-=/:,+".contains(c);
     if word.chars().all(plain) { word.to_owned() } else { format!("'{}'", word.replace('\'', "'\\''")) }
 }

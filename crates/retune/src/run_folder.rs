@@ -158,12 +158,12 @@ impl RunFolder {
     }
 
     /// Keeps other processes out. The folder itself is locked, for a file in it can be replaced while somebody holds the old one.
-    fn lock(&self) -> Result<Option<File>> {
+    pub fn lock(&self) -> Result<Option<File>> {
         // A system that opens no folders, or a file system without locks, keeps nobody out, and is no reason not to train.
         let Ok(folder) = File::open(&self.root) else { return Ok(None) };
         match folder.try_lock() {
             Err(TryLockError::WouldBlock) => {
-                bail!("another retune is training in {}: wait for it, or set another output_dir", self.root.display())
+                bail!("another retune is at work in {}: wait for it, or set another output_dir", self.root.display())
             }
             Ok(()) | Err(TryLockError::Error(_)) => Ok(Some(folder)),
         }
@@ -323,7 +323,7 @@ fn missing_from(others: &[u32], rows: &[u32]) -> usize {
 }
 
 /// The first key in which two configurations differ, and how.
-fn first_difference(key: &str, earlier: &Value, now: &Value) -> Option<(String, String)> {
+pub fn first_difference(key: &str, earlier: &Value, now: &Value) -> Option<(String, String)> {
     match (earlier, now) {
         (Value::Object(a), Value::Object(b)) => {
             let keys = a.keys().chain(b.keys().filter(|k| !a.contains_key(*k)));

@@ -205,7 +205,7 @@ fn a_folder_that_another_run_trains_in_is_left_alone() {
     std::fs::create_dir(folder.path("out")).unwrap();
     let other = std::fs::File::open(folder.path("out")).unwrap();
     other.lock().unwrap();
-    folder.refuses(&["train", "run.yaml"], &["another retune is training in out", "output_dir"]);
+    folder.refuses(&["train", "run.yaml"], &["another retune is at work in out", "output_dir"]);
     assert!(folder.tree("out").is_empty());
     drop(other);
     folder.succeeds(&["train", "run.yaml", "--set", "training.max_steps=1"]);

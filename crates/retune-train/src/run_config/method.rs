@@ -99,7 +99,7 @@ impl Serialize for Settings {
 }
 
 /// The schema of the section `adapter`: of one method's settings, or of any method's.
-pub(super) fn settings_schema(method: Option<&MethodInfo>, generator: &mut SchemaGenerator) -> Value {
+pub(crate) fn settings_schema(method: Option<&MethodInfo>, generator: &mut SchemaGenerator) -> Value {
     let schemas = METHODS.iter().filter(|of| method.is_none_or(|method| method == **of)).filter_map(|of| of.schema);
     let mut branches: Vec<Value> = schemas.map(|schema| schema(generator).to_value()).collect();
     if branches.is_empty() {

@@ -11,7 +11,7 @@ use crate::error::{Error, describe, nearest, quoted};
 const LEAST_SIMILAR: f64 = 0.5;
 
 /// Parses YAML, of which JSON is a part; nothing but comments is null.
-pub(super) fn parse(text: &str, origin: &str) -> Result<Value, Error> {
+pub(crate) fn parse(text: &str, origin: &str) -> Result<Value, Error> {
     let is_empty = |line: &str| line.trim().is_empty() || line.trim_start().starts_with('#');
     if text.lines().all(is_empty) {
         return Ok(Value::Null);
@@ -26,7 +26,7 @@ pub(super) fn parse(text: &str, origin: &str) -> Result<Value, Error> {
 }
 
 /// Applies one `a.b.c=value`, the value being YAML. Sections that are not there are made.
-pub(super) fn set(root: &mut Value, text: &str) -> Result<(), Error> {
+pub(crate) fn set(root: &mut Value, text: &str) -> Result<(), Error> {
     let problem = |problem: &str| Error::Override { text: text.to_owned(), problem: problem.to_owned() };
     let (path, value) = text.split_once('=').ok_or_else(|| problem("has no `=`"))?;
     let value = parse(value, &format!("the value of the override {text:?}"))?;
@@ -48,17 +48,17 @@ pub(super) fn set(root: &mut Value, text: &str) -> Result<(), Error> {
 }
 
 /// A JSON schema as schemars writes it.
-pub(super) struct Schema<'a> {
+pub(crate) struct Schema<'a> {
     root: &'a Value,
 }
 
 impl<'a> Schema<'a> {
-    pub(super) fn new(root: &'a Value) -> Self {
+    pub(crate) fn new(root: &'a Value) -> Self {
         Schema { root }
     }
 
     /// Checks keys, types, enumerations and least values of the whole tree.
-    pub(super) fn check(&self, value: &Value) -> Result<(), Error> {
+    pub(crate) fn check(&self, value: &Value) -> Result<(), Error> {
         self.check_at(value, self.root, "")
     }
 

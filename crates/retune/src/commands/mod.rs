@@ -4,6 +4,7 @@ pub mod bench;
 mod changes;
 pub mod chat;
 pub mod combine;
+pub mod compare;
 pub mod convert;
 pub mod data;
 pub mod eval;

@@ -1,9 +1,16 @@
-//! `retune schema`: the JSON Schema of run files.
+//! `retune schema`: the JSON Schema of run files and of plans.
 
 use anyhow::Result;
+use retune_train::{plan, run_config};
+
+use crate::args::{SchemaArgs, SchemaOf};
 
 /// Prints it.
-pub fn run() -> Result<()> {
-    outln!("{}", retune_train::run_config::json_schema());
+pub fn run(args: &SchemaArgs) -> Result<()> {
+    let schema = match args.of {
+        SchemaOf::Run => run_config::json_schema(),
+        SchemaOf::Plan => plan::json_schema(),
+    };
+    outln!("{schema}");
     Ok(())
 }
