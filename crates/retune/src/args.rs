@@ -328,6 +328,7 @@ pub struct QuantizeArgs {
 #[derive(Args)]
 #[command(after_help = "\
 Unmerging gives the original weights back up to rounding: a last digit, where the model was merged and is written in the same type. \
+Of an adapter that was merged into a quantized base (QLoRA) it gives back that base's weights. \
 What was trained in the base's place (biases, whole modules, rows of tokens) and scales (DoRA, (IA)3) cannot be taken out: the merged model \
 no longer has what they replaced.")]
 pub struct UnmergeArgs {

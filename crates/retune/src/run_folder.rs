@@ -187,6 +187,13 @@ impl RunFolder {
         if let Some(card) = folders.iter().find_map(|(folder, _)| card::edited(folder)) {
             bail!("{} was edited, and --overwrite would delete it: move it, or set another output_dir", card.display());
         }
+        let [_, results @ ..] = &folders;
+        if let Some((folder, _)) = results.iter().find(|(folder, is_own)| is_of_others(folder, *is_own)) {
+            bail!(
+                "{} was not written by the run that --overwrite would replace: move it, or set another output_dir",
+                folder.display()
+            );
+        }
         self.remove_leftovers();
         for (folder, is_own) in &folders {
             let others = remove_own(folder, *is_own)?;
@@ -288,6 +295,15 @@ impl RunFolder {
     }
 }
 
+/// Whether a folder holds files such as a run's, and not its record, which a run leaves beside its result and nothing else does.
+fn is_of_others(folder: &Path, is_own: IsOwn) -> bool {
+    let mut entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    let record = fs::read(folder.join(PROVENANCE)).unwrap_or_default();
+    let is_run = |record: Value| record.pointer("/run/output_dir").is_some();
+    entries.any(|entry| is_own(&entry.file_name().to_string_lossy()))
+        && !serde_json::from_slice(&record).is_ok_and(is_run)
+}
+
 /// Removes a folder's files that are a run's, and the folder where nothing else is in it. Returns the names of what is left.
 fn remove_own(folder: &Path, is_own: IsOwn) -> Result<Vec<String>> {
     let mut others = Vec::new();
@@ -301,7 +317,8 @@ fn remove_own(folder: &Path, is_own: IsOwn) -> Result<Vec<String>> {
             others.push(name);
         }
     }
-    if others.is_empty() && folder.exists() {
+    // A link to a folder stays, with nothing in it.
+    if others.is_empty() && folder.exists() && !folder.is_symlink() {
         fs::remove_dir(folder).with_context(|| format!("cannot remove {}", folder.display()))?;
     }
     others.sort();

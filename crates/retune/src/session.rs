@@ -267,6 +267,15 @@ pub fn check_provenance(base: &Base, directory: &Path) -> Result<()> {
     Ok(())
 }
 
+/// What is kept of the run that made an adapter in the record of what is made of that adapter: its base, and how that was held.
+pub fn run_of(model: Option<&String>, base_content_hash: &Value, storage: Option<&Value>) -> Value {
+    let mut run = json!({ "model": model, "base_content_hash": base_content_hash });
+    if let Some(storage) = storage {
+        run["base"] = json!({ "storage": storage });
+    }
+    run
+}
+
 /// What an adapter of ours says of where it comes from.
 ///
 /// # Errors

@@ -5,7 +5,7 @@
 //! that were there before, is made anew.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
+use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -68,7 +68,10 @@ fn under_each<'a>(base: &Base, adapters: impl Iterator<Item = &'a Path>, asked: 
 }
 
 /// How this base was held when an adapter was trained on it; as it is, where that was another base or nothing is known.
-fn trained_on(base: &Base, adapter: &Path) -> Result<Storage> {
+///
+/// # Errors
+/// A damaged record beside it.
+pub fn trained_on(base: &Base, adapter: &Path) -> Result<Storage> {
     let adapter = &session::find_adapter(adapter)?;
     let Some(record) = session::provenance(adapter)? else { return Ok(Storage::AsIs) };
     let Some(trained_on) = record["run"]["base"].get("storage") else { return Ok(Storage::AsIs) };
@@ -151,6 +154,9 @@ impl Kept {
         }
         // Two programs that start at once would write the same file. A file system without locks lets them.
         let lock = File::open(folder).ok();
+        if let Some(Err(TryLockError::WouldBlock)) = lock.as_ref().map(File::try_lock) {
+            note!("waiting for another retune that quantizes a base");
+        }
         let _held = lock.as_ref().filter(|folder| folder.lock().is_ok());
         let read = || quantize::read_file(checkpoint, encoding, &self.path);
         if self.stamp().is_some_and(|stamp| stamp.read().finite)

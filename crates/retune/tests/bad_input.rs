@@ -380,6 +380,11 @@ fn an_output_folder_with_something_else_in_it_is_refused() {
         assert_eq!(folder.read(name), b"keep me");
     }
     assert!(folder.path("theirs/adapter/more").is_dir());
+    // A model that was merged there has no record of a run.
+    folder.succeeds(&["merge", "--model", &golden(MODEL), "--adapter", "theirs/adapter", "--out", "theirs/model"]);
+    let overwrite = joined(&[&args, &["--overwrite"]]);
+    folder.refuses(&overwrite, &["theirs/model was not written by the run", "move it"]);
+    fs::remove_dir_all(folder.path("theirs/model")).unwrap();
     let full = ["--set", "method=full", "--set", "adapter=null", "--overwrite"];
     folder.succeeds(&joined(&[&args, &full]));
     assert!(!folder.path("theirs/adapter/adapter_config.json").exists(), "an adapter of the earlier run");

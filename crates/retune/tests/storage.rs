@@ -49,6 +49,32 @@ fn what_was_trained_on_a_quantized_base_is_used_on_it_again() {
     let other = loss(&folder.succeeds(&joined(&[&eval, &on, &["--storage", "as-is"]])), "loss");
     assert!(!close(other, trained), "{other}");
 
+    // What is made of it keeps that, and is computed on that: also a direction, which depends on the base's weights.
+    let dora = ["--set", "adapter.use_dora=true", "--set", "output_dir=dora"];
+    let of_dora = loss(&folder.succeeds(&joined(&[&TRAIN, &NF4, &dora])), "held_out_loss_after");
+    folder.succeeds(&["combine", "--adapter", "out/adapter=1", "--out", "combined"]);
+    folder.succeeds(&[
+        "convert",
+        "dora/adapter",
+        "--to",
+        "lora",
+        "--model",
+        &model,
+        "--out",
+        "converted",
+        "--energy",
+        "1",
+    ]);
+    for (adapter, expected) in [("combined", trained), ("converted", of_dora)] {
+        let made = loss(&folder.succeeds(&joined(&[&eval, &["--model", &model, "--adapter", adapter]])), "loss");
+        assert!(close(made, expected), "{adapter}: {made}, expected {expected}");
+    }
+    let further = joined(&[
+        &TRAIN,
+        &["--set", "adapter=null", "--set", "adapter_init=out/adapter", "--set", "output_dir=further"],
+    ]);
+    let further = folder.succeeds(&further).stderr;
+    assert!(further.contains("trained on a base held as \"nf4-double\""), "{further}");
     // Merged into what it was trained on it does what it did; into the base's own weights, what it does there.
     for (out, storage, expected) in [("merged", None, trained), ("merged-16", Some("as-is"), other)] {
         let asked: Vec<&str> = storage.iter().flat_map(|storage| ["--storage", storage]).collect();

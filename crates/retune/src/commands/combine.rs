@@ -9,6 +9,7 @@ use retune_adapter::combine::{Combination, Settings, Source, combine, refuse_bes
 use retune_adapter::{AdapterFile, Deltas, LoraConfig, Method as _, delta};
 use retune_formats::atomic;
 use retune_model::export::refuse_occupied;
+use retune_train::run_config::Storage;
 use serde_json::{Map, Value, json};
 
 use super::print_json;
@@ -107,8 +108,10 @@ fn common_origin(parts: &[Part<'_>]) -> Result<Map<String, Value>> {
             ("tokenizer_hash", "/tokenizer_hash"),
             ("chat_template_hash", "/chat_template_hash"),
             ("base_content_hash", "/run/base_content_hash"),
+            ("storage", "/run/base/storage"),
         ] {
-            let Some(value) = record.pointer(path) else { continue };
+            let as_is = (key == "storage" && record.pointer("/run").is_some()).then(|| json!(Storage::AsIs));
+            let Some(value) = record.pointer(path).or(as_is.as_ref()) else { continue };
             let known = first.entry(key).or_insert_with(|| value.clone());
             match key {
                 _ if known == value => {}
@@ -118,14 +121,21 @@ fn common_origin(parts: &[Part<'_>]) -> Result<Map<String, Value>> {
                     part.name
                 ),
                 "chat_template_hash" => note!("! the adapters were trained with different chat templates"),
+                "storage" => {
+                    note!(
+                        "! the adapters were trained on a base that was held in several ways; --storage chooses one where the result is used"
+                    );
+                    *known = json!(Storage::AsIs);
+                }
                 _ => note!("! the adapters were trained on different base weights"),
             }
         }
     }
     // Where the record of a run has it.
+    let storage = first.remove("storage");
     if let Some(hash) = first.remove("base_content_hash") {
         let model = parts.iter().find_map(|part| part.file.base_model.as_ref());
-        first.insert("run".to_owned(), json!({ "model": model, "base_content_hash": hash }));
+        first.insert("run".to_owned(), session::run_of(model, &hash, storage.as_ref()));
     }
     Ok(first)
 }

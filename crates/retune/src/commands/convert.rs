@@ -22,6 +22,7 @@ use crate::args::ConvertArgs;
 use crate::card::Card;
 use crate::fetch;
 use crate::session::{self, Base};
+use crate::storage;
 
 /// What is to be written.
 struct Converted {
@@ -40,10 +41,15 @@ pub fn run(args: &ConvertArgs) -> Result<()> {
         keep.check()?;
     }
     refuse_occupied(&args.out)?;
-    let base = match &args.model {
+    let mut base = match &args.model {
         Some(model) => Some(Base::open(&fetch::resolve(model)?)?),
         None => None,
     };
+    if let (Some(base), Some(adapter)) = (&mut base, &args.adapter) {
+        // What some methods change depends on the weights that they were trained on.
+        let storage = storage::under(base, Some(adapter), None)?;
+        storage::hold(base, storage)?;
+    }
     let converted = match (&args.adapter, &args.merged, &base) {
         (Some(adapter), _, base) => of_adapter(args, adapter, base.as_ref(), keep)?,
         (None, Some(merged), Some(base)) => of_models(args, base, merged, keep)?,
@@ -125,7 +131,8 @@ fn of_adapter(args: &ConvertArgs, path: &Path, base: Option<&Base>, keep: Option
             origin.extend(record.get(key).map(|value| (key.to_owned(), value.clone())));
         }
         if let Some(hash) = record.pointer("/run/base_content_hash") {
-            origin.insert("run".to_owned(), json!({ "model": file.base_model, "base_content_hash": hash }));
+            let run = session::run_of(file.base_model.as_ref(), hash, record.pointer("/run/base/storage"));
+            origin.insert("run".to_owned(), run);
         }
     }
     let base_model = file.base_model.clone().or_else(|| args.model.clone());

@@ -76,8 +76,18 @@ fn start(args: &TrainArgs, mut config: RunConfig, start: Instant) -> Result<End>
     let path = fetch::resolve_or_fetch(&config.model, &|message| note!("{message}"))?;
     let mut base = Base::open(&path)?;
     base.check_finite()?;
-    storage::hold(&mut base, config.base.storage)?;
     let data = RunData::load(&config, base.tokenizer()?, &base.checkpoint.spec)?;
+    if let Some(directory) = &config.adapter_init {
+        let theirs = storage::trained_on(&base, directory)?;
+        if theirs != config.base.storage {
+            let [theirs, ours] = [theirs, config.base.storage].map(|storage| json!(storage));
+            note!(
+                "! adapter_init was trained on a base held as {theirs}, and this run holds it as {ours} (base.storage)"
+            );
+        }
+    }
+    // What takes long comes after everything that can be wrong with the data.
+    storage::hold(&mut base, config.base.storage)?;
     let initial = match &config.adapter_init {
         Some(directory) => Some(session::adapted(&base, directory)?.2),
         None => None,
@@ -521,7 +531,8 @@ impl Run<'_> {
             let ways: Vec<&str> = [
                 (!layer).then_some("set training.activation_checkpointing=layer"),
                 Some("lower training.tokens_per_pass or data.max_length"),
-                (self.config.method.saves_adapter() && !is_quantized && !int8).then_some("set base.storage=nf4-double"),
+                int8.then_some("set base.compute=f32, which keeps no copy of the base in int8"),
+                (self.config.method.saves_adapter() && !is_quantized).then_some("set base.storage=nf4-double"),
                 has("r").then_some("lower adapter.r"),
                 has("num_virtual_tokens").then_some("lower adapter.num_virtual_tokens"),
                 (!self.config.method.saves_adapter()).then_some("train an adapter (method: lora)"),

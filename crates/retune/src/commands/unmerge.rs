@@ -3,6 +3,8 @@
 use anyhow::{Context, Result};
 use retune_adapter::AdapterFile;
 use retune_model::unmerge::inverse;
+use retune_train::run_config::Storage;
+use serde_json::json;
 
 use super::merge::{report, write};
 use crate::args::UnmergeArgs;
@@ -16,6 +18,13 @@ pub fn run(args: &UnmergeArgs) -> Result<()> {
     let adapter = AdapterFile::read(&folder)?;
     if let Some(record) = session::provenance(&folder)? {
         session::check_tokens(&merged, &folder, &record)?;
+        if let Some(storage) = record.pointer("/run/base/storage").filter(|storage| **storage != json!(Storage::AsIs)) {
+            note!(
+                "! the adapter was trained on a base held as {}, into which it is merged unless `merge` is told --storage as-is: what comes \
+                 back are those weights, not the base's own",
+                storage.as_str().unwrap_or_default()
+            );
+        }
     }
     let unmerge = || -> Result<_> {
         let overlay = adapter.lower(&merged.checkpoint.spec)?;
