@@ -213,7 +213,7 @@ fn a_folder_that_another_run_trains_in_is_left_alone() {
     other.lock().unwrap();
     let before = folder.tree("out");
     for more in ["--overwrite", "--resume"] {
-        folder.refuses(&["train", "run.yaml", "--set", "training.max_steps=1", more], &["another retune is training"]);
+        folder.refuses(&["train", "run.yaml", "--set", "training.max_steps=1", more], &["another retune is at work"]);
     }
     assert!(folder.tree("out") == before);
 }
