@@ -246,6 +246,11 @@ fn merged_adapters_give_the_logits_of_base_and_adapter() {
     let reasons =
         ["soft prompt", "lora_bias", "only those are written", "none that is written so", "head is another matrix"];
     for (name, error) in &refused {
+        // Its layers see all and a window in turn, and of Gemma 3 llama.cpp takes each sixth to see all.
+        if name == "nf4_gemma3_lora" {
+            assert!(error.contains("the attention of layer 1 is read as another"), "{name}: {error}");
+            continue;
+        }
         assert!(reasons.iter().any(|reason| error.contains(reason)), "{name}: {error}");
     }
 }
