@@ -1,7 +1,7 @@
 """Speed and memory of training steps: `retune bench train` and PyTorch + peft in turn, on the same tokens and initial adapter.
 
     python bench/compare.py --model MODEL.gguf --torch-model DIR [--compute auto,f32] [--method METHOD]
-                            [--settings JSON] [--batch 4] [--seq 512] [--steps 15]
+                            [--settings JSON] [--storage nf4] [--batch 4] [--seq 512] [--steps 15]
 
 A pair is one run of PyTorch and one of retune for each --compute, each pair starting with another of them. Prints for each
 pair and as a median: tokens a second (median step after three warm-ups), peak resident memory, and retune's values over
@@ -30,6 +30,8 @@ def main():
         retune = ["bench", "train", "--model", args.model, "--method", args.method, "--learning-rate", args.learning_rate,
                   "--batch", args.batch, "--seq", args.seq, "--steps", args.steps,
                   "--data", comparison.DATA / "debian-synopsis.train.jsonl"]
+        if args.storage != "as-is":
+            retune += ["--storage", args.storage]
         if args.settings is not None:
             retune += ["--settings", args.settings]
 

@@ -47,6 +47,7 @@ def parser(doc, pairs):
     options.add_argument("--torch-model", required=True, help="PyTorch's: a Hugging Face directory of the same weights")
     options.add_argument("--method", default="lora", help="lora, full, or another one of retune's that peft has")
     options.add_argument("--learning-rate", type=float, help="default: 2e-5 for full, 2e-4 for the others")
+    options.add_argument("--storage", default="as-is", help="of the base's linears: as-is, nf4, nf4-double, fp4 or int8; PyTorch's by bitsandbytes")
     options.add_argument("--pairs", type=int, default=pairs)
     options.add_argument("--compile", action="store_true", help="PyTorch's: torch.compile")
     options.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="PyTorch's")
@@ -82,7 +83,7 @@ def run_retune(args, *command):
 def run_torch(args, script, *command):
     """What a PyTorch counterpart prints, on its last line."""
     command = [*command, "--model", args.torch_model, "--method", args.method, "--learning-rate", args.learning_rate]
-    command += ["--dtype", args.dtype, "--allocator", args.allocator]
+    command += ["--dtype", args.dtype, "--allocator", args.allocator, "--storage", args.storage]
     command += [] if args.threads is None else ["--threads", args.threads]
     command += ["--compile"] if args.compile else []
     return json.loads(run([sys.executable, BENCH / script, *command]).splitlines()[-1])

@@ -37,7 +37,7 @@ def run_file(args, folder, compute):
         "model": args.model,
         "output_dir": str(folder / "run"),
         "method": args.method,
-        "base": {"compute": compute},
+        "base": {"compute": compute, "storage": args.storage},
         "data": {"train": str(TRAIN), "eval": str(EVAL), "max_length": MAX_LENGTH, "shuffle": False},
         "training": {
             "epochs": 1,

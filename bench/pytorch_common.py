@@ -19,6 +19,8 @@ def parser(doc):
     options.add_argument("--threads", type=int, default=os.cpu_count())
     options.add_argument("--compile", action="store_true", help="torch.compile")
     options.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    options.add_argument("--storage", choices=["as-is", "nf4", "nf4-double", "fp4", "int8"], default="as-is",
+                         help="of the base's linears: as in the file, or quantized by bitsandbytes")
     options.add_argument("--allocator", choices=["tcmalloc", "default"], default="tcmalloc")
     options.add_argument("--json", help="write the result to this file too")
     return options
@@ -47,7 +49,9 @@ def load(args, adapter):
 
     logging.disable_progress_bar()
     torch.set_num_threads(args.threads)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype), attn_implementation="sdpa")
+    dtype = getattr(torch, args.dtype)
+    quantized = {} if args.storage == "as-is" else {"quantization_config": quantization(args.storage, dtype), "device_map": "cpu"}
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, attn_implementation="sdpa", **quantized)
     model.config.use_cache = False
     if args.method != "full":
         config = PeftConfig.from_pretrained(adapter)
@@ -61,6 +65,17 @@ def load(args, adapter):
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=args.learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=True)
     return model, trainable, optimizer
+
+
+def quantization(storage, dtype):
+    """bitsandbytes' settings for one of retune's storages."""
+    from transformers import BitsAndBytesConfig
+
+    if storage == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    kind, _, double = storage.partition("-")
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_compute_dtype=dtype,
+                              bnb_4bit_use_double_quant=bool(double))
 
 
 def peak_rss_bytes():
