@@ -34,6 +34,15 @@ const SAMPLE: usize = 64;
 /// Factors beyond this say nothing but that a channel is dead.
 const WIDEST: f32 = 1e4;
 
+/// What becomes of the integers of weights in 8 bits. The results are the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Integers {
+    /// They stay in memory, a byte for each value of the base beside the base itself.
+    Kept,
+    /// Each product makes those it packs again, out of the base as it is stored.
+    Remade,
+}
+
 /// How one linear is computed.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -232,6 +241,7 @@ impl Compute {
         pass: &Pass,
         backward: bool,
         limit: f64,
+        integers: Integers,
     ) -> (Self, Vec<Choice>) {
         let candidates = candidates(model, overlay);
         let mut is_candidate = vec![false; model.linears.len()];
@@ -258,14 +268,19 @@ impl Compute {
             }
         };
         let choices: Vec<Choice> = candidates.iter().map(choose).collect();
-        (Self::of_checked(model, &candidates, &choices), choices)
+        (Self::of_checked(model, &candidates, &choices, integers), choices)
     }
 
     /// Computes linears as an earlier calibration chose.
     ///
     /// # Errors
     /// Choices that are not of this model, or not of all its linears that can be computed in 8 bits.
-    pub fn from_choices(model: &Model, overlay: &Overlay, choices: &[Choice]) -> Result<Self, Error> {
+    pub fn from_choices(
+        model: &Model,
+        overlay: &Overlay,
+        choices: &[Choice],
+        integers: Integers,
+    ) -> Result<Self, Error> {
         let candidates = candidates(model, overlay);
         let mut ordered = Vec::with_capacity(candidates.len());
         for &id in &candidates {
@@ -283,25 +298,43 @@ impl Compute {
             ordered.push(choice.clone());
         }
         match choices.len() - ordered.len() {
-            0 => Ok(Self::of_checked(model, &candidates, &ordered)),
+            0 => Ok(Self::of_checked(model, &candidates, &ordered, integers)),
             count => Err(Error::Unknown { count }),
         }
     }
 
     /// `choices` are those of `candidates`, in their order.
-    fn of_checked(model: &Model, candidates: &[LinearId], choices: &[Choice]) -> Self {
+    fn of_checked(model: &Model, candidates: &[LinearId], choices: &[Choice], integers: Integers) -> Self {
         let mut int8 = vec![None; model.linears.len()];
+        let mut memory = Vec::new();
         for (id, choice) in candidates.iter().zip(choices).filter(|(_, choice)| choice.int8) {
-            let weight = Int8Matrix::new(&model.linear(*id).weight, choice.factors.as_deref(), &choice.outliers);
-            int8[id.0] = Some(Arc::new(weight));
+            let matrix = &model.linear(*id).weight;
+            let factors = choice.factors.as_deref();
+            let weight = Int8Matrix::in_memory(std::mem::take(&mut memory), matrix, factors, &choice.outliers);
+            int8[id.0] = Some(Arc::new(match integers {
+                Integers::Kept => weight,
+                Integers::Remade => {
+                    let remade;
+                    (remade, memory) = weight.remade(Arc::new(matrix.clone()));
+                    remade
+                }
+            }));
         }
         Self { int8, watch: None }
     }
 
     /// Bytes that the weights would take in 8 bits, if all were that can be.
-    pub fn planned_int8_bytes(model: &Model, overlay: &Overlay) -> usize {
+    pub fn planned_int8_bytes(model: &Model, overlay: &Overlay, integers: Integers) -> usize {
         let linears = candidates(model, overlay).into_iter().map(|id| model.linear(id));
-        linears.map(|l| Int8Matrix::planned_bytes(l.rows(), l.cols(), MOST_OUTLIERS)).sum()
+        let bytes = linears.map(|l| Int8Matrix::planned_bytes(l.rows(), l.cols(), MOST_OUTLIERS));
+        match integers {
+            Integers::Kept => bytes.map(|(integers, others)| integers + others).sum(),
+            // The largest is whole while its scales are sought.
+            Integers::Remade => {
+                let (most, others) = bytes.fold((0, 0), |(most, sum), (bytes, others)| (most.max(bytes), sum + others));
+                most + others
+            }
+        }
     }
 }
 

@@ -6,6 +6,7 @@ mod common;
 use std::sync::Arc;
 
 use common::{Case, encoder_decoder, everything, llama, pass, relative, row, values};
+use retune_engine::calibrate::Integers;
 use retune_engine::compute::Compute;
 use retune_engine::generate::{Generation, Question, Sampling, Standing};
 use retune_engine::model::Weights;
@@ -428,8 +429,15 @@ fn in_8_bits_all_is_close_to_what_it_is_in_f32() {
     for (name, kind) in KINDS.into_iter().filter(|(_, kind)| !kind.weight) {
         for spec in [llama(true), everything(false)] {
             let case = case(&spec, kind, everywhere);
-            let (compute, choices) =
-                Compute::calibrate(&case.model, &case.overlay, &case.params, &pass, true, f64::INFINITY);
+            let (compute, choices) = Compute::calibrate(
+                &case.model,
+                &case.overlay,
+                &case.params,
+                &pass,
+                true,
+                f64::INFINITY,
+                Integers::Kept,
+            );
             // A head on which anything stands is not computed in 8 bits.
             assert_eq!(choices.len(), case.model.linears().len() - 1, "{name}");
             let exact = case.gradient(&pass, Saving::Full);
@@ -457,7 +465,8 @@ fn frozen_terms_change_the_head_too() {
     same("logits", &case.logits(&pass), &whole.logits(&pass), 1e-5);
     let expected = expected_gradients(&case, &whole, &whole.gradient(&pass, Saving::Full));
     same("gradients", &case.gradient(&pass, Saving::Full), &expected, 2e-5);
-    let (compute, _) = Compute::calibrate(&case.model, &case.overlay, &case.params, &pass, true, f64::INFINITY);
+    let (compute, _) =
+        Compute::calibrate(&case.model, &case.overlay, &case.params, &pass, true, f64::INFINITY, Integers::Kept);
     let mut grads = vec![0.0; case.params.len()];
     case.run(&compute, &pass).loss_and_gradient(&mut grads, &mut Workspace::new(&case.model, Saving::Full));
     same("gradients in 8 bits", &grads, &expected, 0.1);

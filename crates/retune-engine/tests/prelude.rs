@@ -3,6 +3,7 @@
 mod common;
 
 use common::{Case, HIDDEN, VOCAB, everything, llama, relative, row};
+use retune_engine::calibrate::Integers;
 use retune_engine::compute::Compute;
 use retune_engine::generate::{Generation, Sampling};
 use retune_engine::pass::Pass;
@@ -211,7 +212,8 @@ fn linears_in_8_bits_give_nearly_the_same() {
         Case::adapted(&llama(false), 3).with_virtual_tokens(4),
     ] {
         let pass = case.pass(&[30, 25]);
-        let calibrate = Compute::calibrate(&case.model, &case.overlay, &case.params, &pass, true, f64::INFINITY);
+        let calibrate =
+            Compute::calibrate(&case.model, &case.overlay, &case.params, &pass, true, f64::INFINITY, Integers::Kept);
         let (compute, _) = calibrate;
         assert!(compute.uses_int8());
         let mut workspace = Workspace::new(&case.model, Saving::Bf16);

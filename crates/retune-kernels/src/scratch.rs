@@ -20,13 +20,15 @@ pub enum Purpose {
     ScoreGradients,
     /// A row or column of an operation's own.
     Row,
+    /// Integers of a weight that are turned while they are packed.
+    Integers,
     /// Keys and values of one head, packed.
     Heads,
     /// Gradients of keys and values, head by query head.
     HeadGradients,
 }
 
-const PURPOSES: usize = 9;
+const PURPOSES: usize = 10;
 /// Alignment of a buffer, in elements: one cache line.
 const ALIGN: usize = 16;
 

@@ -63,9 +63,33 @@ pub struct BaseConfig {
     /// The arithmetic of the products with the base model's weights in training. Held-out rows are always scored in f32, as other software
     /// will compute what was trained.
     pub compute: Compute,
+    /// Whether what is computed in 8 bits is kept in memory in those, a byte a parameter beside the base as it is stored. It changes no result.
+    #[serde(skip_serializing_if = "Int8Copy::is_auto")]
+    pub int8_copy: Int8Copy,
     /// How the base model's linears are held in memory, all but the head. Embeddings, norms and biases stay as they are.
     #[serde(skip_serializing_if = "Storage::is_as_is")]
     pub storage: Storage,
+}
+
+/// Whether weights that are computed in 8 bits have a copy in those.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+#[cfg_attr(feature = "clap", derive(clap::ValueEnum), value(rename_all = "snake_case"))]
+pub enum Int8Copy {
+    /// Where all that the run takes fits into the memory that is free.
+    #[default]
+    Auto,
+    /// A copy: the fastest.
+    Always,
+    /// None: each product makes the 8 bits again from the base as it is stored, which takes some time and no memory.
+    Never,
+}
+
+impl Int8Copy {
+    /// Whether nothing is asked for.
+    pub fn is_auto(&self) -> bool {
+        *self == Self::Auto
+    }
 }
 
 /// How the base model's linears are held in memory.
@@ -109,8 +133,8 @@ impl Storage {
 #[serde(rename_all = "snake_case")]
 #[cfg_attr(feature = "clap", derive(clap::ValueEnum), value(rename_all = "snake_case"))]
 pub enum Compute {
-    /// 8-bit integers where the machine multiplies them several times as fast and the error measured on the run's own data is small,
-    /// layer by layer; f32 elsewhere.
+    /// 8-bit integers (of 7 bits on AVX2) where the machine multiplies them at least twice as fast and the error measured on the run's own
+    /// data is small, layer by layer; f32 elsewhere.
     #[default]
     Auto,
     /// 32-bit floating point.

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::fs;
 
 use retune_engine::Saving;
-use retune_engine::calibrate::Choice;
+use retune_engine::calibrate::{Choice, Integers};
 use retune_engine::compute::Compute;
 use retune_testing::{Case, bits, goldens};
 use retune_train::{Error, calibration};
@@ -31,8 +31,9 @@ fn choices_that_were_written_and_read_compute_the_same() {
     let case = Case::load(CASE);
     let pass = case.golden_pass();
     let (measured, mut choices) =
-        Compute::calibrate(&case.model, &case.overlay, &case.params, &pass, true, f64::INFINITY);
-    let compute = |choices: &[Choice]| Compute::from_choices(&case.model, &case.overlay, choices).unwrap();
+        Compute::calibrate(&case.model, &case.overlay, &case.params, &pass, true, f64::INFINITY, Integers::Kept);
+    let compute =
+        |choices: &[Choice]| Compute::from_choices(&case.model, &case.overlay, choices, Integers::Kept).unwrap();
     // Whatever the measurement chose: one linear in f32, one with factors, and two with channels in f32, which changes what they compute.
     let before = case.loss(&measured, &pass);
     assert_eq!(case.loss(&compute(&choices), &pass).to_bits(), before.to_bits());
@@ -123,7 +124,7 @@ fn a_damaged_file_of_choices_is_refused() {
 #[test]
 fn choices_of_another_model_say_what_to_do() {
     let case = Case::base("llama_tied");
-    let error = Compute::from_choices(&case.model, &case.overlay, &[]).err().expect("must be refused");
+    let error = Compute::from_choices(&case.model, &case.overlay, &[], Integers::Kept).err().expect("must be refused");
     let text = Error::from(error).to_string();
     assert!(text.contains("says nothing of model.layers.0") && text.contains("restore it"), "{text}");
 }

@@ -5,6 +5,7 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use rayon::ThreadPoolBuilder;
+use retune_engine::calibrate::Integers;
 use retune_engine::compute::Compute;
 use retune_engine::overlay::OutputScale;
 use retune_engine::pass::Pass;
@@ -131,7 +132,7 @@ fn third_epoch(
         let mut pass = Pass::default();
         fill_pass(&mut pass, examples, &[0, 1], 0, TOKENS_PER_PASS);
         let (compute, choices) =
-            Compute::calibrate(&case.model, &case.overlay, &case.params, &pass, true, f64::INFINITY);
+            Compute::calibrate(&case.model, &case.overlay, &case.params, &pass, true, f64::INFINITY, Integers::Kept);
         assert!(choices.iter().all(|choice| choice.int8));
         compute
     } else {

@@ -7,7 +7,7 @@ use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use retune_adapter::combine::{Kind, MajoritySign};
 use retune_model::export::{ExportType, GgufType};
 use retune_train::data::DataFormat;
-use retune_train::run_config::{Compute, MethodName, Storage};
+use retune_train::run_config::{Compute, Int8Copy, MethodName, Storage};
 use serde_json::Value;
 
 use crate::fetch;
@@ -835,6 +835,10 @@ pub struct BenchTrainArgs {
     /// Arithmetic of the products with the frozen base; with --method full always f32
     #[arg(long, value_enum, default_value_t = Compute::Auto)]
     pub compute: Compute,
+
+    /// Whether what is computed in 8 bits is kept in those
+    #[arg(long, value_enum, default_value_t = Int8Copy::Auto)]
+    pub int8_copy: Int8Copy,
 
     /// How the base's linears are held in memory
     #[arg(long, value_enum, default_value_t = Storage::AsIs)]

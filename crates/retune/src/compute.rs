@@ -1,15 +1,17 @@
 //! The arithmetic of the frozen base: what `base.compute` and `--compute` ask for, done to a model and put into words.
 
-use retune_engine::calibrate::{Choice, ERROR_LIMIT};
+use retune_engine::calibrate::{Choice, ERROR_LIMIT, Integers};
 use retune_engine::compute as engine;
 use retune_engine::model::Model;
 use retune_engine::overlay::Overlay;
 use retune_engine::pass::{Pass, Prelude};
 use retune_kernels::isa::int8_isa;
 use retune_train::data::{Example, order};
-use retune_train::run_config::Compute;
+use retune_train::run_config::{Compute, Int8Copy};
 use retune_train::trainer::fill_pass;
 use serde_json::{Value, json};
+
+use crate::memory;
 
 /// Tokens of the pass on which errors are measured.
 const CALIBRATION_TOKENS: usize = 512;
@@ -22,6 +24,17 @@ pub fn limit(compute: Compute) -> Option<f64> {
         Compute::F32 => None,
         Compute::Int8 => Some(f64::INFINITY),
         Compute::Auto => int8_isa().is_fast().then_some(ERROR_LIMIT),
+    }
+}
+
+/// What becomes of the integers of weights in 8 bits, where all else takes `others` bytes: kept, if that fits.
+pub fn integers(model: &Model, overlay: &Overlay, asked: Int8Copy, others: usize) -> Integers {
+    let kept = engine::Compute::planned_int8_bytes(model, overlay, Integers::Kept);
+    match asked {
+        Int8Copy::Always => Integers::Kept,
+        Int8Copy::Never => Integers::Remade,
+        Int8Copy::Auto if memory::available().is_some_and(|free| (others + kept) as u64 > free) => Integers::Remade,
+        Int8Copy::Auto => Integers::Kept,
     }
 }
 
@@ -40,11 +53,12 @@ pub fn choose(
     overlay: &Overlay,
     params: &[f32],
     compute: Compute,
+    integers: Integers,
     pass: &Pass,
     backward: bool,
 ) -> (engine::Compute, Vec<Choice>) {
     match limit(compute) {
-        Some(limit) => engine::Compute::calibrate(model, overlay, params, pass, backward, limit),
+        Some(limit) => engine::Compute::calibrate(model, overlay, params, pass, backward, limit, integers),
         None => Default::default(),
     }
 }
@@ -58,7 +72,9 @@ pub fn describe(choices: &[Choice]) -> Vec<String> {
     let mut lines = vec![if int8.is_empty() {
         format!("f32 in all {} linears", choices.len())
     } else {
-        format!("int8 ({}) in {} of {} linears, the others in f32", int8_isa(), int8.len(), choices.len())
+        let isa = int8_isa();
+        let bits = if isa.bits() == 8 { String::new() } else { format!(", {} bits", isa.bits()) };
+        format!("int8 ({isa}{bits}) in {} of {} linears, the others in f32", int8.len(), choices.len())
     }];
     let largest = |error: fn(&Choice) -> Option<f64>| {
         let with = int8.iter().filter_map(|choice| Some((error(choice)?, &choice.name)));

@@ -104,6 +104,18 @@ fn a_resumed_run_in_int8_gives_the_same_bytes() {
 }
 
 #[test]
+fn without_a_copy_in_int8_the_results_are_the_same_and_a_run_goes_on_with_or_without() {
+    let (folder, adapter) = unfinished();
+    let stderr = folder.succeeds(&joined(&[&TRAIN, &INT8, &["--resume", "--set", "base.int8_copy=never"]])).stderr;
+    assert!(stderr.contains("made again in every product (base.int8_copy: never)"), "{stderr}");
+    assert!(stderr.contains("going on after step"), "{stderr}");
+    assert!(folder.adapter() == adapter);
+    let settings = ["--overwrite", "--set", "base.int8_copy=never"];
+    folder.succeeds(&joined(&[&TRAIN, &INT8, &settings]));
+    assert!(folder.adapter() == adapter);
+}
+
+#[test]
 fn a_resumed_run_computes_as_its_file_says() {
     let (folder, adapter) = unfinished();
     let changed = with_choices(&folder.read(CALIBRATION), |choices| find(choices, LINEAR)["int8"] = json!(false));
@@ -271,7 +283,9 @@ fn logits_in_int8_are_close_to_those_in_f32() {
     let difference: f64 = ours.iter().zip(&exact).map(|(a, b)| f64::from(a - b).powi(2)).sum();
     let norm: f64 = exact.iter().map(|b| f64::from(*b).powi(2)).sum();
     let error = (difference / norm).sqrt();
-    assert!(error > 1e-3 && error < 0.05, "{error}");
+    // Steps of 7 bits are twice those of 8.
+    let step = f64::from(127.0 / int8_isa().largest());
+    assert!(error > 1e-3 && error < 0.05 * step, "{error}");
 }
 
 #[test]

@@ -1,5 +1,5 @@
 //! The register tile of the product of 8-bit integers, written once over a vector type and compiled for each instruction set. The sums
-//! are exact, so they are equal on all of them.
+//! are exact, so they are equal on all of them that take integers of as many bits.
 
 use super::kernel::{MR, Portable, Segment, TOGETHER, Target, Vector, accumulate, fetch, finish};
 use crate::int8::GROUP;
@@ -20,6 +20,12 @@ trait Sums: Copy {
     unsafe fn left(from: *const u8) -> Self::Left;
     unsafe fn right(from: *const i8) -> Self::Right;
     unsafe fn add_dots(self, left: Self::Left, right: Self::Right) -> Self;
+    /// Two groups at once.
+    #[inline(always)]
+    unsafe fn add_two_dots(self, left: [Self::Left; 2], right: [Self::Right; 2]) -> Self {
+        // SAFETY: passed on from the caller.
+        unsafe { self.add_dots(left[0], right[0]).add_dots(left[1], right[1]) }
+    }
     unsafe fn to_float(self) -> Self::Float;
 }
 
@@ -27,7 +33,7 @@ trait Sums: Copy {
 pub struct Int8Tile<'a> {
     /// Length of the contraction in groups of four.
     pub groups: usize,
-    /// Rows offset by 128.
+    /// Rows with the offset of the instruction set.
     pub a: *const u8,
     pub a_stride: usize,
     pub row_scales: *const f32,
@@ -39,6 +45,31 @@ pub struct Int8Tile<'a> {
     /// What is added in f32.
     pub segments: &'a [Segment],
     pub to: Target,
+}
+
+/// Adds two groups of four of the contraction.
+#[inline(always)]
+unsafe fn add_two_groups<S: Sums, const ROWS: usize, const VECTORS: usize>(
+    acc: &mut [[S; VECTORS]; ROWS],
+    a: *const u8,
+    a_stride: usize,
+    b: *const i8,
+) {
+    // SAFETY: as in `tile`.
+    unsafe {
+        let mut columns = [[S::right(b); 2]; VECTORS];
+        for (j, columns) in columns.iter_mut().enumerate() {
+            let b = b.add(4 * j * S::Float::LANES);
+            *columns = [S::right(b), S::right(b.add(GROUP))];
+        }
+        for (i, row) in acc.iter_mut().enumerate() {
+            let a = a.add(i * a_stride);
+            let values = [S::left(a), S::left(a.add(4))];
+            for (sums, &columns) in row.iter_mut().zip(&columns) {
+                *sums = sums.add_two_dots(values, columns);
+            }
+        }
+    }
 }
 
 /// Adds a group of four of the contraction.
@@ -81,8 +112,8 @@ unsafe fn tile<S: Sums, const ROWS: usize, const VECTORS: usize>(t: &Int8Tile) {
         for row in 0..ROWS {
             fetch::<S::Float, VECTORS>(&t.to, row);
             for _ in row * steps / ROWS..(row + 1) * steps / ROWS {
-                for group in 0..TOGETHER {
-                    add_group(&mut acc, a.add(4 * group), t.a_stride, b.add(GROUP * group));
+                for group in (0..TOGETHER).step_by(2) {
+                    add_two_groups(&mut acc, a.add(4 * group), t.a_stride, b.add(GROUP * group));
                 }
                 a = a.add(4 * TOGETHER);
                 b = b.add(GROUP * TOGETHER);
@@ -419,22 +450,17 @@ mod x86 {
 
     impl Sums for Plain256 {
         type Float = __m256;
-        /// Magnitudes and signed values: the product of an offset value would not fit the 16 bits of the intermediate sums.
-        type Left = (__m256i, __m256i);
+        type Left = __m256i;
         type Right = __m256i;
 
         #[inline(always)]
-        unsafe fn start(_offsets: *const i32) -> Self {
-            unsafe { Self(_mm256_setzero_si256()) }
+        unsafe fn start(offsets: *const i32) -> Self {
+            unsafe { Self(_mm256_loadu_si256(offsets.cast())) }
         }
 
         #[inline(always)]
         unsafe fn left(from: *const u8) -> Self::Left {
-            unsafe {
-                let offset = _mm256_set1_epi32(from.cast::<i32>().read_unaligned());
-                let signed = _mm256_xor_si256(offset, _mm256_set1_epi8(i8::MIN));
-                (_mm256_abs_epi8(signed), signed)
-            }
+            unsafe { _mm256_set1_epi32(from.cast::<i32>().read_unaligned()) }
         }
 
         #[inline(always)]
@@ -443,9 +469,19 @@ mod x86 {
         }
 
         #[inline(always)]
-        unsafe fn add_dots(self, (magnitude, signed): Self::Left, right: Self::Right) -> Self {
+        unsafe fn add_dots(self, left: Self::Left, right: Self::Right) -> Self {
             unsafe {
-                let pairs = _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(right, signed));
+                let pairs = _mm256_maddubs_epi16(left, right);
+                Self(_mm256_add_epi32(self.0, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))))
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn add_two_dots(self, left: [Self::Left; 2], right: [Self::Right; 2]) -> Self {
+            unsafe {
+                let [first, second] =
+                    [_mm256_maddubs_epi16(left[0], right[0]), _mm256_maddubs_epi16(left[1], right[1])];
+                let pairs = _mm256_add_epi16(first, second);
                 Self(_mm256_add_epi32(self.0, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))))
             }
         }
@@ -467,8 +503,8 @@ mod tests {
         Int8Isa::ALL.into_iter().filter(|isa| isa.is_available()).collect()
     }
 
-    /// Bytes over the whole range of [−127, 127], the ends more often than by chance: their products are what could saturate.
-    fn bytes(seed: u64, len: usize) -> Vec<i8> {
+    /// Integers over the whole range of [−most, most], the ends more often than by chance: their products are what could saturate.
+    fn integers(seed: u64, len: usize, most: i8) -> Vec<i8> {
         let mut state = seed;
         let mut next = || {
             state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
@@ -476,33 +512,35 @@ mod tests {
         };
         (0..len)
             .map(|_| match next() {
-                v if v % 4 == 0 => 127,
-                v if v % 4 == 1 => -127,
-                v => (v / 4 % 255) as i16 as i8,
+                v if v % 4 == 0 => most,
+                v if v % 4 == 1 => -most,
+                v => ((v / 4 % (2 * most as u32 + 1)) as i16 - i16::from(most)) as i8,
             })
-            .map(|v| v.max(-127))
             .collect()
     }
 
     #[test]
     fn sums_of_integers_are_exact_and_equal_on_every_instruction_set() {
         const DEPTH: usize = 3;
-        for (mr, cols, groups) in
-            [(1, 1, 1), (2, 7, 3), (3, 16, 5), (4, 17, 16), (5, 63, 144), (6, 64, 128), (6, 33, 2)]
-        {
-            let k = 4 * groups;
-            let (a, b) = (bytes(1, mr * k), bytes(2, groups * GROUP));
-            let at = |p: usize, j: usize| i64::from(b[p / 4 * GROUP + 4 * j + p % 4]);
-            let rows: Vec<u8> = a.iter().map(|v| (i16::from(*v) + 128) as u8).collect();
-            let offsets: Vec<i32> = (0..PANEL).map(|j| -128 * (0..k).map(|p| at(p, j) as i32).sum::<i32>()).collect();
-            let (row_scales, col_scales) = (vec![1.0f32; mr], vec![1.0f32; PANEL]);
-            let sum = |i, j| (0..k).map(|p| i64::from(a[i * k + p]) * at(p, j)).sum::<i64>() as f32;
-            // What is added in f32 are small integers: exact as well.
-            let floats = |seed, len| bytes(seed, len).into_iter().map(f32::from).collect::<Vec<_>>();
-            let (x, y) = (floats(3, mr * DEPTH), floats(4, DEPTH * PANEL));
-            let more = |i, j| (0..DEPTH).map(|p| x[i * DEPTH + p] * y[p * PANEL + j]).sum::<f32>();
-            let exact: Vec<f32> = (0..mr * cols).map(|i| sum(i / cols, i % cols) + more(i / cols, i % cols)).collect();
-            for isa in available() {
+        const SHAPES: [(usize, usize, usize); 7] =
+            [(1, 1, 1), (2, 7, 3), (3, 16, 5), (4, 17, 16), (5, 63, 144), (6, 64, 128), (6, 33, 2)];
+        for isa in available() {
+            let (offset, most) = (i32::from(isa.offset()), (isa.offset() - 1) as i8);
+            for (mr, cols, groups) in SHAPES {
+                let k = 4 * groups;
+                let (a, b) = (integers(1, mr * k, most), integers(2, groups * GROUP, most));
+                let at = |p: usize, j: usize| i64::from(b[p / 4 * GROUP + 4 * j + p % 4]);
+                let rows: Vec<u8> = a.iter().map(|v| (i32::from(*v) + offset) as u8).collect();
+                let offsets: Vec<i32> =
+                    (0..PANEL).map(|j| -offset * (0..k).map(|p| at(p, j) as i32).sum::<i32>()).collect();
+                let (row_scales, col_scales) = (vec![1.0f32; mr], vec![1.0f32; PANEL]);
+                let sum = |i, j| (0..k).map(|p| i64::from(a[i * k + p]) * at(p, j)).sum::<i64>() as f32;
+                // What is added in f32 are small integers: exact as well.
+                let floats = |seed, len| integers(seed, len, 127).into_iter().map(f32::from).collect::<Vec<_>>();
+                let (x, y) = (floats(3, mr * DEPTH), floats(4, DEPTH * PANEL));
+                let more = |i, j| (0..DEPTH).map(|p| x[i * DEPTH + p] * y[p * PANEL + j]).sum::<f32>();
+                let exact: Vec<f32> =
+                    (0..mr * cols).map(|i| sum(i / cols, i % cols) + more(i / cols, i % cols)).collect();
                 let mut c = vec![f32::NAN; mr * cols];
                 for start in (0..cols).step_by(tile_width(isa)) {
                     let tile = Int8Tile {

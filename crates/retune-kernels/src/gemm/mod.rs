@@ -501,13 +501,17 @@ impl Job<'_> {
         let count = runs(a.cols()).count();
         for group in (0..count).step_by(together).map(|index| index..(index + together).min(count)) {
             let runs = || group.clone().zip(runs(a.cols()).skip(group.start));
-            let packed_bytes = if side == Side::Plain { group.len() * run_bytes } else { 0 };
+            let lies_ready = side == Side::Transposed && w.is_kept();
+            let packed_bytes = if lies_ready { 0 } else { group.len() * run_bytes };
             scratch::with_bytes(Purpose::PackedB, packed_bytes, |packed| {
-                if side == Side::Plain {
-                    for ((_, run), packed) in runs().zip(packed.chunks_exact_mut(run_bytes)) {
-                        let used = run.len().next_multiple_of(PANEL) / 4 * GROUP;
-                        for (start, to) in starts().zip(packed.chunks_exact_mut(panel_bytes)) {
-                            w.cols_panel(run.clone(), start, &mut to[..used]);
+                for ((_, run), packed) in runs().zip(packed.chunks_exact_mut(run_bytes)) {
+                    match side {
+                        Side::Plain => w.cols_panels(run, columns.clone(), panel_bytes, packed),
+                        Side::Transposed => {
+                            let used = run.len().next_multiple_of(PANEL) / 4 * GROUP;
+                            for (start, to) in starts().zip(packed.chunks_exact_mut(panel_bytes)) {
+                                w.rows_panel(start, run.clone(), &mut to[..used]);
+                            }
                         }
                     }
                 }
@@ -516,13 +520,12 @@ impl Job<'_> {
                     for (place, (index, run)) in runs().enumerate() {
                         let small = if run.end == a.cols() { small } else { &none };
                         for (panel, start) in starts().enumerate() {
-                            let (b, epilogue) = match side {
-                                Side::Transposed => (w.rows_panel(start, run.start), w.rows_epilogue(start, index)),
-                                Side::Plain => {
-                                    let packed = &packed[place * run_bytes + panel * panel_bytes..];
-                                    (packed, w.cols_epilogue(start, index))
-                                }
+                            let epilogue = match side {
+                                Side::Transposed => w.rows_epilogue(start, index),
+                                Side::Plain => w.cols_epilogue(start, index),
                             };
+                            let kept = if lies_ready { w.kept_rows(start, run.start) } else { None };
+                            let b = kept.unwrap_or_else(|| &packed[place * run_bytes + panel * panel_bytes..]);
                             let cols = start..(start + PANEL).min(columns.end);
                             let first = first && index == 0;
                             self.int8_tiles(a, index, run.clone(), b, epilogue, cols, part.clone(), first, small);

@@ -92,7 +92,10 @@ fn train(args: &BenchTrainArgs) -> Result<()> {
     // In 8 bits the first forward is that of the calibration.
     let mut until_forward = start.elapsed().as_secs_f64();
     let (compute, choices) = match args.method.saves_adapter() {
-        true => compute::choose(&model, &overlay, &params, args.compute, &pass, true),
+        true => {
+            let integers = compute::integers(&model, &overlay, args.int8_copy, checkpoint.held_bytes() as usize);
+            compute::choose(&model, &overlay, &params, args.compute, integers, &pass, true)
+        }
         false => Default::default(),
     };
     checkpoint.release();

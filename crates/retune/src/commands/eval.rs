@@ -18,7 +18,7 @@ use retune_text::tokenizer::Tokenizer;
 use retune_train::data::{
     ColumnMap, DataFile, DataReport, Dataset, Encoder, Example, Names, Row, RowFormat, read_rows,
 };
-use retune_train::run_config::DataConfig;
+use retune_train::run_config::{DataConfig, Int8Copy};
 use retune_train::trainer::{RowLoss, Trained, held_out_loss};
 use serde_json::{Map, Value, json};
 
@@ -86,7 +86,8 @@ pub fn run(args: &EvalArgs) -> Result<End> {
     watch_interrupts()?;
 
     let pass = compute::calibration_pass(&overlay.prelude(&model.spec), &data.examples);
-    let (compute, choices) = compute::choose(model, overlay, params, args.compute, &pass, false);
+    let integers = compute::integers(model, overlay, Int8Copy::Auto, session.base.checkpoint.held_bytes() as usize);
+    let (compute, choices) = compute::choose(model, overlay, params, args.compute, integers, &pass, false);
     let mut scoring = Scoring::new(&session, &compute, &file);
     scoring.losses(&data.examples)?;
     if let Some(labels) = &labels {

@@ -9,6 +9,7 @@ use retune_engine::pass::Pass;
 use retune_engine::row_norms::RowNorms;
 use retune_engine::workspace::Workspace;
 use retune_engine::{Run, Saving};
+use retune_train::run_config::Int8Copy;
 
 use crate::args::LogitsArgs;
 use crate::compute;
@@ -41,7 +42,8 @@ pub fn run(args: &LogitsArgs) -> Result<()> {
         pass.push(0, &args.tokens, &trained);
     }
     let backward = args.labels.is_some();
-    let (compute, _) = compute::choose(&model, &overlay, &params, args.compute, &pass, backward);
+    let integers = compute::integers(&model, &overlay, Int8Copy::Auto, base.checkpoint.held_bytes() as usize);
+    let (compute, _) = compute::choose(&model, &overlay, &params, args.compute, integers, &pass, backward);
     let norms = RowNorms::of(&model, &overlay, &params);
     let run = Run {
         model: &model,

@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow, bail};
 use retune_adapter::{AdapterFile, BaseModules, Full, Method, Texts, initial_params};
-use retune_engine::calibrate::Choice;
+use retune_engine::calibrate::{Choice, Integers};
 use retune_engine::compute::Compute;
 use retune_engine::generate::{Generation, Sampling};
 use retune_engine::model::Model;
@@ -20,7 +20,7 @@ use retune_kernels::parallel;
 use retune_model::export::{self, MergeOptions};
 use retune_train::calibration;
 use retune_train::data::{Example, Names};
-use retune_train::run_config::{ActivationCheckpointing, RunConfig};
+use retune_train::run_config::{ActivationCheckpointing, Int8Copy, RunConfig};
 use retune_train::schedule::Schedule;
 use retune_train::state::{self, Progress as RunProgress};
 use retune_train::trainer::{Observer, Outcome, Passes, Trained, Trainer, largest_pass, schedule};
@@ -112,8 +112,11 @@ fn start(args: &TrainArgs, mut config: RunConfig, start: Instant) -> Result<End>
     config.training.learning_rate.get_or_insert(method.learning_rate());
     let mut record = serde_json::to_value(&config)?;
     if let Some(record) = record.as_object_mut() {
-        // The number of threads changes no byte of the result.
+        // Neither changes a byte of the result.
         record.remove("threads");
+        if let Some(base) = record.get_mut("base").and_then(Value::as_object_mut) {
+            base.remove("int8_copy");
+        }
     }
     record["retune"] = json!(env!("CARGO_PKG_VERSION"));
     record["adapter"] = method.settings()?;
@@ -237,12 +240,12 @@ impl Run<'_> {
         self.print_start(&model, &overlay, layout.len());
         let params = self.first_params(&model, &mut overlay)?;
         refuse_long_prelude(&model.spec, &overlay)?;
-        self.check_memory(&model, &overlay, &layout, self.computes_int8())?;
+        let integers = self.check_memory(&model, &overlay, &layout, self.computes_int8())?;
         let _lock = folder.prepare(&self.record, &self.rows, config, self.args)?;
         if self.method.keeps_start() && state::list(&folder.checkpoints())?.is_empty() {
             state::write_start(&folder.checkpoints(), &params)?;
         }
-        let (compute, choices) = self.choose_compute(&model, &overlay, &params)?;
+        let (compute, choices) = self.choose_compute(&model, &overlay, &params, integers)?;
         let int8 = compute.uses_int8();
         if int8 != self.computes_int8() {
             self.check_memory(&model, &overlay, &layout, int8)?;
@@ -407,12 +410,19 @@ impl Run<'_> {
     }
 
     /// Decides how each linear is computed, or does as was decided when the run began.
-    fn choose_compute(&self, model: &Model, overlay: &Overlay, params: &[f32]) -> Result<(Compute, Vec<Choice>)> {
+    fn choose_compute(
+        &self,
+        model: &Model,
+        overlay: &Overlay,
+        params: &[f32],
+        integers: Integers,
+    ) -> Result<(Compute, Vec<Choice>)> {
         let path = self.folder.calibration();
         let (compute, choices) = if self.decided(&path)? {
             let choices = calibration::read(&path)?;
             let compute = if self.computes_int8() {
-                let computed = Compute::from_choices(model, overlay, &choices).map_err(retune_train::Error::from);
+                let computed =
+                    Compute::from_choices(model, overlay, &choices, integers).map_err(retune_train::Error::from);
                 if computed.is_err() && choices.is_empty() {
                     bail!(
                         "{} is of a run in f32, this one computes in int8: go on where that run began, or start anew with --overwrite",
@@ -429,7 +439,7 @@ impl Run<'_> {
         } else {
             let pass = compute::calibration_pass(&overlay.prelude(&model.spec), &self.data.train.examples);
             let (compute, choices) = match self.config.method.saves_adapter() {
-                true => compute::choose(model, overlay, params, self.config.base.compute, &pass, true),
+                true => compute::choose(model, overlay, params, self.config.base.compute, integers, &pass, true),
                 false => Default::default(),
             };
             calibration::write(&path, &choices)?;
@@ -485,8 +495,9 @@ impl Run<'_> {
         Passes::resolve(&self.config.training, model, overlay, int8, self.longest_row())
     }
 
-    /// Says what the run will take with its base in 8 bits or in f32, and warns when that is more than is free.
-    fn check_memory(&self, model: &Model, overlay: &Overlay, layout: &ParamLayout, int8: bool) -> Result<()> {
+    /// Says what the run will take with its base in 8 bits or in f32, and warns when that is more than is free. What becomes of the base's
+    /// integers goes by that.
+    fn check_memory(&self, model: &Model, overlay: &Overlay, layout: &ParamLayout, int8: bool) -> Result<Integers> {
         let (training, parameters) = (&self.config.training, layout.len());
         let passes = self.passes(model, overlay, int8);
         let eval = self.data.eval.as_ref().map_or(&[][..], |eval| &eval.examples);
@@ -503,15 +514,19 @@ impl Run<'_> {
         let trained = 4 * (2 * (parameters + computed) + start);
         let optimizer = training.optim.state_bytes(layout);
         let activations = Workspace::planned_bytes(model, overlay, passes.saving, int8, size);
-        let (base, quantized) = if int8 {
+        let around = trained + optimizer + activations + PROGRAM_BYTES;
+        let integers = compute::integers(model, overlay, self.config.base.int8_copy, file + around);
+        let (base, quantized) = if int8 && integers == Integers::Remade {
+            (file, Compute::planned_int8_bytes(model, overlay, integers))
+        } else if int8 {
             // Scoring reads the whole file beside what the steps keep; without it only the calibration does, before their memory is in use.
             let kept = if overlay.table.is_some() { 0 } else { model.table_bytes() };
             let stored = if eval.is_empty() { kept.max(file.saturating_sub(activations + optimizer)) } else { file };
-            (stored, Compute::planned_int8_bytes(model, overlay))
+            (stored, Compute::planned_int8_bytes(model, overlay, integers))
         } else {
             (file, 0)
         };
-        let total = (base + quantized + trained + optimizer + activations + PROGRAM_BYTES) as u64;
+        let total = (base + quantized + around) as u64;
         note!(
             "memory   {} planned: base {}, in int8 {}, {} with its gradient {}, optimizer {}, activations {} for passes of {} tokens",
             human(total),
@@ -523,7 +538,14 @@ impl Run<'_> {
             human(activations as u64),
             size.tokens,
         );
-        let Some(available) = memory::available() else { return Ok(()) };
+        if int8 && integers == Integers::Remade {
+            let why = match self.config.base.int8_copy {
+                Int8Copy::Auto => "a copy of them does not fit into what is free; base.int8_copy: always keeps one",
+                _ => "base.int8_copy: never",
+            };
+            note!("         the linears' 8 bits are made again in every product ({why})");
+        }
+        let Some(available) = memory::available() else { return Ok(integers) };
         if total > available {
             let layer = training.activation_checkpointing == ActivationCheckpointing::Layer;
             let settings = self.method.settings()?;
@@ -531,7 +553,7 @@ impl Run<'_> {
             let ways: Vec<&str> = [
                 (!layer).then_some("set training.activation_checkpointing=layer"),
                 Some("lower training.tokens_per_pass or data.max_length"),
-                int8.then_some("set base.compute=f32, which keeps no copy of the base in int8"),
+                (int8 && integers == Integers::Kept).then_some("set base.int8_copy=never"),
                 (self.config.method.saves_adapter() && !is_quantized).then_some("set base.storage=nf4-double"),
                 has("r").then_some("lower adapter.r"),
                 has("num_virtual_tokens").then_some("lower adapter.num_virtual_tokens"),
@@ -542,7 +564,7 @@ impl Run<'_> {
             .collect();
             note!("         ! only {} are free: {}", human(available), ways.join(", or "));
         }
-        Ok(())
+        Ok(integers)
     }
 
     /// Goes on from the newest checkpoint, if there is one yet.
