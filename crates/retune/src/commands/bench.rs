@@ -64,14 +64,14 @@ fn train(args: &BenchTrainArgs) -> Result<()> {
     if !args.storage.is_as_is() && !args.method.saves_adapter() {
         bail!("--storage quantizes a frozen base, and method {} trains it: leave it out", args.method.name);
     }
-    storage::hold(&mut base, args.storage)?;
-    let checkpoint = &base.checkpoint;
-    if checkpoint.spec.encoder.is_some() {
+    if base.checkpoint.spec.encoder.is_some() {
         bail!(
             "bench measures steps on packed text, which a model with an encoder does not read; time `retune train` instead"
         );
     }
     let examples = sequences(base.tokenizer()?, &args.data, args.seq, args.batch * args.steps)?;
+    storage::hold(&mut base, args.storage)?;
+    let checkpoint = &base.checkpoint;
     let spec = &checkpoint.spec;
     let method =
         (args.method.read)(settings(args)?).with_context(|| format!("settings of method {}", args.method.name))?;
