@@ -468,7 +468,7 @@ impl Int8Matrix {
     }
 
     /// The right operand of `x·Wᵀ` for the panel of rows that holds `row`, from column `col` on, where it lies ready: groups of [`GROUP`]
-    /// bytes. `None` where it has to be made, by [`Self::rows_panel`].
+    /// bytes. `None` where it has to be made, by [`Self::integers`].
     pub(crate) fn kept_rows(&self, row: usize, col: usize) -> Option<&[i8]> {
         let Integers::Kept(values) = &self.values else { return None };
         let panel = PANEL * self.padded_cols();
@@ -481,9 +481,9 @@ impl Int8Matrix {
         matches!(self.values, Integers::Kept(_))
     }
 
-    /// The integers of the panel of rows that starts at `row`, columns `cols`, which start at a panel and are filled up to whole ones: as
-    /// many groups as they have fours.
-    fn integers(&self, row: usize, cols: Range<usize>, to: &mut [i8]) {
+    /// Writes the integers of the panel of rows that starts at `row`, columns `cols`, which start at a panel and are filled up to whole ones:
+    /// groups of [`GROUP`] bytes, the right operand of `x·Wᵀ`.
+    pub(crate) fn integers(&self, row: usize, cols: Range<usize>, to: &mut [i8]) {
         let Integers::Remade { weight, inverse_factors } = &self.values else {
             if let Some(kept) = self.kept_rows(row, cols.start) {
                 to.copy_from_slice(&kept[..to.len()]);
@@ -511,12 +511,6 @@ impl Int8Matrix {
                 to_groups(&integers[columns * PANEL..], stride, to);
             }
         });
-    }
-
-    /// Makes the right operand of `x·Wᵀ` for the panel of rows that starts at `row` and the columns `cols`, which start at a panel: groups of
-    /// [`GROUP`] bytes, filled up to whole panels.
-    pub(crate) fn rows_panel(&self, row: usize, cols: Range<usize>, to: &mut [i8]) {
-        self.integers(row, cols, to);
     }
 
     /// The factors of the result's columns from `row` on, and what a sum over the run starts with, for `x·Wᵀ`.

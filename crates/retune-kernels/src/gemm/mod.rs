@@ -510,7 +510,7 @@ impl Job<'_> {
                         Side::Transposed => {
                             let used = run.len().next_multiple_of(PANEL) / 4 * GROUP;
                             for (start, to) in starts().zip(packed.chunks_exact_mut(panel_bytes)) {
-                                w.rows_panel(start, run.clone(), &mut to[..used]);
+                                w.integers(start, run.clone(), &mut to[..used]);
                             }
                         }
                     }
