@@ -4,7 +4,7 @@ use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
 
-use memmap2::Mmap;
+use memmap2::{Mmap, MmapOptions};
 use retune_quant::{ByteOwner, SharedBytes};
 use serde_json::Value;
 
@@ -45,6 +45,28 @@ pub fn map_file(path: &Path) -> Result<SharedBytes, Error> {
     // they are read as numbers, or checked again where they are read as text, and every pattern is a valid number.
     let map = unsafe { Mmap::map(&file) }.map_err(io)?;
     Ok(SharedBytes::new(Arc::new(MappedFile(map))))
+}
+
+/// Memory of zeros, read-only, of which nothing is in use until it is read.
+struct Zeros(Mmap);
+
+impl AsRef<[u8]> for Zeros {
+    fn as_ref(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+impl ByteOwner for Zeros {
+    fn release(&self) {}
+}
+
+/// As many zeros, which take no memory as long as nobody reads them: what stands for weights that are not there.
+///
+/// # Errors
+/// More than the system has addresses for.
+pub fn zeros(len: usize) -> std::io::Result<SharedBytes> {
+    let map = MmapOptions::new().len(len.max(1)).no_reserve_swap().map_anon()?.make_read_only()?;
+    Ok(SharedBytes::new(Arc::new(Zeros(map))))
 }
 
 /// Reads and parses a JSON file.

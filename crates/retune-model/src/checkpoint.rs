@@ -14,9 +14,9 @@ use half::{bf16, f16};
 use rayon::prelude::*;
 use retune_engine::spec::{Linear, ModelSpec, Module, NormKind, Order};
 use retune_formats::bitsandbytes::{self, QuantizedWeight};
-use retune_formats::files::{map_file, read_json};
+use retune_formats::files::{map_file, read_json, zeros};
 use retune_formats::gguf::{Gguf, Metadata, TensorInfo};
-use retune_formats::safetensors::{self, RawTensor};
+use retune_formats::safetensors::{self, Dtype, RawTensor};
 use retune_formats::weights::{matrix, rows_and_cols};
 use retune_kernels::PanelSource;
 use retune_quant::{Format, Matrix, SharedBytes};
@@ -115,6 +115,40 @@ impl Checkpoint {
         Ok(Checkpoint { spec, family, tokens, path, files, file_bytes, notes, tensors, source })
     }
 
+    /// A model of whose directory nothing but `config.json` is needed, with zeros for weights, which take no memory: for plans. They are of the
+    /// type that the configuration names, bf16 where it names none.
+    ///
+    /// # Errors
+    /// A configuration that cannot be read or is none of a supported model; weights larger than the system has addresses for.
+    pub fn without_weights(dir: &Path) -> Result<Checkpoint, Error> {
+        let config_path = dir.join(CONFIG);
+        let config_json = read_json(&config_path)?;
+        let description = families::describe(&config_json).map_err(|error| error.at(&config_path))?;
+        let Description { family, mut spec, tokens } = description;
+        let text = families::text_config(&config_json);
+        let (dtype, format) = match text.get("dtype").or_else(|| text.get("torch_dtype")).and_then(Value::as_str) {
+            Some("float32") => (Dtype::F32, Format::F32),
+            Some("float16") => (Dtype::F16, Format::F16),
+            _ => (Dtype::BF16, Format::BF16),
+        };
+        let shapes: Vec<(String, Vec<usize>)> = spec.tensors();
+        let bytes = |(_, shape): &(String, Vec<usize>)| {
+            let values = shape.iter().try_fold(1usize, |values, &size| values.checked_mul(size));
+            values.and_then(|values| values.checked_mul(format.block_bytes())).unwrap_or(usize::MAX)
+        };
+        let io = |error| Error::Io { path: config_path.clone(), error };
+        let zeros = zeros(shapes.iter().map(bytes).max().unwrap_or(0)).map_err(io)?;
+        let file_bytes = shapes.iter().map(|tensor| bytes(tensor) as u64).sum();
+        let raw = |tensor: (String, Vec<usize>)| {
+            let bytes = zeros.slice(0..bytes(&tensor)).unwrap_or_else(|| zeros.clone());
+            (tensor.0, RawTensor { dtype, shape: tensor.1, bytes })
+        };
+        let mut files = Files { prefix: family.prefix, tensors: shapes.into_iter().map(raw).collect() };
+        let tensors = files.read(&mut spec).map_err(|error| error.at(dir))?;
+        let (path, files, source) = (dir.to_owned(), vec![config_path], Source::HuggingFace { config_json });
+        Ok(Checkpoint { spec, family, tokens, path, files, file_bytes, notes: Vec::new(), tensors, source })
+    }
+
     fn open_gguf(path: &Path) -> Result<Checkpoint, Error> {
         Self::from_gguf_bytes(path, map_file(path)?).map_err(|error| error.at(path))
     }
@@ -156,6 +190,14 @@ impl Checkpoint {
         let is_tied_head = self.spec.head.tied && linear.name == self.spec.head.linear.name;
         let module = if is_tied_head { &self.spec.table.name } else { &linear.name };
         self.tensor(&format!("{module}.weight"))
+    }
+
+    /// How the token embedding is stored, which tells the type of a model's weights: vectors may be in more bits than the rest.
+    ///
+    /// # Errors
+    /// A model without it.
+    pub fn table_storage(&self) -> Result<&'static str, Error> {
+        Ok(self.tensor(&table_of(&self.spec))?.storage())
     }
 
     /// Whether the model has a tensor of this name.
@@ -283,9 +325,10 @@ impl Checkpoint {
         }
     }
 
-    /// A tensor's bytes in the GGUF file that the model is, if they are of this format.
+    /// A tensor's bytes in the GGUF file that the model is, if they are of this format and nothing else is held in its place.
     pub(crate) fn gguf_bytes(&self, name: &str, format: Format) -> Option<SharedBytes> {
-        let stored = self.tensors.get(name).filter(|_| self.gguf_metadata().is_some())?;
+        let is_own = |stored: &&StoredTensor| self.gguf_metadata().is_some() && stored.held.is_empty();
+        let stored = self.tensors.get(name).filter(is_own)?;
         stored.parts.first().filter(|_| stored.storage == format.name()).cloned()
     }
 

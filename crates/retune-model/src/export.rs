@@ -53,6 +53,25 @@ pub enum ExportType {
 }
 
 impl ExportType {
+    /// The type of a model's weights, as that of its table tells: norms may be in more bits than the rest. f32 of a table that is stored in
+    /// blocks: the bits of a block's codes are none of a number of its own.
+    ///
+    /// # Errors
+    /// A model without its table.
+    pub fn of(checkpoint: &Checkpoint) -> Result<Self, Error> {
+        Ok(match checkpoint.table_storage()? {
+            name if name == Format::BF16.name() => ExportType::BF16,
+            name if name == Format::F16.name() => ExportType::F16,
+            _ => ExportType::F32,
+        })
+    }
+
+    /// Bytes of so many values.
+    pub fn bytes_for(self, values: u64) -> u64 {
+        let format = self.format();
+        values / format.block_len() as u64 * format.block_bytes() as u64
+    }
+
     /// The type in a safetensors header.
     pub(crate) fn dtype(self) -> Dtype {
         match self {
@@ -334,6 +353,14 @@ impl Tensor<'_> {
     fn bytes(&self) -> u64 {
         let values = self.base.rows() * self.base.cols();
         (values / self.format.block_len() * self.format.block_bytes()) as u64
+    }
+
+    /// For each row of the file, which row of the tensor it is; nothing where they are in the tensor's order.
+    fn order(&self) -> Option<Vec<u32>> {
+        let Arranged::Rows(places) = &self.arranged else { return None };
+        let mut order = vec![0; places.len()];
+        places.iter().zip(0..).for_each(|(&place, row)| order[place as usize] = row);
+        (self.base.rows() > 1).then_some(order)
     }
 
     /// Decodes `rows` into `values`, [rows.len(), cols], and of a tensor that is changed the base's into `base`.
@@ -621,26 +648,29 @@ impl<'a> TensorWriter<'a> {
 
     fn write(&mut self, tensor: &Tensor<'_>, draft: &mut Draft) -> Result<(), Error> {
         let (rows, cols) = (tensor.base.rows(), tensor.base.cols());
-        let panel_rows = match tensor.arranged {
-            Arranged::Plainly | Arranged::PlusOne => (PANEL_VALUES / cols.max(1)).max(1),
-            // What is arranged otherwise in a part is no part of the whole.
-            Arranged::Transposed | Arranged::Rows(_) | Arranged::AsStored(_) => rows.max(1),
-        };
+        // Columns of a part are no part of the file; a vector is one row.
+        let is_whole = matches!(tensor.arranged, Arranged::Transposed);
+        let panel_rows = if is_whole { rows.max(1) } else { (PANEL_VALUES / cols.max(1)).max(1) };
+        let order = tensor.order();
         let mut largest = Magnitude::default();
         for start in (0..rows).step_by(panel_rows) {
-            largest = largest.max(self.decode(tensor, start..(start + panel_rows).min(rows)));
-            self.check(tensor, start)?;
-            if let Arranged::AsStored(bytes) = &tensor.arranged {
-                draft.write_all(bytes)?;
-                self.done += bytes.len() as u64;
-            } else {
+            let panel = start..(start + panel_rows).min(rows);
+            largest = largest.max(self.decode(tensor, panel.clone(), order.as_deref()));
+            self.check(tensor, panel, order.as_deref())?;
+            // What stays as it is in the file is looked through, and copied below.
+            if !matches!(tensor.arranged, Arranged::AsStored(_)) {
                 self.arrange(tensor);
                 let format = tensor.format;
                 self.encoded.resize(self.values.len() / format.block_len() * format.block_bytes(), 0);
                 encode(format, &self.values, &mut self.encoded);
                 draft.write_all(&self.encoded)?;
                 self.done += self.encoded.len() as u64;
+                (self.progress)(self.done, self.total);
             }
+        }
+        if let Arranged::AsStored(bytes) = &tensor.arranged {
+            draft.write_all(bytes)?;
+            self.done += bytes.len() as u64;
             (self.progress)(self.done, self.total);
         }
         if largest.change > 0.0 {
@@ -656,25 +686,26 @@ impl<'a> TensorWriter<'a> {
     fn arrange(&mut self, tensor: &Tensor<'_>) {
         let (rows, cols) = (tensor.base.rows(), tensor.base.cols());
         match &tensor.arranged {
+            // Rows of a matrix were decoded in the file's order.
             Arranged::Plainly | Arranged::AsStored(_) => return,
+            Arranged::Rows(_) if rows > 1 => return,
             Arranged::PlusOne => return self.values.iter_mut().for_each(|value| *value += 1.0),
             Arranged::Transposed => {
                 let values = &self.values;
                 self.base = (0..cols).flat_map(|j| (0..rows).map(move |i| values[i * cols + j])).collect();
             }
+            // The values of a vector, which is a matrix of one row, are in that order.
             Arranged::Rows(places) => {
-                // A vector is a matrix of one row, whose values are in that order.
-                let width = if rows == 1 { 1 } else { cols };
-                for (&place, row) in places.iter().zip(self.values.chunks_exact(width)) {
-                    self.base[place as usize * width..][..width].copy_from_slice(row);
+                for (&place, &value) in places.iter().zip(&self.values) {
+                    self.base[place as usize] = value;
                 }
             }
         }
         std::mem::swap(&mut self.base, &mut self.values);
     }
 
-    /// Decodes `rows` of a tensor into `self.values`.
-    fn decode(&mut self, tensor: &Tensor<'_>, rows: Range<usize>) -> Magnitude {
+    /// Decodes `rows` of a tensor into `self.values`; with an order, the rows that it has at these places.
+    fn decode(&mut self, tensor: &Tensor<'_>, rows: Range<usize>, order: Option<&[u32]>) -> Magnitude {
         let cols = tensor.base.cols().max(1);
         let piece_rows = (PIECE_VALUES / cols).max(1);
         self.base.resize(rows.len() * cols, 0.0);
@@ -684,18 +715,23 @@ impl<'a> TensorWriter<'a> {
         pieces
             .map(|(index, (base, values))| {
                 let first = rows.start + index * piece_rows;
-                tensor.decode(first..first + values.len() / cols, base, values)
+                let Some(order) = order else { return tensor.decode(first..first + values.len() / cols, base, values) };
+                let rows = base.chunks_exact_mut(cols).zip(values.chunks_exact_mut(cols)).zip(&order[first..]);
+                rows.fold(Magnitude::default(), |largest, ((base, values), &row)| {
+                    largest.max(tensor.decode(row as usize..row as usize + 1, base, values))
+                })
             })
             .reduce(Magnitude::default, Magnitude::max)
     }
 
     /// Refuses the first value of the panel that would not be written as a finite number.
-    fn check(&self, tensor: &Tensor<'_>, first_row: usize) -> Result<(), Error> {
+    fn check(&self, tensor: &Tensor<'_>, rows: Range<usize>, order: Option<&[u32]>) -> Result<(), Error> {
         let format = tensor.format;
         let found = self.values.par_iter().enumerate().find_first(|(_, value)| !holds(format, **value));
         let Some((at, &value)) = found else { return Ok(()) };
         let cols = tensor.base.cols().max(1);
-        let (tensor, row, column) = (tensor.name.clone(), first_row + at / cols, at % cols);
+        let (tensor, row, column) = (tensor.name.clone(), rows.start + at / cols, at % cols);
+        let row = order.map_or(row, |order| order[row] as usize);
         Err(if value.is_finite() {
             Error::OutOfRange { tensor, row, column, value, format }
         } else {

@@ -17,7 +17,7 @@ use retune_formats::files::map_file;
 use retune_formats::safetensors::{self, Header, INDEX, RawTensor};
 use retune_formats::weights::rows_and_cols;
 use retune_kernels::PanelSource;
-use retune_quant::{Encoding, Format, Int8Rows, Matrix, QuantType, SharedBytes, encode, encode_row};
+use retune_quant::{Encoding, Int8Rows, Matrix, QuantType, SharedBytes, encode, encode_row};
 use serde_json::{Value, json};
 
 use crate::checkpoint::{CONFIG, Checkpoint, READ_AT_ONCE};
@@ -61,6 +61,18 @@ pub fn weights(checkpoint: &Checkpoint) -> Result<Vec<String>, Error> {
         Ok(tensor)
     });
     names.collect()
+}
+
+/// Bytes that a model's tensors would take with its linears held in an encoding, and those of the file that keeps these.
+///
+/// # Errors
+/// As [`weights`].
+pub fn planned_bytes(checkpoint: &Checkpoint, encoding: Encoding) -> Result<[u64; 2], Error> {
+    let items = quantized(checkpoint, encoding, ExportType::F32)?;
+    let sum = |of: &dyn Fn(&Item) -> u64| items.iter().map(of).sum::<u64>();
+    let now = sum(&|item| item.matrix.bytes_len() as u64);
+    let then = sum(&|item| encoding.bytes_for(item.matrix.rows(), item.matrix.cols()) as u64);
+    Ok([checkpoint.held_bytes() - now + then, sum(&Item::bytes)])
 }
 
 /// Whether a weight is in one of bitsandbytes' storages.
@@ -168,8 +180,7 @@ pub fn write(
 ) -> Result<QuantizeReport, Error> {
     export::refuse_occupied(out_dir)?;
     let tokenizer = checkpoint.tokenizer()?;
-    let table = checkpoint.tensor(&format!("{}.weight", checkpoint.spec.table.name))?;
-    let dtype = dtype.unwrap_or_else(|| type_of(table.storage()));
+    let dtype = dtype.map_or_else(|| ExportType::of(checkpoint), Ok)?;
     let mut items = quantized(checkpoint, encoding, dtype)?;
     let linears = items.len();
     let bytes: u64 = items.iter().map(Item::bytes).sum();
@@ -215,15 +226,6 @@ pub fn write(
     let (shards, total) = written?;
     let bits_per_parameter = 8.0 * bytes as f64 / parameters.max(1) as f64;
     Ok(QuantizeReport { shards, bytes: total, linears, bits_per_parameter })
-}
-
-/// The type in which a tensor of this storage is written that is not quantized.
-fn type_of(storage: &str) -> ExportType {
-    match storage {
-        name if name == Format::BF16.name() => ExportType::BF16,
-        name if name == Format::F16.name() => ExportType::F16,
-        _ => ExportType::F32,
-    }
 }
 
 /// The base's `config.json`, with what transformers is to know of the storage.

@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use crate::encode;
 use crate::four_bit::QuantType;
 
 /// How the values of a matrix are to be stored.
@@ -20,6 +21,20 @@ impl Encoding {
     pub const NF4_DOUBLE: Self = Encoding::FourBit { quant_type: QuantType::NF4, double: true };
     /// FP4 with magnitudes in f32.
     pub const FP4: Self = Encoding::FourBit { quant_type: QuantType::FP4, double: false };
+
+    /// Bytes that a matrix takes in it: what [`crate::Matrix::bytes_len`] will say.
+    pub fn bytes_for(self, rows: usize, cols: usize) -> usize {
+        let values = rows * cols;
+        let scale = size_of::<f32>();
+        match self {
+            Encoding::FourBit { double, .. } => {
+                let blocks = values.div_ceil(encode::BLOCKSIZE);
+                let nested = blocks + scale * blocks.div_ceil(encode::NESTED_BLOCKSIZE);
+                values.div_ceil(2) + if double { nested } else { scale * blocks }
+            }
+            Encoding::Int8 => values + scale * rows,
+        }
+    }
 }
 
 impl fmt::Display for Encoding {

@@ -11,6 +11,7 @@ pub(crate) mod tree;
 use std::path::{Path, PathBuf};
 
 use retune_adapter::{MethodInfo, by_name};
+use retune_model::export::ExportType;
 use retune_quant::Encoding;
 use schemars::{JsonSchema, SchemaGenerator};
 use serde::{Deserialize, Serialize};
@@ -51,6 +52,9 @@ pub struct RawRunConfig {
     /// How long, how fast and in what pieces is learnt.
     #[serde(default)]
     pub training: TrainingConfig,
+    /// How a fully fine-tuned model is written. An adapter is always f32.
+    #[serde(default)]
+    pub export: ExportConfig,
     /// Threads to compute with; all of the machine when absent. The result does not depend on it.
     #[serde(default)]
     pub threads: Option<usize>,
@@ -125,6 +129,47 @@ impl Storage {
     /// Whether weights are left as they are.
     pub fn is_as_is(&self) -> bool {
         *self == Storage::AsIs
+    }
+}
+
+/// How a fully fine-tuned model is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct ExportConfig {
+    /// The type of its weights on the disk. They are trained in f32 whatever it is, and rounded to the nearest when they are written.
+    pub dtype: ExportDtype,
+}
+
+impl ExportConfig {
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// The type of the weights of a written model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum ExportDtype {
+    /// The base model's own; f32 where that is quantized, which leaves no type that trained weights could keep.
+    #[default]
+    Auto,
+    /// 32-bit floating point, as they were trained.
+    F32,
+    /// bfloat16: half the size, 8 bits of precision.
+    Bf16,
+    /// 16-bit floating point: half the size, 11 bits of precision, values up to 65504.
+    F16,
+}
+
+impl ExportDtype {
+    /// The type that is asked for, if it is not to be the base model's.
+    pub fn given(self) -> Option<ExportType> {
+        match self {
+            ExportDtype::Auto => None,
+            ExportDtype::F32 => Some(ExportType::F32),
+            ExportDtype::Bf16 => Some(ExportType::BF16),
+            ExportDtype::F16 => Some(ExportType::F16),
+        }
     }
 }
 
@@ -368,6 +413,8 @@ pub struct RunConfig {
     pub base: BaseConfig,
     pub data: DataConfig,
     pub training: TrainingConfig,
+    #[serde(skip_serializing_if = "ExportConfig::is_default")]
+    pub export: ExportConfig,
     pub threads: Option<usize>,
 }
 
@@ -424,7 +471,8 @@ fn schema(method: Option<&MethodInfo>) -> Value {
 impl RawRunConfig {
     /// Checks ranges and contradictions and fills in what depends on other keys.
     pub fn check(self) -> Result<RunConfig, Error> {
-        let RawRunConfig { model, output_dir, method, adapter, adapter_init, base, data, training, threads } = self;
+        let RawRunConfig { model, output_dir, method, adapter, adapter_init, base, data, training, export, threads } =
+            self;
         require(
             !model.trim().is_empty(),
             "model",
@@ -449,6 +497,13 @@ impl RawRunConfig {
             "as-is",
             "Weights that are trained are not quantized; quantize the frozen base of an adapter",
         )?;
+        require(
+            !method.saves_adapter() || export.is_default(),
+            "export.dtype",
+            "given with a method that saves an adapter",
+            "no export",
+            "Adapters are f32; the type of a model with the adapter in it is for retune merge --dtype",
+        )?;
         if let Some(threads) = threads {
             let expected = format!("1 to {MOST_THREADS}");
             require(
@@ -466,7 +521,7 @@ impl RawRunConfig {
             (None, None) => Some(method.learning_rate),
         };
         let training = training.check(rate, &data)?;
-        Ok(RunConfig { model, output_dir, method, adapter, adapter_init, base, data, training, threads })
+        Ok(RunConfig { model, output_dir, method, adapter, adapter_init, base, data, training, export, threads })
     }
 }
 
@@ -724,9 +779,10 @@ threads: 2
 
     #[test]
     fn a_checked_configuration_reads_back_as_itself() {
-        let cases: [&[&str]; 4] = [
+        let cases: [&[&str]; 5] = [
             &[],
             &["method=full", "training.warmup_steps=0"],
+            &["method=full", "export.dtype=bf16"],
             &["adapter_init=runs/a/adapter"],
             &[
                 "adapter={r: 4, layers_to_transform: [1, 2], target_modules: [q_proj], alpha_pattern: {q_proj: 0.1}}",
@@ -838,6 +894,8 @@ threads: 2
         assert!(
             error(&["base.storage=nf4", "method=full"]).contains("base.storage is a quantized one with method full")
         );
+        assert!(error(&["export.dtype=int8", "method=full"]).contains("export.dtype is the text \"int8\"; expected"));
+        assert!(error(&["export.dtype=f16"]).contains("export.dtype is given with a method that saves an adapter"));
         assert!(error(&["base.storage=int4"]).contains("base.storage is the text \"int4\"; expected"));
         assert!(error(&["adapter.target_modules=5"]).contains("adapter.target_modules is 5"));
         assert!(error(&["adapter.rank_pattern={a: x}"]).contains("adapter.rank_pattern.a is the text \"x\""));

@@ -17,7 +17,8 @@ use retune_formats::gguf::write::{Entry, Linears, Stored, padding};
 use retune_quant::{Format, Matrix};
 
 use super::{
-    Arranged, Edit, Edits, MergeReport, Tensor, TensorWriter, edits, gguf_header, refuse_unmergeable, unties, weight_of,
+    Arranged, Edit, Edits, ExportType, MergeReport, Tensor, TensorWriter, edits, gguf_header, refuse_unmergeable,
+    unties, weight_of,
 };
 use crate::checkpoint::{Checkpoint, row_maps};
 use crate::error::Error;
@@ -54,8 +55,8 @@ pub enum GgufType {
 impl GgufType {
     /// The one that keeps a model's weights nearly as they are: bf16 where they are stored so, f16 elsewhere.
     pub fn of(checkpoint: &Checkpoint) -> Self {
-        match checkpoint.tensor(&weight_of(&checkpoint.spec.table.name)).map(|table| table.storage()) {
-            Ok(storage) if storage == Format::BF16.name() => Self::BF16,
+        match ExportType::of(checkpoint) {
+            Ok(ExportType::BF16) => Self::BF16,
             _ => Self::F16,
         }
     }
