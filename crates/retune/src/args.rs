@@ -67,6 +67,8 @@ pub enum Command {
     Inspect(InspectArgs),
     /// Show what the model will see of a run's data, and what is wrong with it
     Data(DataArgs),
+    /// Show what ways of training a run's model would take in memory and on the disk, and which of them fit here
+    Plan(PlanArgs),
     /// Fetch a model into the cache
     Fetch(FetchArgs),
     /// Print a text's token ids
@@ -262,12 +264,22 @@ pub struct WrittenModel {
     #[arg(long = "type", value_enum, value_name = "TYPE")]
     pub kind: Option<GgufType>,
 
+    /// A file of rows on which the written model is compared with what it was made of; when absent those that the adapter's run held out,
+    /// or a few bundled texts
+    #[arg(long, value_name = "FILE")]
+    pub data: Option<PathBuf>,
+
     /// Print one JSON object instead of text
     #[arg(long)]
     pub json: bool,
 }
 
 #[derive(Args)]
+#[command(after_help = "\
+What was written is read back and compared with base and adapter as they were trained, on some hundred tokens: the loss before and after, the \
+largest difference of a logit, and for how many tokens both find the same next one likeliest. An adapter that was trained over a quantized \
+base (QLoRA) is merged into the weights of that base, which changes nothing; what merging it into the base's own weights would change is \
+printed beside it.")]
 pub struct MergeArgs {
     /// The base model: a directory, a .gguf file or a Hub id
     #[arg(long, short, value_name = "MODEL")]
@@ -351,7 +363,7 @@ for llama.cpp (--lora). ollama takes a folder with that file and a Modelfile; it
 mistral.rs, peft and mlx take a folder with the adapter alone; what they would pass over in silence (ranks and scales by module, rsLoRA) is in \
 the weights then. Without --adapter the base alone is written.
 
-What was written is read back, and run beside what it was made of on a few texts.
+What was written is read back and compared with base and adapter as they were trained, as by `retune merge`.
 
   retune export --for llama.cpp --model HuggingFaceTB/SmolLM2-135M-Instruct --adapter runs/a/adapter --type q8_0 --out a.gguf
   retune export --for ollama --model HuggingFaceTB/SmolLM2-135M-Instruct --adapter runs/a/adapter --type q4_k --out a-ollama
@@ -377,9 +389,17 @@ pub struct ExportArgs {
     #[arg(long = "type", value_enum, value_name = "TYPE")]
     pub kind: Option<GgufType>,
 
+    /// Into which weights an adapter is merged, as in `retune merge`
+    #[arg(long, value_enum)]
+    pub storage: Option<Storage>,
+
     /// Write the adapter alone; for llama.cpp
     #[arg(long)]
     pub adapter_only: bool,
+
+    /// A file of rows on which what was written is compared, as in `retune merge`
+    #[arg(long, value_name = "FILE")]
+    pub data: Option<PathBuf>,
 
     /// Print one JSON object instead of text
     #[arg(long)]
@@ -729,6 +749,25 @@ pub struct DataArgs {
     pub rows: usize,
 
     /// Print rows and report as one JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Args)]
+#[command(after_help = "\
+No weights are read, and none need be there: of a model's directory `config.json` is enough. Rows are taken from the run's data; without them, or \
+without a tokenizer, as many as a step has are assumed, each of data.max_length tokens.
+
+  retune plan run.yaml --set model=some/folder --set data.max_length=512 --memory-gb 16")]
+pub struct PlanArgs {
+    #[command(flatten)]
+    pub run: RunFile,
+
+    /// Memory to plan for, in GB; what is free here when absent
+    #[arg(long, value_name = "GB")]
+    pub memory_gb: Option<f64>,
+
+    /// Print one JSON object instead of text
     #[arg(long)]
     pub json: bool,
 }

@@ -11,8 +11,6 @@ use retune_train::run_config::{Compute, Int8Copy};
 use retune_train::trainer::fill_pass;
 use serde_json::{Value, json};
 
-use crate::memory;
-
 /// Tokens of the pass on which errors are measured.
 const CALIBRATION_TOKENS: usize = 512;
 /// Names listed of layers that stay in f32.
@@ -27,13 +25,13 @@ pub fn limit(compute: Compute) -> Option<f64> {
     }
 }
 
-/// What becomes of the integers of weights in 8 bits, where all else takes `others` bytes: kept, if that fits.
-pub fn integers(model: &Model, overlay: &Overlay, asked: Int8Copy, others: usize) -> Integers {
+/// What becomes of the integers of weights in 8 bits, where all else takes `others` bytes: kept, if that fits into `free`.
+pub fn integers(model: &Model, overlay: &Overlay, asked: Int8Copy, others: usize, free: Option<u64>) -> Integers {
     let kept = engine::Compute::planned_int8_bytes(model, overlay, Integers::Kept);
     match asked {
         Int8Copy::Always => Integers::Kept,
         Int8Copy::Never => Integers::Remade,
-        Int8Copy::Auto if memory::available().is_some_and(|free| (others + kept) as u64 > free) => Integers::Remade,
+        Int8Copy::Auto if free.is_some_and(|free| (others + kept) as u64 > free) => Integers::Remade,
         Int8Copy::Auto => Integers::Kept,
     }
 }

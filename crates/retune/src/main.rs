@@ -2,6 +2,7 @@
 
 #[macro_use]
 mod output;
+mod parity;
 
 mod args;
 mod card;
@@ -10,6 +11,7 @@ mod comparison;
 mod compute;
 mod fetch;
 mod memory;
+mod memory_plan;
 mod progress;
 mod report;
 mod run_data;
@@ -80,6 +82,7 @@ fn run(cli: &Cli) -> Result<End> {
         Command::Eval(args) => commands::eval::run(args),
         Command::Inspect(args) => commands::inspect::run(args).map(done),
         Command::Data(args) => commands::data::run(args).map(done),
+        Command::Plan(args) => commands::plan::run(args).map(done),
         Command::Fetch(args) => commands::fetch::run(args).map(done),
         Command::Tokenize(args) => commands::tokenize::run(args).map(done),
         Command::Logits(args) => commands::logits::run(args).map(done),

@@ -6,6 +6,7 @@ use std::path::Path;
 use anyhow::Result;
 use retune_adapter::Method;
 use retune_engine::calibrate::Choice;
+use retune_model::export::ExportType;
 use retune_train::data::{Names, RowFormat, read_rows};
 use retune_train::run_config::RunConfig;
 use retune_train::state::Progress;
@@ -16,6 +17,7 @@ use crate::card::{CARD, Card, plain};
 use crate::commands::print_json;
 use crate::compute;
 use crate::memory::{self, human};
+use crate::parity::Parity;
 use crate::run_data::RunData;
 
 /// What there is to say of a run that has ended.
@@ -36,6 +38,8 @@ pub struct Report<'a> {
     pub progress: &'a Progress,
     /// The folder of the adapter or of the model.
     pub result: &'a Path,
+    /// The type that the model was rounded to when it was written, and how far it is from the trained one since.
+    pub rounded: Option<(ExportType, Parity)>,
     /// Answers to held-out rows.
     pub samples: &'a [Value],
     pub choices: &'a [Choice],
@@ -60,6 +64,8 @@ impl Report<'_> {
             "compute": compute::summary(self.choices),
             "storage": self.config.base.storage,
             "peak_rss_bytes": memory::peak_resident(),
+            "dtype": self.rounded.as_ref().map(|(dtype, _)| dtype.to_string()),
+            "parity": self.rounded.as_ref().map(|(_, parity)| parity.json()),
             "samples": self.samples,
         }))
     }
@@ -90,6 +96,9 @@ impl Report<'_> {
         let what = if self.config.method.saves_adapter() { "adapter" } else { "model  " };
         let peak = memory::peak_resident().map_or_else(|| "unknown".to_owned(), human);
         outln!("\n{what}        {} ({})", self.result.display(), human(folder_size(self.result)));
+        if let Some((dtype, parity)) = &self.rounded {
+            parity.print("rounded", &format!("to {dtype} and read back"))?;
+        }
         outln!("took           {:.0} s, peak memory {peak}", self.seconds);
         let (program, path) = (program(), shell_word(&self.result.to_string_lossy()));
         let saves_adapter = self.config.method.saves_adapter();

@@ -4,8 +4,8 @@ use anyhow::Result;
 use retune_engine::spec::ModelSpec;
 use retune_text::tokenizer::Tokenizer;
 use retune_train::Error;
-use retune_train::data::{Dataset, Encoder, Names, read_rows, split};
-use retune_train::run_config::RunConfig;
+use retune_train::data::{DataFile, Dataset, Encoder, Names, read_rows, split};
+use retune_train::run_config::{DataConfig, RunConfig};
 
 /// Both data sets; no held-out one when none was asked for.
 pub struct RunData {
@@ -14,28 +14,67 @@ pub struct RunData {
 }
 
 impl RunData {
-    /// Reads the files a run names for a model of this spec. One file alone is split.
+    /// Reads the files a run names for a model of this spec.
     pub fn load(config: &RunConfig, tokenizer: &Tokenizer, spec: &ModelSpec) -> Result<Self> {
         let data = &config.data;
+        let HeldOut { train, file } = HeldOut::read(data, config.training.seed)?;
+        let encoder = Encoder::new(tokenizer, data.encode_options(spec.encoder.is_some(), &Names::KEYS))?;
+        let train = Dataset::build(&train, &encoder, file.as_ref())?;
+        let eval = file.map(|file| held_out(file, data, tokenizer, spec)).transpose()?.flatten();
+        Ok(Self { train, eval })
+    }
+}
+
+/// The rows of the files a run names.
+pub struct HeldOut {
+    pub train: DataFile,
+    /// Those that are not trained on, if there are any.
+    pub file: Option<DataFile>,
+}
+
+impl HeldOut {
+    /// Reads them. One file alone is split.
+    pub fn read(data: &DataConfig, seed: u64) -> Result<Self> {
         let rows = read_rows(&data.train, data.format, &data.columns, &Names::KEYS)?;
-        let (rows, held_out) = match &data.eval {
+        let (train, file) = match &data.eval {
             Some(path) => (rows, Some(read_rows(path, data.format, &data.columns, &Names::KEYS)?)),
             None if data.eval_fraction > 0.0 => {
-                let (rows, held_out) = split(rows, data.eval_fraction, config.training.seed);
+                let (rows, held_out) = split(rows, data.eval_fraction, seed);
                 (rows, Some(held_out).filter(|file| !file.rows.is_empty()))
             }
             None => (rows, None),
         };
-        let encoder = Encoder::new(tokenizer, data.encode_options(spec.encoder.is_some(), &Names::KEYS))?;
-        let train = Dataset::build(&rows, &encoder, held_out.as_ref())?;
-        let eval = held_out.map(|mut file| {
-            file.rows.truncate(data.eval_limit.unwrap_or(usize::MAX));
-            match Dataset::build(&file, &encoder, None) {
-                // Of the few rows that a split holds out, all may be too long; a file of held-out rows should not be.
-                Err(Error::NothingToTrain { .. }) if data.eval.is_none() => Ok(None),
-                built => built.map(Some),
-            }
-        });
-        Ok(Self { train, eval: eval.transpose()?.flatten() })
+        Ok(Self { train, file })
     }
+}
+
+/// The examples of a file of rows, whose settings are called as `names` says.
+pub fn dataset(
+    file: &DataFile,
+    data: &DataConfig,
+    names: &Names,
+    tokenizer: &Tokenizer,
+    spec: &ModelSpec,
+) -> Result<Dataset> {
+    let encoder = Encoder::new(tokenizer, data.encode_options(spec.encoder.is_some(), names))?;
+    Ok(Dataset::build(file, &encoder, None)?)
+}
+
+/// The examples of the first held-out rows, as many as are scored.
+pub fn held_out(
+    mut file: DataFile,
+    data: &DataConfig,
+    tokenizer: &Tokenizer,
+    spec: &ModelSpec,
+) -> Result<Option<Dataset>> {
+    file.rows.truncate(data.eval_limit.unwrap_or(usize::MAX));
+    match dataset(&file, data, &Names::KEYS, tokenizer, spec) {
+        // Of the few rows that a split holds out, all may be too long; a file of held-out rows should not be.
+        Err(error) if data.eval.is_none() && is_nothing(&error) => Ok(None),
+        built => built.map(Some),
+    }
+}
+
+fn is_nothing(error: &anyhow::Error) -> bool {
+    matches!(error.downcast_ref(), Some(Error::NothingToTrain { .. }))
 }

@@ -36,10 +36,16 @@ pub struct Base {
 impl Base {
     /// Opens a model, and says what its files leave unsaid.
     pub fn open(path: &Path) -> Result<Self> {
-        let checkpoint = Checkpoint::open(path)?;
-        for text in checkpoint.notes() {
+        let base = Self::again(path)?;
+        for text in base.checkpoint.notes() {
             note!("! {text}");
         }
+        Ok(base)
+    }
+
+    /// Opens a model of which everything has been said.
+    pub fn again(path: &Path) -> Result<Self> {
+        let checkpoint = Checkpoint::open(path)?;
         let stamps = fetch::cache_dir().map(|cache| cache.join(STAMPS)).ok();
         let stamp = stamps.and_then(|folder| StampFile::of(&folder, checkpoint.files()));
         Ok(Self { checkpoint, stamp, tokenizer: OnceLock::new() })

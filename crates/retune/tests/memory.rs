@@ -5,8 +5,10 @@
 mod common;
 
 use std::fs;
+use std::process::{Command, Stdio};
+use std::time::Duration;
 
-use common::{Folder, MODEL, Output, Random, golden};
+use common::{Folder, MODEL, Output, Random, golden, joined};
 use retune_quant::Format;
 use serde_json::{Value, json};
 
@@ -166,4 +168,48 @@ fn a_base_in_8_bits_takes_a_byte_for_each_weight_beside_what_is_stored() {
     assert!(int8 > weights && int8 < 1.2 * weights, "the plan counts {int8} for {weights} weights");
     let most = parts.iter().sum::<f64>() + REST;
     assert!(peak < most, "{peak} bytes at most, more than {most}: {}", output.stderr);
+}
+
+/// The most memory of the program's own, mapped files left out, that was seen while a command ran.
+fn anonymous_peak(mut command: Command) -> f64 {
+    let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    let status = format!("/proc/{}/status", child.id());
+    let mut peak = 0.0f64;
+    let ended = loop {
+        let text = fs::read_to_string(&status).unwrap_or_default();
+        let line = text.lines().find_map(|line| line.strip_prefix("RssAnon:"));
+        let kilobytes = line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<f64>().ok());
+        peak = peak.max(1024.0 * kilobytes.unwrap_or(0.0));
+        match child.try_wait().unwrap() {
+            Some(ended) => break ended,
+            None => std::thread::sleep(Duration::from_millis(2)),
+        }
+    };
+    assert!(ended.success());
+    peak
+}
+
+/// Merging keeps panels of a tensor in memory: as much for a model of five times the layers, in a folder and in a file.
+#[test]
+fn merging_takes_no_more_memory_for_a_larger_model() {
+    let folder = Folder::with_run();
+    folder.write("small.gguf", q4_0_model(1));
+    folder.write("large.gguf", q4_0_model(5));
+    let run = json!({
+        "model": "small.gguf", "output_dir": "out",
+        "adapter": { "r": 2, "target_modules": ["q_proj"], "layers_to_transform": [0] },
+        "data": { "train": "eval.jsonl", "eval_fraction": 0.0, "max_length": 192 },
+        "training": { "max_steps": 1, "batch_size": 1 },
+    });
+    folder.write("run.yaml", run.to_string());
+    folder.succeeds(&["train", "run.yaml"]);
+    // Four layers more: 100 MB in f32.
+    for (out, more) in [("folder", &[][..]), ("file.gguf", &["--type", "f16"])] {
+        let [small, large] = ["small", "large"].map(|model| {
+            let (model, out) = (format!("{model}.gguf"), format!("{model}-{out}"));
+            let merge = ["merge", "--adapter", "out/adapter", "--model", &model, "--out", &out];
+            anonymous_peak(folder.command(&joined(&[&merge, more])))
+        });
+        assert!(small > 1e6 && large < small + 16e6, "{out}: {small} and {large} bytes");
+    }
 }

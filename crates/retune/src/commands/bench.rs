@@ -93,7 +93,13 @@ fn train(args: &BenchTrainArgs) -> Result<()> {
     let mut until_forward = start.elapsed().as_secs_f64();
     let (compute, choices) = match args.method.saves_adapter() {
         true => {
-            let integers = compute::integers(&model, &overlay, args.int8_copy, checkpoint.held_bytes() as usize);
+            let integers = compute::integers(
+                &model,
+                &overlay,
+                args.int8_copy,
+                checkpoint.held_bytes() as usize,
+                memory::available(),
+            );
             compute::choose(&model, &overlay, &params, args.compute, integers, &pass, true)
         }
         false => Default::default(),

@@ -26,10 +26,10 @@ use super::data::problems;
 use super::print_json;
 use crate::End;
 use crate::args::EvalArgs;
-use crate::compute;
 use crate::output::refuse_source;
 use crate::progress::{RowProgress, interrupted, watch_interrupts};
 use crate::session::{self, Session};
+use crate::{compute, memory};
 
 const TOKENS_PER_PASS: usize = 1024;
 /// Rows whose labels are encoded at once.
@@ -86,7 +86,13 @@ pub fn run(args: &EvalArgs) -> Result<End> {
     watch_interrupts()?;
 
     let pass = compute::calibration_pass(&overlay.prelude(&model.spec), &data.examples);
-    let integers = compute::integers(model, overlay, Int8Copy::Auto, session.base.checkpoint.held_bytes() as usize);
+    let integers = compute::integers(
+        model,
+        overlay,
+        Int8Copy::Auto,
+        session.base.checkpoint.held_bytes() as usize,
+        memory::available(),
+    );
     let (compute, choices) = compute::choose(model, overlay, params, args.compute, integers, &pass, false);
     let mut scoring = Scoring::new(&session, &compute, &file);
     scoring.losses(&data.examples)?;

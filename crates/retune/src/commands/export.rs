@@ -13,11 +13,10 @@ use retune_model::export;
 use retune_text::go_template::Turns;
 use serde_json::{Value, json};
 
-use super::merge::{self, Written, is_gguf, write_gguf};
-use super::parity::{Parity, Side};
+use super::merge::{self, Bases, Merging, Written, is_gguf, write_gguf};
 use super::print_json;
 use crate::args::{ExportArgs, Program};
-use crate::fetch;
+use crate::parity::{Parity, Sample, Side};
 use crate::session::{self, Base};
 use retune_model::export::refuse_occupied;
 
@@ -33,12 +32,14 @@ const MODEL: &str = "model.gguf";
 /// Writes what the program takes, and says how far it is from what it was made of.
 pub fn run(args: &ExportArgs) -> Result<()> {
     check(args)?;
-    let base = Base::open(&fetch::resolve(&args.model)?)?;
+    let folder = args.adapter.as_deref().map(session::adapter_folder).transpose()?;
+    let bases = Bases::open(&args.model, folder.as_deref(), args.storage)?;
+    let sample = Sample::of(&bases.into, folder.as_deref(), args.data.as_deref())?;
     match args.program {
-        Program::LlamaCpp if args.adapter_only => lora_gguf(args, &base),
-        Program::LlamaCpp | Program::LmStudio | Program::Jan => merged(args, &base),
-        Program::Ollama => ollama(args, &base),
-        Program::Vllm | Program::MistralRs | Program::Peft | Program::Mlx => adapter(args, &base),
+        Program::LlamaCpp if args.adapter_only => lora_gguf(args, &bases.into, &sample),
+        Program::LlamaCpp | Program::LmStudio | Program::Jan => merged(args, &bases, &sample),
+        Program::Ollama => ollama(args, &bases, &sample),
+        Program::Vllm | Program::MistralRs | Program::Peft | Program::Mlx => adapter(args, &bases.into, &sample),
     }
 }
 
@@ -60,10 +61,12 @@ fn check(args: &ExportArgs) -> Result<()> {
     if (takes_adapter || args.adapter_only) && args.adapter.is_none() {
         bail!("{program} is given the adapter alone: say which, with --adapter");
     }
-    if (takes_adapter || args.adapter_only) && args.kind.is_some() {
-        bail!(
-            "--type is of the weights of a merged model, and only the adapter is written for {program}: leave it out"
-        );
+    for (flag, is_given) in [("--type", args.kind.is_some()), ("--storage", args.storage.is_some())] {
+        if (takes_adapter || args.adapter_only) && is_given {
+            bail!(
+                "{flag} is of the weights of a merged model, and only the adapter is written for {program}: leave it out"
+            );
+        }
     }
     if takes_gguf && !is_gguf(&args.out) {
         bail!("{program} loads GGUF files, and {out} is named like none: give an --out that ends in .gguf");
@@ -82,14 +85,14 @@ fn lowered(args: &ExportArgs, base: &Base) -> Result<(Overlay, Vec<f32>)> {
     }
 }
 
-fn write_merged(args: &ExportArgs, base: &Base, path: &Path) -> Result<Written> {
-    let (overlay, params) = lowered(args, base)?;
-    write_gguf(base, &overlay, &params, path, args.kind)
+fn write_merged(args: &ExportArgs, bases: &Bases, sample: &Sample, path: &Path) -> Result<Written> {
+    let (overlay, params) = lowered(args, &bases.into)?;
+    write_gguf(&Merging::of(bases, &overlay, &params, sample), path, args.kind)
         .with_context(|| format!("{} cannot be written for {}", args.model, args.program))
 }
 
-fn merged(args: &ExportArgs, base: &Base) -> Result<()> {
-    let written = write_merged(args, base, &args.out)?;
+fn merged(args: &ExportArgs, bases: &Bases, sample: &Sample) -> Result<()> {
+    let written = write_merged(args, bases, sample, &args.out)?;
     if args.json {
         return print_json(&written.json(&args.out));
     }
@@ -104,10 +107,10 @@ fn merged(args: &ExportArgs, base: &Base) -> Result<()> {
 }
 
 /// The merged model and a Modelfile.
-fn ollama(args: &ExportArgs, base: &Base) -> Result<()> {
+fn ollama(args: &ExportArgs, bases: &Bases, sample: &Sample) -> Result<()> {
     refuse_occupied(&args.out)?;
-    let written = write_merged(args, base, &args.out.join(MODEL))?;
-    let modelfile = modelfile(base)?;
+    let written = write_merged(args, bases, sample, &args.out.join(MODEL))?;
+    let modelfile = modelfile(&bases.into)?;
     atomic::write(&args.out.join("Modelfile"), modelfile.as_bytes())?;
     if args.json {
         return print_json(&written.json(&args.out));
@@ -142,7 +145,7 @@ fn modelfile(base: &Base) -> Result<String> {
 }
 
 /// The adapter alone, for llama.cpp.
-fn lora_gguf(args: &ExportArgs, base: &Base) -> Result<()> {
+fn lora_gguf(args: &ExportArgs, base: &Base, sample: &Sample) -> Result<()> {
     if args.out.exists() {
         bail!("{} is there already: give another --out, or remove it first", args.out.display());
     }
@@ -150,12 +153,12 @@ fn lora_gguf(args: &ExportArgs, base: &Base) -> Result<()> {
     let deltas = source.deltas(args, base)?;
     let linears = export::gguf_linears(&base.checkpoint)?;
     gguf::write_lora(&args.out, &linears, &deltas).with_context(|| way_out(args))?;
-    let parity = source.parity(base, &gguf::read_lora(&args.out, &linears)?)?;
+    let parity = source.parity(base, sample, &gguf::read_lora(&args.out, &linears)?)?;
     report(args, &parity, &format!("llama-cli -m BASE.gguf --lora {}", args.out.display()))
 }
 
 /// The adapter alone, in a folder.
-fn adapter(args: &ExportArgs, base: &Base) -> Result<()> {
+fn adapter(args: &ExportArgs, base: &Base, sample: &Sample) -> Result<()> {
     refuse_occupied(&args.out)?;
     let (out, model) = (args.out.display(), &args.model);
     let source = Source::open(args, base)?;
@@ -169,7 +172,7 @@ fn adapter(args: &ExportArgs, base: &Base) -> Result<()> {
             source.file.write(&args.out, &modules)?;
             let read = AdapterFile::read(&args.out)?;
             let overlay = read.lower(&base.checkpoint.spec)?;
-            let parity = source.parity_with(base, &overlay, &read.params(&overlay)?)?;
+            let parity = source.parity_with(base, sample, &overlay, &read.params(&overlay)?)?;
             report(args, &parity, &format!("PeftModel.from_pretrained(model, \"{out}\")"))
         }
         Program::Mlx => {
@@ -180,7 +183,7 @@ fn adapter(args: &ExportArgs, base: &Base) -> Result<()> {
             let deltas = source.deltas(args, base)?;
             let layers = base.checkpoint.spec.decoder.blocks.len();
             mlx::write(&args.out, layers, source.file.base_model.as_deref(), &deltas).with_context(|| way_out(args))?;
-            let parity = source.parity(base, &mlx::read(&args.out)?)?;
+            let parity = source.parity(base, sample, &mlx::read(&args.out)?)?;
             report(args, &parity, &format!("mlx_lm.generate --model {model} --adapter-path {out}"))
         }
         _ => {
@@ -198,7 +201,7 @@ fn adapter(args: &ExportArgs, base: &Base) -> Result<()> {
             AdapterFile { method: Arc::new(config), base_model, tensors }.write(&args.out, &modules)?;
             let read = AdapterFile::read(&args.out)?;
             let overlay = read.lower(&base.checkpoint.spec)?;
-            let parity = source.parity_with(base, &overlay, &read.params(&overlay)?)?;
+            let parity = source.parity_with(base, sample, &overlay, &read.params(&overlay)?)?;
             let room = VLLM_RANKS.into_iter().find(|&room| room >= r).unwrap_or(most);
             let how = match args.program {
                 Program::Vllm => {
@@ -231,17 +234,17 @@ impl Source {
     }
 
     /// Holds it against changes that were read back.
-    fn parity(&self, base: &Base, read: &Deltas) -> Result<Parity> {
+    fn parity(&self, base: &Base, sample: &Sample, read: &Deltas) -> Result<Parity> {
         let (config, tensors) = conversion(read)?.adapter();
         let file = AdapterFile { method: Arc::new(config), base_model: None, tensors };
         let overlay = file.lower(&base.checkpoint.spec)?;
-        self.parity_with(base, &overlay, &file.params(&overlay)?)
+        self.parity_with(base, sample, &overlay, &file.params(&overlay)?)
     }
 
-    fn parity_with(&self, base: &Base, overlay: &Overlay, params: &[f32]) -> Result<Parity> {
+    fn parity_with(&self, base: &Base, sample: &Sample, overlay: &Overlay, params: &[f32]) -> Result<Parity> {
         let model = base.checkpoint.model()?;
         let ours = Side { model: &model, overlay: &self.overlay, params: &self.params };
-        Parity::of(base.tokenizer()?, ours, Side { model: &model, overlay, params })
+        Ok(Parity::of(sample, ours, Side { model: &model, overlay, params }))
     }
 }
 
@@ -254,7 +257,9 @@ fn conversion(deltas: &Deltas) -> Result<Conversion> {
 /// What to do with an adapter that a program cannot be given.
 fn way_out(args: &ExportArgs) -> String {
     let merged = match args.program {
-        Program::LlamaCpp => "leave out --adapter-only to write the merged model",
+        Program::LlamaCpp => {
+            "leave out --adapter-only to write the merged model, which holds changes of tables as well"
+        }
         _ => "merge it into its base (retune merge)",
     };
     format!(
@@ -268,7 +273,7 @@ fn report(args: &ExportArgs, parity: &Parity, how: &str) -> Result<()> {
         return print_json(&json!({ "out": args.out, "parity": parity.json() }));
     }
     outln!("adapter       {}", args.out.display());
-    outln!("parity        {}", parity.line());
+    parity.print("parity", "read back")?;
     outln!("try           {how}");
     Ok(())
 }

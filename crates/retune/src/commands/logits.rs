@@ -12,9 +12,9 @@ use retune_engine::{Run, Saving};
 use retune_train::run_config::Int8Copy;
 
 use crate::args::LogitsArgs;
-use crate::compute;
 use crate::output::{refuse_missing_folder, refuse_source};
 use crate::session::Session;
+use crate::{compute, memory};
 
 /// Writes `logits` [T, V]; with labels also `loss` [1], and with an adapter the gradient of that loss by each of its tensors.
 pub fn run(args: &LogitsArgs) -> Result<()> {
@@ -42,7 +42,8 @@ pub fn run(args: &LogitsArgs) -> Result<()> {
         pass.push(0, &args.tokens, &trained);
     }
     let backward = args.labels.is_some();
-    let integers = compute::integers(&model, &overlay, Int8Copy::Auto, base.checkpoint.held_bytes() as usize);
+    let integers =
+        compute::integers(&model, &overlay, Int8Copy::Auto, base.checkpoint.held_bytes() as usize, memory::available());
     let (compute, _) = compute::choose(&model, &overlay, &params, args.compute, integers, &pass, backward);
     let norms = RowNorms::of(&model, &overlay, &params);
     let run = Run {

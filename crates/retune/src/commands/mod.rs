@@ -14,7 +14,7 @@ pub mod generate;
 pub mod inspect;
 pub mod logits;
 pub mod merge;
-mod parity;
+pub mod plan;
 pub mod quantize;
 pub mod schema;
 pub mod score;

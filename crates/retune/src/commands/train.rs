@@ -14,21 +14,24 @@ use retune_engine::model::Model;
 use retune_engine::overlay::Overlay;
 use retune_engine::params::ParamLayout;
 use retune_engine::spec::ModelSpec;
-use retune_engine::workspace::Workspace;
 use retune_formats::atomic;
 use retune_kernels::parallel;
-use retune_model::export::{self, MergeOptions};
+use retune_model::checkpoint::Checkpoint;
+use retune_model::export::{self, ExportType, MergeOptions};
 use retune_train::calibration;
 use retune_train::data::{Example, Names};
-use retune_train::run_config::{ActivationCheckpointing, Int8Copy, RunConfig};
+use retune_train::run_config::{Int8Copy, RunConfig};
 use retune_train::schedule::Schedule;
 use retune_train::state::{self, Progress as RunProgress};
-use retune_train::trainer::{Observer, Outcome, Passes, Trained, Trainer, largest_pass, schedule};
+use retune_train::trainer::{Observer, Outcome, Passes, Trained, Trainer, schedule};
 use serde_json::{Value, json};
 
 use super::data::problems;
+use super::merge;
 use crate::args::TrainArgs;
 use crate::memory::{self, human};
+use crate::memory_plan::Planned;
+use crate::parity::{Parity, Sample, Side};
 use crate::progress::{Progress, watch_interrupts};
 use crate::report::{Report, print_stopped};
 use crate::run_data::RunData;
@@ -39,8 +42,6 @@ use crate::{End, compute, fetch, storage};
 /// Held-out rows answered by the base and by the adapted model at the end.
 const SAMPLES: usize = 3;
 const SAMPLE_TOKENS: usize = 48;
-/// What the program takes beside weights, activations and optimizer: its own code, the tokenizer, the data.
-const PROGRAM_BYTES: usize = 60 << 20;
 
 /// Everything of a run that does not change while it trains.
 struct Run<'a> {
@@ -112,8 +113,9 @@ fn start(args: &TrainArgs, mut config: RunConfig, start: Instant) -> Result<End>
     config.training.learning_rate.get_or_insert(method.learning_rate());
     let mut record = serde_json::to_value(&config)?;
     if let Some(record) = record.as_object_mut() {
-        // Neither changes a byte of the result.
+        // Neither threads nor a copy in 8 bits change a byte of the result, and how that is written none of the run.
         record.remove("threads");
+        record.remove("export");
         if let Some(base) = record.get_mut("base").and_then(Value::as_object_mut) {
             base.remove("int8_copy");
         }
@@ -237,7 +239,7 @@ impl Run<'_> {
         let held_out = data.eval.as_ref().map_or(&[][..], |eval| &eval.examples);
         session::refuse_long_rows(&model.spec, &overlay, held_out, "data.max_length")?;
         self.check_warmup()?;
-        self.print_start(&model, &overlay, layout.len());
+        self.print_start(&model, &overlay, layout.len())?;
         let params = self.first_params(&model, &mut overlay)?;
         refuse_long_prelude(&model.spec, &overlay)?;
         let integers = self.check_memory(&model, &overlay, &layout, self.computes_int8())?;
@@ -302,6 +304,7 @@ impl Run<'_> {
             map.forward(&trained, &mut params);
         }
         let (out, saved) = self.write_result(&overlay, &params, &progress, &choices)?;
+        let rounded = self.rounded(Side { model: &model, overlay: &overlay, params: &params }, eval, &out)?;
         let samples = self.samples(&model, &overlay, &params, eval)?;
         let report = Report {
             config,
@@ -314,6 +317,7 @@ impl Run<'_> {
             trained: layout.len(),
             progress: &progress,
             result: &out,
+            rounded,
             samples: &samples,
             choices: &choices,
             seconds: self.start.elapsed().as_secs_f64(),
@@ -389,7 +393,7 @@ impl Run<'_> {
 
     /// Decides in what pieces the run computes: the same as when it began, or it does not go on.
     fn choose_passes(&self, model: &Model, overlay: &Overlay, int8: bool) -> Result<Passes> {
-        let (path, passes) = (self.folder.passes(), self.passes(model, overlay, int8));
+        let (path, passes) = (self.folder.passes(), self.planned(model, overlay, &overlay.layout, int8).passes());
         if self.decided(&path)? {
             let text = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
             let decided: Passes = serde_json::from_slice(&text)
@@ -453,7 +457,13 @@ impl Run<'_> {
         Ok((compute, choices))
     }
 
-    fn print_start(&self, model: &Model, overlay: &Overlay, trained: usize) {
+    /// The type in which a whole model is written.
+    fn export_dtype(&self) -> Result<ExportType> {
+        let given = self.config.export.dtype.given();
+        Ok(given.map_or_else(|| ExportType::of(&self.base.checkpoint), Ok)?)
+    }
+
+    fn print_start(&self, model: &Model, overlay: &Overlay, trained: usize) -> Result<()> {
         let Run { config, data, .. } = self;
         let base = model.spec.parameters();
         let share = 100.0 * trained as f64 / base as f64;
@@ -463,6 +473,16 @@ impl Run<'_> {
             note!("         {line}");
         }
         note!("training {trained} parameters ({share:.2}%)");
+        if !config.method.saves_adapter() {
+            let dtype = self.export_dtype()?;
+            let why = match (config.export.dtype.given(), self.base.checkpoint.table_storage()?) {
+                (None, storage) if !storage.eq_ignore_ascii_case(&dtype.to_string()) => {
+                    format!(", since the base is in {storage}, which trained weights cannot stay in (export.dtype)")
+                }
+                _ => String::new(),
+            };
+            note!("         written as {dtype}{why}");
+        }
         let report = &data.train.report;
         note!("data     {} rows, {} tokens, {} of them trained", report.examples, report.tokens, report.trained_tokens);
         for problem in problems(report, &Names::KEYS) {
@@ -479,6 +499,7 @@ impl Run<'_> {
             let with = if before > 0 { format!(" after {before} that are put before each row") } else { String::new() };
             note!("         ! the longest row has {} tokens{with}, the model's context is {context}", report.longest);
         }
+        Ok(())
     }
 
     /// Whether the base is to be computed in 8 bits, as far as errors allow.
@@ -486,85 +507,41 @@ impl Run<'_> {
         self.config.method.saves_adapter() && compute::limit(self.config.base.compute).is_some()
     }
 
-    fn longest_row(&self) -> usize {
-        let eval = self.data.eval.iter().flat_map(|eval| &eval.examples);
-        self.data.train.examples.iter().chain(eval).map(Example::longest).max().unwrap_or(0)
-    }
-
-    fn passes(&self, model: &Model, overlay: &Overlay, int8: bool) -> Passes {
-        Passes::resolve(&self.config.training, model, overlay, int8, self.longest_row())
+    /// The run, as far as what it takes depends on it.
+    fn planned<'a>(
+        &'a self,
+        model: &'a Model,
+        overlay: &'a Overlay,
+        layout: &'a ParamLayout,
+        int8: bool,
+    ) -> Planned<'a> {
+        let Run { config, method, data, .. } = self;
+        let checkpoint = &self.base.checkpoint;
+        let is_quantized = !config.base.storage.is_as_is();
+        let held_bytes = if is_quantized { checkpoint.held_bytes() } else { checkpoint.file_bytes() };
+        let eval = data.eval.as_ref().map_or(&[][..], |eval| &eval.examples);
+        let train = &data.train.examples;
+        let free = memory::available();
+        Planned { config, method: &**method, model, overlay, layout, held_bytes, int8, train, eval, free }
     }
 
     /// Says what the run will take with its base in 8 bits or in f32, and warns when that is more than is free. What becomes of the base's
     /// integers goes by that.
     fn check_memory(&self, model: &Model, overlay: &Overlay, layout: &ParamLayout, int8: bool) -> Result<Integers> {
-        let (training, parameters) = (&self.config.training, layout.len());
-        let passes = self.passes(model, overlay, int8);
-        let eval = self.data.eval.as_ref().map_or(&[][..], |eval| &eval.examples);
-        let prelude = overlay.prelude(&model.spec);
-        let shuffle = self.config.data.shuffle;
-        let size = largest_pass(&prelude, training, passes, shuffle, &self.data.train.examples, eval);
-        let checkpoint = &self.base.checkpoint;
-        let is_quantized = !self.config.base.storage.is_as_is();
-        let file = if is_quantized { checkpoint.held_bytes() } else { checkpoint.file_bytes() } as usize;
-        // What is computed from the parameters lies beside them.
-        let computed = if parameters == overlay.layout.len() { 0 } else { overlay.layout.len() };
-        // A start that stays a part of the adapter is a third copy.
-        let start = if self.method.keeps_start() { overlay.layout.len() } else { 0 };
-        let trained = 4 * (2 * (parameters + computed) + start);
-        let optimizer = training.optim.state_bytes(layout);
-        let activations = Workspace::planned_bytes(model, overlay, passes.saving, int8, size);
-        let around = trained + optimizer + activations + PROGRAM_BYTES;
-        let integers = compute::integers(model, overlay, self.config.base.int8_copy, file + around);
-        let (base, quantized) = if int8 && integers == Integers::Remade {
-            (file, Compute::planned_int8_bytes(model, overlay, integers))
-        } else if int8 {
-            // Scoring reads the whole file beside what the steps keep; without it only the calibration does, before their memory is in use.
-            let kept = if overlay.table.is_some() { 0 } else { model.table_bytes() };
-            let stored = if eval.is_empty() { kept.max(file.saturating_sub(activations + optimizer)) } else { file };
-            (stored, Compute::planned_int8_bytes(model, overlay, integers))
-        } else {
-            (file, 0)
-        };
-        let total = (base + quantized + around) as u64;
-        note!(
-            "memory   {} planned: base {}, in int8 {}, {} with its gradient {}, optimizer {}, activations {} for passes of {} tokens",
-            human(total),
-            human(base as u64),
-            human(quantized as u64),
-            if self.config.method.saves_adapter() { "adapter" } else { "model" },
-            human(trained as u64),
-            human(optimizer as u64),
-            human(activations as u64),
-            size.tokens,
-        );
-        if int8 && integers == Integers::Remade {
+        let planned = self.planned(model, overlay, layout, int8);
+        let memory = planned.memory();
+        note!("memory   {}", memory.line(if self.config.method.saves_adapter() { "adapter" } else { "model" }));
+        if int8 && memory.integers == Integers::Remade {
             let why = match self.config.base.int8_copy {
                 Int8Copy::Auto => "a copy of them does not fit into what is free; base.int8_copy: always keeps one",
                 _ => "base.int8_copy: never",
             };
             note!("         the linears' 8 bits are made again in every product ({why})");
         }
-        let Some(available) = memory::available() else { return Ok(integers) };
-        if total > available {
-            let layer = training.activation_checkpointing == ActivationCheckpointing::Layer;
-            let settings = self.method.settings()?;
-            let has = |key: &str| settings.get(key).is_some();
-            let ways: Vec<&str> = [
-                (!layer).then_some("set training.activation_checkpointing=layer"),
-                Some("lower training.tokens_per_pass or data.max_length"),
-                (int8 && integers == Integers::Kept).then_some("set base.int8_copy=never"),
-                (self.config.method.saves_adapter() && !is_quantized).then_some("set base.storage=nf4-double"),
-                has("r").then_some("lower adapter.r"),
-                has("num_virtual_tokens").then_some("lower adapter.num_virtual_tokens"),
-                (!self.config.method.saves_adapter()).then_some("train an adapter (method: lora)"),
-            ]
-            .into_iter()
-            .flatten()
-            .collect();
-            note!("         ! only {} are free: {}", human(available), ways.join(", or "));
+        if let Some(available) = memory::available().filter(|available| memory.total() > *available) {
+            note!("         ! only {} are free: {}", human(available), planned.ways()?.join(", or "));
         }
-        Ok(integers)
+        Ok(memory.integers)
     }
 
     /// Goes on from the newest checkpoint, if there is one yet.
@@ -616,11 +593,17 @@ impl Run<'_> {
             // Beside the final name first: an earlier model goes only when this one is whole.
             let partial = folder.partial_model();
             folder.remove_leftovers();
-            let options = MergeOptions::default();
+            let options = MergeOptions { dtype: self.export_dtype()?, ..MergeOptions::default() };
             if let Some(note) = export::scale_note(checkpoint, options.dtype) {
                 note!("! {note}");
             }
-            export::write(checkpoint, overlay, params, &partial, &options, &mut |_, _| {})?;
+            export::write(checkpoint, overlay, params, &partial, &options, &mut |_, _| {}).with_context(|| {
+                let way = "to write it otherwise go on with --resume --set export.dtype=f32";
+                format!(
+                    "the trained model cannot be written as {}; its weights are in the checkpoints, {way}",
+                    options.dtype
+                )
+            })?;
             folder.replace_model()?;
         } else {
             let file = AdapterFile::of(&self.method, Some(config.model.clone()), overlay, params);
@@ -639,6 +622,16 @@ impl Run<'_> {
         });
         atomic::write(&out.join(session::PROVENANCE), format!("{provenance:#}\n").as_bytes())?;
         Ok((out, saved))
+    }
+
+    /// How far a whole model is from the trained one where it was rounded when it was written.
+    fn rounded(&self, trained: Side<'_>, eval: &[Example], out: &Path) -> Result<Option<(ExportType, Parity)>> {
+        let dtype = self.export_dtype()?;
+        if self.config.method.saves_adapter() || dtype == ExportType::F32 {
+            return Ok(None);
+        }
+        let sample = Sample::of_held_out(&self.base, eval)?;
+        Ok(Some((dtype, merge::parity(&sample, trained, &Checkpoint::open(out)?)?)))
     }
 
     /// Answers to a few held-out rows by the base and by what was trained.

@@ -6,9 +6,10 @@ use retune_model::unmerge::inverse;
 use retune_train::run_config::Storage;
 use serde_json::json;
 
-use super::merge::{report, write};
+use super::merge::{Merging, report, write};
 use crate::args::UnmergeArgs;
 use crate::fetch;
+use crate::parity::Sample;
 use crate::session::{self, Base};
 
 /// Writes the model without the adapter, panel by panel.
@@ -29,7 +30,9 @@ pub fn run(args: &UnmergeArgs) -> Result<()> {
     let unmerge = || -> Result<_> {
         let overlay = adapter.lower(&merged.checkpoint.spec)?;
         let params = adapter.params(&overlay)?;
-        write(&merged, &inverse(&overlay)?, &params, &args.written)
+        let without = inverse(&overlay)?;
+        let sample = Sample::of(&merged, Some(&folder), args.written.data.as_deref())?;
+        write(&Merging::new(&merged, &without, &params, &sample), &args.written)
     };
     let written = unmerge().with_context(|| format!("{} cannot be taken out of {}", folder.display(), args.model))?;
     report("unmerged model", &written, &args.written)
