@@ -141,8 +141,17 @@ pub fn refuse_beside_weights(spec: &ModelSpec, overlay: &Overlay) -> Result<(), 
     if virtual_tokens.is_some() || prefix.is_some() {
         return refused("a soft prompt or a prefix, which changes no weight".to_owned());
     }
-    if table_rows.is_some() || head_rows.is_some() || table_term.is_some() || positions_term.is_some() {
-        return refused("rows of a table, which is no linear".to_owned());
+    if table_term.is_some() || positions_term.is_some() {
+        let table = if table_term.is_some() {
+            &spec.table.name
+        } else {
+            spec.table.positions.as_ref().unwrap_or(&spec.table.name)
+        };
+        return refused(format!("a change of {table}, which is a table of rows and no linear"));
+    }
+    if table_rows.is_some() || head_rows.is_some() {
+        let table = if table_rows.is_some() { &spec.table.name } else { &spec.head.linear.name };
+        return refused(format!("rows of {table} that were trained in the base's place (trainable_token_indices)"));
     }
     let is_linear = |range: &Range<usize>| {
         table.as_ref() != Some(range) && linears.iter().any(|change| change.weight.as_ref() == Some(range))
