@@ -212,7 +212,7 @@ impl Planner<'_> {
     }
 
     fn way(&self, name: &str, config: RunConfig, settings: Vec<String>) -> Result<Way> {
-        let Self { checkpoint, model, rows } = *self;
+        let Self { checkpoint, model, rows, room } = *self;
         let (method, overlay) = self.method(&config).with_context(|| name.to_owned())?;
         let latent = method.reparameterisation(&checkpoint.spec, config.training.seed);
         let layout = latent.as_ref().map_or(&overlay.layout, |(map, _)| map.layout());
@@ -236,7 +236,7 @@ impl Planner<'_> {
             int8: config.method.saves_adapter() && compute::limit(config.base.compute).is_some(),
             train: &train,
             eval: &eval,
-            free: self.room.memory,
+            free: room.memory,
         };
         let dtype = config.export.dtype.given().map_or_else(|| ExportType::of(checkpoint), Ok)?;
         let (memory, disk) = (planned.memory(), planned.disk(kept, dtype));
