@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, HashSet, VecDeque};
 
-use retune_text::chat_template::Message;
+use retune_text::chat_template::{Conversation, Message};
 use retune_train::data::{Row, RowText, instruction_messages, order, plain_prompt};
 
 /// What stands between two rows that are no conversations.
@@ -50,7 +50,11 @@ pub fn after(examples: &[&Row], row: &RowText, with_chat: bool) -> RowText {
             all.extend(example.into_iter().take(answers).filter(|turn| turn.role != "system"));
         }
         all.extend_from_slice(own);
-        return RowText::Chat(all);
+        let variables = match row {
+            RowText::Chat(own) => own.variables.clone(),
+            _ => Default::default(),
+        };
+        return RowText::Chat(Conversation { messages: all, variables });
     }
     let Some((prompt, completion)) = pair(row) else { return row.clone() };
     let examples = examples.iter().filter_map(|example| pair(&example.text));
@@ -67,7 +71,7 @@ pub fn answers(examples: &[&Row], with_chat: bool) -> usize {
 /// The row as a conversation, if it is one.
 fn turns(row: &RowText, with_chat: bool) -> Option<Vec<Message>> {
     match row {
-        RowText::Chat(messages) => Some(messages.clone()),
+        RowText::Chat(conversation) => Some(conversation.messages.clone()),
         RowText::Instruction { instruction, input, output } if with_chat => {
             Some(instruction_messages(instruction, input, output).to_vec())
         }
@@ -134,8 +138,8 @@ mod tests {
     fn examples_are_turns_or_text() {
         let all = rows(&["a", "b"], 3);
         let examples = [&all[0], &all[1]];
-        let RowText::Chat(turns) = after(&examples, &all[2].text, true) else { panic!("no conversation") };
-        let turns: Vec<_> = turns.iter().map(|turn| (turn.role.as_str(), turn.content.as_str())).collect();
+        let RowText::Chat(conversation) = after(&examples, &all[2].text, true) else { panic!("no conversation") };
+        let turns: Vec<_> = conversation.messages.iter().map(|turn| (turn.role.as_str(), turn.text())).collect();
         let user = ["Which?\n\n0", "Which?\n\n1", "Which?\n\n2"];
         let roles = ["user", "assistant"];
         let expected = [(0, user[0]), (1, "a"), (0, user[1]), (1, "b"), (0, user[2]), (1, "a")];
@@ -153,8 +157,8 @@ mod tests {
     #[test]
     fn the_system_speaks_once_and_first() {
         let chat = |turns: &[(&str, &str)]| {
-            let turn = |(role, content): &(&str, &str)| Message { role: (*role).into(), content: (*content).into() };
-            RowText::Chat(turns.iter().map(turn).collect())
+            let turn = |(role, content): &(&str, &str)| Message::new(*role, *content);
+            RowText::Chat(turns.iter().map(turn).collect::<Vec<_>>().into())
         };
         let example = chat(&[("system", "s"), ("user", "u"), ("assistant", "a"), ("user", "unanswered")]);
         let example = Row { index: 0, line: 1, text: example };

@@ -1,12 +1,13 @@
 //! Rows are asked and labelled in the tokens that training would see.
 
 use retune_eval::questions::{question, with_labels};
-use retune_train::data::{EncodeOptions, Encoder, Names, Overlong, Row, RowText};
+use retune_train::data::{EncodeOptions, Encoder, Names, OnBadRow, Overlong, Row, RowText};
 
 fn options(max_length: usize) -> EncodeOptions {
     EncodeOptions {
         max_length,
         overlong: Overlong::Truncate,
+        on_bad_row: OnBadRow::Stop,
         train_on_prompt: false,
         has_encoder: false,
         names: Names::KEYS,

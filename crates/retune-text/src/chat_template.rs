@@ -5,9 +5,12 @@
 //! is another matter: a template that prints today's date makes every day's training data different. A template that asks
 //! whether the function is defined has a fixed date to fall back to, and is told no until a date is given.
 
+use std::collections::BTreeMap;
+
 use minijinja::value::{Kwargs, Value, ValueKind};
-use minijinja::{Environment, ErrorKind, context};
+use minijinja::{Environment, ErrorKind};
 use serde::{Deserialize, Serialize};
+use serde_json::Map;
 use sha2::{Digest, Sha256};
 
 use crate::date::Date;
@@ -23,7 +26,53 @@ const MOST_STEPS: u64 = 20_000_000;
 pub struct Message {
     /// `system`, `user`, `assistant`, or whatever else the template knows.
     pub role: String,
-    pub content: String,
+    /// None where a turn says nothing itself, as one that only calls tools.
+    #[serde(default)]
+    pub content: Option<String>,
+    /// What else the template is told of the turn, under the names that templates have for it: `tool_calls`, `reasoning_content`.
+    #[serde(flatten)]
+    pub more: Map<String, serde_json::Value>,
+    /// Whether the turn is not to be learnt although it is an answer. Templates are not told.
+    #[serde(skip)]
+    pub masked: bool,
+}
+
+impl Message {
+    /// A turn that is its text alone.
+    pub fn new(role: impl Into<String>, content: impl Into<String>) -> Message {
+        Message { role: role.into(), content: Some(content.into()), more: Map::new(), masked: false }
+    }
+
+    /// Whether the assistant speaks.
+    pub fn is_answer(&self) -> bool {
+        self.role == "assistant"
+    }
+
+    /// What the turn says, empty where it says nothing itself.
+    pub fn text(&self) -> &str {
+        self.content.as_deref().unwrap_or_default()
+    }
+}
+
+/// A conversation, and what a template is handed beside its turns.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Default)]
+pub struct Conversation {
+    pub messages: Vec<Message>,
+    /// Further variables of the template: `tools`, and those that a template has of its own.
+    pub variables: Map<String, serde_json::Value>,
+}
+
+impl Conversation {
+    /// The assistant's turns.
+    pub fn answers(&self) -> impl DoubleEndedIterator<Item = &Message> {
+        self.messages.iter().filter(|message| message.is_answer())
+    }
+}
+
+impl From<Vec<Message>> for Conversation {
+    fn from(messages: Vec<Message>) -> Self {
+        Conversation { messages, variables: Map::new() }
+    }
 }
 
 /// A compiled chat template.
@@ -91,21 +140,36 @@ impl ChatTemplate {
         });
     }
 
-    /// The conversation as the text the model was trained on. `add_generation_prompt` opens the assistant's next turn.
+    /// The turns as the text the model was trained on, with no variables beside them. `add_generation_prompt` opens the
+    /// assistant's next turn.
+    ///
+    /// # Errors
+    /// As [`ChatTemplate::render_with`].
+    pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String, Error> {
+        self.render_with(messages, &Map::new(), add_generation_prompt)
+    }
+
+    /// The turns, with further variables of a [`Conversation`], as the text the model was trained on.
     ///
     /// # Errors
     /// What the template itself raises (roles that do not alternate, say), what it cannot evaluate, and loops without end.
-    pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String, Error> {
-        let render = || {
-            self.environment.get_template(NAME)?.render(context! {
-                messages => messages,
-                add_generation_prompt => add_generation_prompt,
-                bos_token => self.bos_token,
-                eos_token => self.eos_token,
-                tools => (),
-                documents => (),
-            })
-        };
+    pub fn render_with(
+        &self,
+        messages: &[Message],
+        variables: &Map<String, serde_json::Value>,
+        add_generation_prompt: bool,
+    ) -> Result<String, Error> {
+        let own = [
+            ("tools", Value::from(())),
+            ("documents", Value::from(())),
+            ("messages", Value::from_serialize(messages)),
+            ("add_generation_prompt", Value::from(add_generation_prompt)),
+            ("bos_token", Value::from(self.bos_token.as_str())),
+            ("eos_token", Value::from(self.eos_token.as_str())),
+        ];
+        let mut context: BTreeMap<&str, Value> = own.into_iter().collect();
+        context.extend(variables.iter().map(|(name, value)| (name.as_str(), Value::from_serialize(value))));
+        let render = || self.environment.get_template(NAME)?.render(&context);
         render().map_err(|error| Error::ChatTemplateRender { line: error.line().unwrap_or(0), cause: cause(&error) })
     }
 
@@ -274,7 +338,7 @@ mod tests {
     const SMOLLM2: &str = "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
 
     fn message(role: &str, content: &str) -> Message {
-        Message { role: role.to_owned(), content: content.to_owned() }
+        Message::new(role, content)
     }
 
     fn render(source: &str, messages: &[Message]) -> Result<String, Error> {
@@ -321,6 +385,30 @@ mod tests {
         assert_eq!(
             render_one("{{ bos_token }}{{ eos_token }}{{ tools is none }}{{ unknown is defined }}"),
             "<s></s>TrueFalse"
+        );
+    }
+
+    #[test]
+    fn what_a_row_has_beside_its_turns_reaches_the_template() {
+        let turn = Message {
+            content: None,
+            more: serde_json::from_str(
+                r#"{"tool_calls": [{"function": {"name": "f", "arguments": {"b": 1, "a": 2}}}]}"#,
+            )
+            .unwrap(),
+            ..message("assistant", "")
+        };
+        let variables = serde_json::from_str(r#"{"tools": [{"name": "f"}], "thinking_mode": "off"}"#).unwrap();
+        let render = |source: &str| {
+            let template = ChatTemplate::new(source, "", "").unwrap();
+            template.render_with(std::slice::from_ref(&turn), &variables, false).unwrap()
+        };
+        assert_eq!(render("{{ tools | tojson }} {{ thinking_mode }}"), r#"[{"name": "f"}] off"#);
+        let call = "{{ messages[0].content is none }} {{ messages[0].tool_calls[0].function.arguments | tojson }}";
+        assert_eq!(render(call), r#"True {"b": 1, "a": 2}"#);
+        assert_eq!(
+            render_one("{{ messages[0].tool_calls is defined }}{{ messages[0].masked is defined }}"),
+            "FalseFalse"
         );
     }
 

@@ -122,7 +122,7 @@ fn quoted(text: &str) -> String {
 }
 
 fn render(template: &ChatTemplate, bos: &str, conversation: &[(&str, &str)], prompt: bool) -> Option<String> {
-    let message = |(role, content): &(&str, &str)| Message { role: (*role).to_owned(), content: (*content).to_owned() };
+    let message = |(role, content): &(&str, &str)| Message::new(*role, *content);
     let messages: Vec<Message> = conversation.iter().map(message).collect();
     let text = template.render(&messages, prompt).ok()?;
     Some(text.strip_prefix(bos).map_or_else(|| text.clone(), str::to_owned))

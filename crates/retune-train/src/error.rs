@@ -18,8 +18,46 @@ pub enum Error {
     NotUtf8 { path: PathBuf, line: usize, offset: usize },
 
     /// A data file whose kind its name does not tell.
-    #[error("{} is not a data file by its name; expected one that ends in .jsonl, .json or .csv", .path.display())]
+    #[error(
+        "{} is not a data file by its name; expected one that ends in .jsonl, .json, .csv, .tsv or .parquet, perhaps with .gz or .zst behind it",
+        .path.display()
+    )]
     FileKind { path: PathBuf },
+
+    /// A folder that is given as a data file.
+    #[error(
+        "the folder {} holds no data file; expected files that end in .jsonl, .json, .csv, .tsv or .parquet. Name one of them, or put them there",
+        .path.display()
+    )]
+    EmptyFolder { path: PathBuf },
+
+    /// A file of a kind that is not read, known by how it begins.
+    #[error("{} is {what}; {advice}", .path.display())]
+    OtherFile { path: PathBuf, what: &'static str, advice: &'static str },
+
+    /// A packed file that cannot be unpacked.
+    #[error("{} is packed with {what} and cannot be unpacked: {cause}; fetch it again", .path.display())]
+    Unpack { path: PathBuf, what: &'static str, cause: String },
+
+    /// A Parquet file that cannot be decoded.
+    #[error("{} cannot be read as Parquet: {cause}; write it again, or as .jsonl", .path.display())]
+    Parquet { path: PathBuf, cause: String },
+
+    /// Something of a row that is not read, where reading it would change what is learnt.
+    #[error("{}, line {line}: {what} {reason}; remove it{advice}", .path.display())]
+    NotRead { path: PathBuf, line: usize, what: String, reason: &'static str, advice: String },
+
+    /// Rows of which each says which of two answers is the better one.
+    #[error(
+        "{}, line {line}: these are preference rows, an answer that was chosen and one that was rejected, for methods such as DPO that there are none of \
+         here; to learn the chosen answers alone, set {mapping}",
+        .path.display()
+    )]
+    PreferenceRows { path: PathBuf, line: usize, mapping: String },
+
+    /// Not one row is left of those that could not be read.
+    #[error("none of the rows can be used, {rows} are left out as data.on_bad_row says. The first: {first}")]
+    AllSkipped { rows: usize, first: String },
 
     /// A data file without a row.
     #[error("{} holds no rows; expected at least one", .path.display())]

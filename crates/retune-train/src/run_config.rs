@@ -17,7 +17,9 @@ use schemars::{JsonSchema, SchemaGenerator};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::data::{ColumnMap, DataFormat, EncodeOptions, Names, Overlong, read_text};
+use crate::data::{
+    ColumnMap, DataFormat, EncodeOptions, Files, Names, OnBadRow, Overlong, ReadOptions, UnknownColumns, read_text,
+};
 use crate::error::Error;
 use crate::optimizer::OptimizerName;
 use crate::schedule::SchedulerType;
@@ -192,11 +194,11 @@ pub enum Compute {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct DataConfig {
-    /// The file of training rows: .jsonl, .json or .csv.
-    pub train: PathBuf,
-    /// The file of held-out rows, never trained on. When absent, `eval_fraction` of the training file is held out.
+    /// The file of training rows: .jsonl, .json, .csv, .tsv or .parquet, perhaps packed (.gz, .zst); or a folder of such files, or a list of these.
+    pub train: Files,
+    /// The file of held-out rows, or a folder of them, never trained on. When absent, `eval_fraction` of the training file is held out.
     #[serde(default)]
-    pub eval: Option<PathBuf>,
+    pub eval: Option<Files>,
     /// The part of the training file that is held out when `eval` is absent, at least 0 and below 1; 0 for none. Equal rows are kept on one side.
     #[serde(default = "default_eval_fraction")]
     pub eval_fraction: f64,
@@ -209,6 +211,12 @@ pub struct DataConfig {
     /// The names of the file's columns, where they are not the usual ones.
     #[serde(default)]
     pub columns: ColumnMap,
+    /// What is done with columns, and keys of messages, that are not read.
+    #[serde(default, skip_serializing_if = "UnknownColumns::is_auto")]
+    pub unknown_columns: UnknownColumns,
+    /// What is done with a row that cannot be read.
+    #[serde(default, skip_serializing_if = "OnBadRow::is_stop")]
+    pub on_bad_row: OnBadRow,
     /// Tokens of a row at most.
     #[serde(default = "default_max_length")]
     pub max_length: usize,
@@ -237,7 +245,7 @@ fn default_shuffle() -> bool {
 
 impl DataConfig {
     /// A file of rows with every key left to its default.
-    pub fn new(train: PathBuf) -> Self {
+    pub fn new(train: Files) -> Self {
         DataConfig {
             train,
             eval: None,
@@ -245,6 +253,8 @@ impl DataConfig {
             eval_limit: None,
             format: DataFormat::default(),
             columns: ColumnMap::default(),
+            unknown_columns: UnknownColumns::default(),
+            on_bad_row: OnBadRow::default(),
             max_length: default_max_length(),
             overlong: Overlong::default(),
             train_on_prompt: false,
@@ -252,10 +262,21 @@ impl DataConfig {
         }
     }
 
+    /// The files and folders that rows are read from.
+    pub fn files(&self) -> impl Iterator<Item = &PathBuf> {
+        std::iter::once(&self.train).chain(&self.eval).flat_map(Files::paths)
+    }
+
     /// How rows become examples of a model with or without an encoder; messages call settings as `names` says.
     pub fn encode_options(&self, has_encoder: bool, names: &Names) -> EncodeOptions {
-        let DataConfig { max_length, overlong, train_on_prompt, .. } = *self;
-        EncodeOptions { max_length, overlong, train_on_prompt, has_encoder, names: *names }
+        let DataConfig { max_length, overlong, on_bad_row, train_on_prompt, .. } = *self;
+        EncodeOptions { max_length, overlong, on_bad_row, train_on_prompt, has_encoder, names: *names }
+    }
+
+    /// How files of rows are read; messages call settings as `names` says.
+    pub fn read_options<'a>(&'a self, names: &'a Names) -> ReadOptions<'a> {
+        let DataConfig { format, columns, unknown_columns, on_bad_row, .. } = self;
+        ReadOptions { format: *format, columns, unknown_columns: *unknown_columns, on_bad_row: *on_bad_row, names }
     }
 
     /// Checks ranges and contradictions.
@@ -263,9 +284,9 @@ impl DataConfig {
     /// # Errors
     /// A value out of range, or a column's name that is of no use, each with what it is called.
     pub fn check(&self, names: &Names) -> Result<(), Error> {
-        check_path(names.rows, &self.train, "Name the file of training rows")?;
+        check_files(names.rows, &self.train, "Name the file of training rows")?;
         if let Some(eval) = &self.eval {
-            check_path("data.eval", eval, "Name the file of held-out rows")?;
+            check_files("data.eval", eval, "Name the file of held-out rows")?;
         }
         let fraction = self.eval_fraction;
         require(
@@ -682,6 +703,11 @@ fn check_path(key: &str, path: &Path, advice: &str) -> Result<(), Error> {
     require(!path.as_os_str().is_empty(), key, "empty", "a path", advice)
 }
 
+fn check_files(key: &str, files: &Files, advice: &str) -> Result<(), Error> {
+    require(!files.paths().is_empty(), key, "an empty list", "a path", advice)?;
+    files.paths().iter().try_for_each(|path| check_path(key, path, advice))
+}
+
 fn require(holds: bool, key: &str, found: impl ToString, expected: &str, advice: &str) -> Result<(), Error> {
     if holds {
         return Ok(());
@@ -724,12 +750,15 @@ mod tests {
             eval_limit,
             format,
             columns,
+            unknown_columns,
+            on_bad_row,
             max_length,
             overlong,
             train_on_prompt,
             shuffle,
         } = config.data;
-        assert_eq!((train, eval, eval_fraction, eval_limit), (PathBuf::from("rows.jsonl"), None, 0.05, None));
+        assert_eq!((unknown_columns, on_bad_row), (UnknownColumns::Auto, OnBadRow::Stop));
+        assert_eq!((train, eval, eval_fraction, eval_limit), (Files::from("rows.jsonl"), None, 0.05, None));
         assert_eq!((format, columns), (DataFormat::Auto, ColumnMap::default()));
         assert_eq!((max_length, overlong, train_on_prompt, shuffle), (1024, Overlong::Truncate, false, true));
         let training = config.training;
@@ -816,13 +845,14 @@ threads: 2
             format: "--format",
             max_length: "--max-length",
             overlong: None,
+            unknown_columns: None,
         };
-        let new = || DataConfig::new("rows.jsonl".into());
+        let new = || DataConfig::new(Files::from("rows.jsonl"));
         assert_eq!(new(), parse(&[]).unwrap().data, "what is left out has the documented defaults");
         let error = |data: DataConfig| data.check(&FLAGS).unwrap_err().to_string();
         let short = error(DataConfig { max_length: 1, ..new() });
         assert!(short.starts_with("--max-length is 1; expected 2 to"), "{short}");
-        assert!(error(DataConfig::new("".into())).starts_with("--data is empty; expected a path"));
+        assert!(error(DataConfig::new(Files::from(""))).starts_with("--data is empty; expected a path"));
         let mut columns = ColumnMap::default();
         assert_eq!(columns.set("prompt", "query", &FLAGS).unwrap(), None);
         assert_eq!(columns.set("prompt", "question", &FLAGS).unwrap().as_deref(), Some("query"));
@@ -839,7 +869,9 @@ threads: 2
             "{unknown}"
         );
         // Every column can be set, and each is its own.
-        for column in ["messages", "prompt", "completion", "instruction", "input", "output", "text"] {
+        for column in
+            ["messages", "prompt", "completion", "instruction", "input", "output", "text", "system", "tools", "history"]
+        {
             let mut one = ColumnMap::default();
             one.set(column, "name", &FLAGS).unwrap();
             assert_eq!(serde_json::to_value(&one).unwrap()[column], "name");

@@ -740,6 +740,7 @@ pub struct InspectArgs {
 }
 
 #[derive(Args)]
+#[command(after_long_help = include_str!("../../../docs/data.md"))]
 pub struct DataArgs {
     #[command(flatten)]
     pub run: RunFile,

@@ -1,13 +1,13 @@
 //! What a run says at its end: what it gained, where its result is, and what to do next.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use retune_adapter::Method;
 use retune_engine::calibrate::Choice;
 use retune_model::export::ExportType;
-use retune_train::data::{Names, RowFormat, read_rows};
+use retune_train::data::{Files, Names, RowFormat, RowText, read_rows};
 use retune_train::run_config::RunConfig;
 use retune_train::state::Progress;
 use serde_json::{Value, json};
@@ -113,7 +113,9 @@ impl Report<'_> {
         match (saves_adapter, &self.config.data.eval) {
             (false, None) => {}
             (false, Some(eval)) => {
-                outln!("  {program} eval {model} --data {}", shell_word(&eval.to_string_lossy()));
+                for path in eval.paths() {
+                    outln!("  {program} eval {model} --data {}", shell_word(&path.to_string_lossy()));
+                }
             }
             // No weight can hold it.
             (true, _) if self.method.is_soft_prompt() => {}
@@ -139,7 +141,9 @@ impl Report<'_> {
         }
         let Self { config, data, progress, .. } = self;
         let (training, train) = (&config.training, &data.train.report);
-        let file = |path: &Path| path.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
+        let name =
+            |path: &PathBuf| path.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
+        let file = |files: &Files| files.paths().iter().map(name).collect::<Vec<_>>().join(", ");
         let mut rows = vec![
             ("trained parameters", self.trained.to_string()),
             ("data", format!("`{}`", file(&config.data.train))),
@@ -203,11 +207,14 @@ impl Report<'_> {
         const LONGEST: usize = 120;
         let data = &self.config.data;
         let path = data.eval.as_ref().unwrap_or(&data.train);
-        let file = read_rows(path, data.format, &data.columns, &Names::KEYS).ok()?;
-        let text = file.rows.first()?.text.question()?;
+        let file = read_rows(path, &data.read_options(&Names::KEYS)).ok()?;
+        let first = &file.rows.first()?.text;
+        let text = first.question()?;
         // What was trained on as it stands is asked as it stands.
-        let (flags, question) = match file.format {
-            RowFormat::PromptCompletion => ("--raw ", text.chars().take(LONGEST).collect()),
+        let (flags, question) = match first {
+            RowText::PromptCompletion { .. } if file.format == RowFormat::PromptCompletion => {
+                ("--raw ", text.chars().take(LONGEST).collect())
+            }
             _ => {
                 let mut question = String::new();
                 for word in text.split_whitespace() {

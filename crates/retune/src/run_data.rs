@@ -35,9 +35,9 @@ pub struct HeldOut {
 impl HeldOut {
     /// Reads them. One file alone is split.
     pub fn read(data: &DataConfig, seed: u64) -> Result<Self> {
-        let rows = read_rows(&data.train, data.format, &data.columns, &Names::KEYS)?;
+        let rows = read_rows(&data.train, &data.read_options(&Names::KEYS))?;
         let (train, file) = match &data.eval {
-            Some(path) => (rows, Some(read_rows(path, data.format, &data.columns, &Names::KEYS)?)),
+            Some(path) => (rows, Some(read_rows(path, &data.read_options(&Names::KEYS))?)),
             None if data.eval_fraction > 0.0 => {
                 let (rows, held_out) = split(rows, data.eval_fraction, seed);
                 (rows, Some(held_out).filter(|file| !file.rows.is_empty()))

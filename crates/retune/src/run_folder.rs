@@ -173,9 +173,9 @@ impl RunFolder {
     fn clear(&self, config: &RunConfig) -> Result<()> {
         let folders = self.results();
         let data = &config.data;
-        let used =
-            [Some(Path::new(&config.model)), config.adapter_init.as_deref(), Some(&*data.train), data.eval.as_deref()];
-        let used: Vec<PathBuf> = used.into_iter().flatten().filter_map(|path| fs::canonicalize(path).ok()).collect();
+        let used = [Some(Path::new(&config.model)), config.adapter_init.as_deref()].into_iter().flatten();
+        let used: Vec<PathBuf> =
+            used.chain(data.files().map(PathBuf::as_path)).filter_map(|path| fs::canonicalize(path).ok()).collect();
         for folder in folders.iter().filter_map(|(folder, _)| fs::canonicalize(folder).ok()) {
             if used.iter().any(|path| path.starts_with(&folder)) {
                 bail!(
@@ -258,7 +258,7 @@ impl RunFolder {
         format!(
             "{} has other {what} than when the run in {} began{counted}. Restore the file, start anew with --overwrite, or set another \
              output_dir",
-            path.display(),
+            path,
             self.root.display()
         )
     }

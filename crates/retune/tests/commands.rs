@@ -515,6 +515,35 @@ fn a_card_says_the_rank_that_the_files_have() {
 }
 
 #[test]
+fn data_says_how_columns_were_understood_and_what_was_left() {
+    let folder = Folder::with_run();
+    let row = r#"{"query": "the sand", "response": "the sea", "mood": "calm", "id": 3}"#;
+    folder.write("one.jsonl", format!("{row}\n{row}\n{{\"query\": 4}}\n"));
+    folder.write("two.csv", "query;response\nthe sand of time;the sea\n");
+    let skip = ["--set", "data.on_bad_row=skip", "--set", "data.eval=null", "--set", "data.eval_fraction=0"];
+    let data = ["data", "run.yaml", "--set", "data.train=[one.jsonl, two.csv]"];
+    let text = folder.succeeds(&joined(&[&data, &skip])).stdout;
+    for words in [
+        "one.jsonl, two.csv (alpaca)",
+        "3 rows, 3 used",
+        "! the column \"query\" is taken as instruction; data.columns.instruction=COLUMN takes another",
+        "! 2 rows have a column \"mood\", which is not read (lines 1, 2)",
+        "! 1 rows left out, which cannot be read (lines 3). The first: one.jsonl, line 3: column query is 4",
+    ] {
+        assert!(text.contains(words), "{words:?} is not in {text}");
+    }
+    let report = folder.succeeds(&joined(&[&data, &skip, &["--json"]])).json();
+    assert_eq!(report["train"]["reading"]["skipped"], json!({ "count": 1, "first_lines": [3] }));
+    let refuse = ["--set", "data.unknown_columns=refuse"];
+    folder.refuses(
+        &joined(&[&data, &skip, &refuse]),
+        &["one.jsonl, line 1: mood is not read", "data.unknown_columns=note"],
+    );
+    let help = folder.succeeds(&["help", "data"]).stdout;
+    assert!(help.contains("{\"from\": \"human\""), "{help}");
+}
+
+#[test]
 fn data_reports_what_a_run_will_see() {
     let folder = Folder::with_run();
     let twice = [folder.read("train.jsonl"), folder.read("eval.jsonl"), folder.read("eval.jsonl")].concat();

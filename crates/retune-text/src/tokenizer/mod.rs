@@ -223,6 +223,16 @@ impl Tokenizer {
         self.backend.tokenizer.token_to_id(token)
     }
 
+    /// The texts that become a special token wherever they stand, in no order.
+    pub fn special_texts(&self) -> Vec<String> {
+        let added = self.backend.tokenizer.get_added_tokens_decoder();
+        added
+            .into_values()
+            .filter(|token| token.special && !token.content.is_empty())
+            .map(|token| token.content)
+            .collect()
+    }
+
     /// What a user should know of the files: something they leave open was guessed.
     pub fn note(&self) -> Option<&'static str> {
         self.note

@@ -1,17 +1,23 @@
 //! The examples of a file, and the report on what became of its rows.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 
 use rayon::prelude::*;
+use retune_text::chat_template::Message;
 use retune_text::tokenizer::Tokenizer;
 use serde::Serialize;
 
-use super::read::{DataFile, Row, RowFormat};
-use super::render::{Dropped, Encoded, Encoder, Example};
+use super::columns::RowFormat;
+use super::near::nearest;
+use super::read::{Counted, DataFile, OnBadRow, Reading, count};
+use super::render::{Dropped, Encoded, Encoder, Example, Written};
+use super::row::{Row, RowText};
 use super::sample::marked_sample;
-use crate::error::Error;
+use crate::error::{Error, shortened};
 
+/// Characters shown of a text.
+const SHOWN: usize = 120;
 /// Lines named for each kind of remarkable row.
 const LINES: usize = 5;
 /// Bins of the length histogram at most, and their least width.
@@ -54,7 +60,7 @@ pub struct DataReport {
     pub dropped_too_long: RowCount,
     /// Rows left out because nothing to train on is within the length allowed.
     pub dropped_cut_away: RowCount,
-    /// Rows left out because they have no text.
+    /// Rows left out because nothing in them is a target.
     pub dropped_empty: RowCount,
     /// Rows with the content of an earlier row.
     pub duplicates: RowCount,
@@ -64,10 +70,28 @@ pub struct DataReport {
     pub empty_inputs: RowCount,
     /// Rows with the text of BOS or of a token that ends generation within an answer: it is learnt as that token.
     pub special_in_answers: RowCount,
+    /// Rows whose text spells out a special token of the model anywhere else: it is read as that token.
+    pub special_in_texts: RowCount,
+    /// Rows of which the chat template writes an answer otherwise than the row has it: cut or replaced.
+    pub answers_changed: RowCount,
+    /// The first such answer, and what the template wrote for it.
+    pub first_changed: Option<(String, String)>,
+    /// Rows of which the chat template trims white space around an answer.
+    pub answers_trimmed: RowCount,
+    /// What rows hand to the chat template that is not in the text it wrote.
+    pub left_out_by_template: Vec<Counted>,
+    /// What there is to say of the reading of the file.
+    pub reading: Reading,
     /// Rows that are also among the held-out rows.
     pub overlap_with_held_out: RowCount,
     /// Rows whose prompt is also among the held-out rows, with another answer.
     pub prompts_held_out: RowCount,
+    /// Rows that are neither, but nearly the same as a held-out row.
+    pub near_held_out: RowCount,
+    /// The first of them, and the row that is held out.
+    pub first_near: Option<(String, String)>,
+    /// Where there are few different answers, as classes are, how many rows have each; the most frequent first.
+    pub classes: Vec<Class>,
 }
 
 /// How many rows, and the lines of the first few.
@@ -78,12 +102,40 @@ pub struct RowCount {
 }
 
 impl RowCount {
-    fn add(&mut self, row: &Row) {
+    pub(super) fn add(&mut self, line: usize) {
         self.count += 1;
         if self.first_lines.len() < LINES {
-            self.first_lines.push(row.line);
+            self.first_lines.push(line);
         }
     }
+}
+
+/// An answer that many rows have.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Class {
+    pub answer: String,
+    pub rows: usize,
+}
+
+/// The answers of rows where they are classes: few, and each of several rows on average.
+fn classes(rows: &[Row]) -> Vec<Class> {
+    const MOST: usize = 20;
+    const ROWS_OF_EACH: usize = 3;
+    let mut counts: HashMap<&str, usize> = HashMap::new();
+    for row in rows {
+        let Some(answer) = row.text.answers().last().copied() else { return Vec::new() };
+        *counts.entry(answer.trim()).or_default() += 1;
+        if counts.len() > MOST {
+            return Vec::new();
+        }
+    }
+    if counts.len() < 2 || rows.len() < ROWS_OF_EACH * counts.len() {
+        return Vec::new();
+    }
+    let mut classes: Vec<Class> =
+        counts.into_iter().map(|(answer, rows)| Class { answer: answer.to_owned(), rows }).collect();
+    classes.sort_by(|a, b| b.rows.cmp(&a.rows).then_with(|| a.answer.cmp(&b.answer)));
+    classes
 }
 
 /// Examples of `from` to `to` tokens, both included.
@@ -101,7 +153,8 @@ impl Dataset {
     /// The first row, in the file's order, that cannot be encoded; a file of which nothing is left to train on.
     pub fn build(file: &DataFile, encoder: &Encoder<'_>, held_out: Option<&DataFile>) -> Result<Dataset, Error> {
         // The first by itself, so that a chat template that runs too long on every row is refused after one of them.
-        if let Some(row) = file.rows.first() {
+        let on_bad_row = encoder.options().on_bad_row;
+        if let Some(row) = file.rows.first().filter(|_| on_bad_row == OnBadRow::Stop) {
             encoder.encode(row).map_err(|error| in_row(file, row, error))?;
         }
         let encoded: Vec<Result<Encoded, Error>> = file.rows.par_iter().map(|row| encoder.encode(row)).collect();
@@ -110,26 +163,37 @@ impl Dataset {
         let mut report = DataReport::new(file);
         let mut examples = Vec::with_capacity(encoded.len());
         for (row, encoded) in file.rows.iter().zip(encoded) {
-            match encoded.map_err(|error| in_row(file, row, error))? {
-                Encoded::Kept { example, cut } => {
+            let encoded = match encoded.map_err(|error| in_row(file, row, error)) {
+                Err(error) if on_bad_row == OnBadRow::Skip => {
+                    report.reading.skip(row.line, &error);
+                    continue;
+                }
+                encoded => encoded?,
+            };
+            match encoded {
+                Encoded::Kept { example, cut, written } => {
+                    report.note(row, written);
                     report.tokens += example.tokens();
                     report.trained_tokens += example.trained_tokens();
                     report.tokens_cut += cut;
                     if cut > 0 {
-                        report.truncated.add(row);
+                        report.truncated.add(row.line);
                         if example.trained.last() == Some(&true) && !example.ids.last().is_some_and(is_end) {
-                            report.answers_cut.add(row);
+                            report.answers_cut.add(row.line);
                         }
                     }
                     if nothing.as_ref() == Some(&example.source) {
-                        report.empty_inputs.add(row);
+                        report.empty_inputs.add(row.line);
                     }
                     examples.push(example);
                 }
-                Encoded::Dropped(Dropped::TooLong) => report.dropped_too_long.add(row),
-                Encoded::Dropped(Dropped::CutAway) => report.dropped_cut_away.add(row),
-                Encoded::Dropped(Dropped::Empty) => report.dropped_empty.add(row),
+                Encoded::Dropped(Dropped::TooLong) => report.dropped_too_long.add(row.line),
+                Encoded::Dropped(Dropped::CutAway) => report.dropped_cut_away.add(row.line),
+                Encoded::Dropped(Dropped::Empty) => report.dropped_empty.add(row.line),
             }
+        }
+        if let (true, Some(first)) = (examples.is_empty(), &report.reading.first_skipped) {
+            return Err(Error::AllSkipped { rows: report.reading.skipped.count, first: first.clone() });
         }
         if examples.is_empty() {
             return Err(nothing_to_train(file, encoder));
@@ -137,7 +201,7 @@ impl Dataset {
         report.examples = examples.len();
         report.longest = examples.iter().map(Example::longest).max().unwrap_or(0);
         report.lengths = histogram(&examples, report.longest);
-        report.compare(file, held_out, &special_texts(encoder.tokenizer()));
+        report.compare(file, held_out, encoder.tokenizer());
         Ok(Dataset { examples, report })
     }
 }
@@ -163,31 +227,70 @@ impl DataReport {
             empty_answers: RowCount::default(),
             empty_inputs: RowCount::default(),
             special_in_answers: RowCount::default(),
+            special_in_texts: RowCount::default(),
+            answers_changed: RowCount::default(),
+            first_changed: None,
+            answers_trimmed: RowCount::default(),
+            left_out_by_template: Vec::new(),
+            reading: file.reading.clone(),
             overlap_with_held_out: RowCount::default(),
             prompts_held_out: RowCount::default(),
+            near_held_out: RowCount::default(),
+            first_near: None,
+            classes: Vec::new(),
         }
     }
 
-    /// Counts what rows have in common, with each other and with the held-out rows, and what is odd about answers; `special` are
-    /// texts that do not belong into one.
-    fn compare(&mut self, file: &DataFile, held_out: Option<&DataFile>, special: &[String]) {
-        let held_out: HashSet<_> = held_out.into_iter().flat_map(|file| &file.rows).map(|row| &row.text).collect();
+    /// Counts what a chat template did with a row.
+    fn note(&mut self, row: &Row, written: Written) {
+        if let Some((answer, text)) = written.changed {
+            self.answers_changed.add(row.line);
+            self.first_changed.get_or_insert_with(|| (shortened(&answer, SHOWN), shortened(&text, SHOWN)));
+        }
+        if written.trimmed {
+            self.answers_trimmed.add(row.line);
+        }
+        for what in written.left_out {
+            count(&mut self.left_out_by_template, &what, row.line);
+        }
+    }
+
+    /// Counts what rows have in common, with each other and with the held-out rows, and what is odd about answers and texts.
+    fn compare(&mut self, file: &DataFile, held_out: Option<&DataFile>, tokenizer: &Tokenizer) {
+        let special = special_texts(tokenizer);
+        let all_special = tokenizer.special_texts();
+        let held_out_rows = held_out.map_or(&[][..], |file| &file.rows);
+        let near = nearest(&file.rows, held_out_rows);
+        self.classes = classes(&file.rows);
+        let held_out: HashSet<_> = held_out_rows.iter().map(|row| &row.text).collect();
         let prompts: HashSet<_> = held_out.iter().filter_map(|text| text.prompt()).collect();
         let mut seen = HashSet::new();
-        for row in &file.rows {
+        for (row, near) in file.rows.iter().zip(near) {
             if !seen.insert(&row.text) {
-                self.duplicates.add(row);
+                self.duplicates.add(row.line);
             }
             if held_out.contains(&row.text) {
-                self.overlap_with_held_out.add(row);
+                self.overlap_with_held_out.add(row.line);
             } else if row.text.prompt().is_some_and(|prompt| prompts.contains(&prompt)) {
-                self.prompts_held_out.add(row);
+                self.prompts_held_out.add(row.line);
+            } else if let Some(near) = near {
+                self.near_held_out.add(row.line);
+                let texts = [row, near].map(|row| shortened(row.text.plain_text().trim(), SHOWN));
+                self.first_near.get_or_insert_with(|| texts.into());
             }
             if row.text.has_empty_answer() {
-                self.empty_answers.add(row);
+                self.empty_answers.add(row.line);
             }
-            if row.text.answers().into_iter().any(|answer| is_within(special, answer)) {
-                self.special_in_answers.add(row);
+            // A template ends an answer, whether the answer has its end already or not.
+            let is_written_twice = |answer: &str| special.iter().any(|text| answer.contains(text.as_str()));
+            let is_special = match &row.text {
+                RowText::Chat(conversation) => conversation.answers().any(|turn| is_written_twice(turn.text())),
+                text => text.answers().into_iter().any(|answer| is_within(&special, answer)),
+            };
+            if is_special {
+                self.special_in_answers.add(row.line);
+            } else if !matches!(row.text, RowText::Text(_)) && spells_out(&row.text, &all_special, &special) {
+                self.special_in_texts.add(row.line);
             }
         }
     }
@@ -203,6 +306,20 @@ fn special_texts(tokenizer: &Tokenizer) -> Vec<String> {
     ids.filter_map(text).collect()
 }
 
+/// Whether a row spells out one of the special tokens, other than the end of an answer at its end.
+fn spells_out(text: &RowText, special: &[String], ends: &[String]) -> bool {
+    let questions: Vec<&str> = match text {
+        RowText::Chat(conversation) => conversation.messages.iter().map(Message::text).collect(),
+        RowText::PromptCompletion { prompt, .. } => vec![prompt.as_str()],
+        RowText::Instruction { instruction, input, .. } => vec![instruction.as_str(), input.as_str()],
+        RowText::Text(text) => vec![text.as_str()],
+    };
+    let without_end = |answer| ends.iter().find_map(|end| str::strip_suffix(answer, end.as_str())).unwrap_or(answer);
+    let answers = text.answers().into_iter().map(without_end);
+    let mut pieces = questions.into_iter().chain(answers);
+    pieces.any(|piece| special.iter().any(|token| piece.contains(token.as_str())))
+}
+
 /// Whether one of the texts stands in an answer before its end, where an end token does no harm.
 fn is_within(texts: &[String], answer: &str) -> bool {
     let before_end = texts.iter().find_map(|text| answer.strip_suffix(text.as_str())).unwrap_or(answer);
@@ -210,7 +327,7 @@ fn is_within(texts: &[String], answer: &str) -> bool {
 }
 
 fn in_row(file: &DataFile, row: &Row, error: Error) -> Error {
-    Error::InRow { path: file.path.clone(), line: row.line, error: Box::new(error) }
+    Error::InRow { path: file.file_of(row).to_owned(), line: row.line, error: Box::new(error) }
 }
 
 /// The error for a file without any target, with its first row as the model would see it whole.
@@ -249,10 +366,7 @@ fn histogram(examples: &[Example], longest: usize) -> Vec<LengthBin> {
 
 #[cfg(test)]
 mod tests {
-    use retune_text::chat_template::Message;
-
     use super::super::names::Names;
-    use super::super::read::RowText;
     use super::super::render::{EncodeOptions, Overlong};
     use super::super::testing::tokenizer;
     use super::*;
@@ -260,6 +374,7 @@ mod tests {
     const OPTIONS: EncodeOptions = EncodeOptions {
         max_length: 100,
         overlong: Overlong::Truncate,
+        on_bad_row: OnBadRow::Stop,
         train_on_prompt: false,
         has_encoder: false,
         names: Names::KEYS,
@@ -272,14 +387,13 @@ mod tests {
     /// A conversation that user and assistant take turns in.
     fn chat(turns: &[&str]) -> RowText {
         let roles = ["user", "assistant"].into_iter().cycle();
-        let turns = roles.zip(turns).map(|(role, content)| Message { role: role.into(), content: content.to_string() });
-        RowText::Chat(turns.collect())
+        RowText::Chat(roles.zip(turns).map(|(role, content)| Message::new(role, *content)).collect::<Vec<_>>().into())
     }
 
     /// Rows on every second line.
     fn file(rows: Vec<RowText>) -> DataFile {
         let rows = rows.into_iter().enumerate().map(|(index, text)| Row { index, line: 2 * index + 1, text });
-        DataFile { path: "rows.jsonl".into(), format: RowFormat::PromptCompletion, rows: rows.collect() }
+        DataFile::new("rows.jsonl", RowFormat::PromptCompletion, rows.collect())
     }
 
     fn build(rows: Vec<RowText>, options: EncodeOptions) -> Result<Dataset, Error> {
@@ -368,6 +482,31 @@ mod tests {
     }
 
     #[test]
+    fn rows_nearly_held_out_are_shown_and_classes_counted() {
+        let tokenizer = tokenizer();
+        let encoder = Encoder::new(&tokenizer, OPTIONS).unwrap();
+        let sentence =
+            |animal: &str| format!("the ship left at dawn with forty sailors and a {animal} that nobody had paid for");
+        let training = file(vec![
+            pair(&sentence("goat"), "y"),
+            pair("x", "n"),
+            pair("z", "y "),
+            pair("w", "n"),
+            pair("v", "y"),
+            pair("u", "y"),
+        ]);
+        let held_out = file(vec![pair(&sentence("dog"), "y")]);
+        let report = Dataset::build(&training, &encoder, Some(&held_out)).unwrap().report;
+        assert_eq!(report.near_held_out, count(1, &[1]));
+        let (row, near) = report.first_near.unwrap();
+        assert!(row.contains("goat") && near.contains("dog"), "{row} {near}");
+        let classes: Vec<_> = report.classes.iter().map(|class| (class.answer.as_str(), class.rows)).collect();
+        assert_eq!(classes, [("y", 4), ("n", 2)]);
+        let few = vec![pair("x", "a"), pair("y", "b"), pair("z", "c")];
+        assert!(build(few, OPTIONS).unwrap().report.classes.is_empty());
+    }
+
+    #[test]
     fn nothing_to_train_on_is_an_error_that_shows_a_row() {
         let error = build(vec![pair(&"x".repeat(200), "yz"); 3], OPTIONS).unwrap_err().to_string();
         assert!(error.contains("none of the 3 rows") && error.contains("Line 1 has 204 tokens"), "{error}");
@@ -377,7 +516,7 @@ mod tests {
 
     #[test]
     fn the_first_wrong_row_is_named_whatever_the_threads() {
-        let wrong = || RowText::Chat(vec![Message { role: "user".into(), content: "u".into() }]);
+        let wrong = || chat(&["u"]);
         for _ in 0..20 {
             let mut rows = vec![pair("x", "y"); 300];
             rows[40] = wrong();

@@ -13,6 +13,8 @@ pub struct Names {
     pub max_length: &'static str,
     /// What is done with rows that are too long, where that can be chosen.
     pub overlong: Option<&'static str>,
+    /// What is done with columns that are not read, where that can be chosen.
+    pub unknown_columns: Option<&'static str>,
 }
 
 impl Names {
@@ -24,6 +26,7 @@ impl Names {
         format: "data.format",
         max_length: "data.max_length",
         overlong: Some("data.overlong"),
+        unknown_columns: Some("data.unknown_columns"),
     };
 }
 

@@ -1,333 +1,229 @@
-//! Data files to rows: JSON lines, a JSON array, CSV with a header line; four formats of rows, told by their columns.
+//! Data files to rows: JSON, tables and Parquet, packed or not; five formats of rows, told by their columns.
 //!
-//! Nothing is guessed past what the columns say: a row that does not fit is an error with its line.
+//! Nothing in a row is dropped in silence: what is not read, and could matter, is counted or refused.
 
-use std::fmt;
 use std::path::{Path, PathBuf};
 
-use retune_text::chat_template::Message;
+use retune_text::chat_template::{Conversation, Message};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use super::columns::{ColumnMap, DataFormat, LEAST_SIMILAR, Layout, RowFormat, Taken, Unknown};
+use super::dataset::RowCount;
+use super::files::{self, Content, Files};
+use super::json::{Json, list_in_text};
+use super::messages::{Found, Wrong, messages, says_something};
 use super::names::Names;
+use super::row::{Row, RowText};
+use super::table;
 use crate::error::{Error, describe, nearest, quoted};
 
-/// What the rows of a data file hold, as a configuration says it.
+/// What is done with a row that cannot be read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
-#[cfg_attr(feature = "clap", derive(clap::ValueEnum), value(rename_all = "snake_case"))]
-pub enum DataFormat {
-    /// Told by the columns of the first row.
+pub enum OnBadRow {
+    /// An error, which names the row's line and what is wrong with it.
+    #[default]
+    Stop,
+    /// Left out, and counted in the data report.
+    Skip,
+}
+
+impl OnBadRow {
+    /// Whether it is the default.
+    pub fn is_stop(&self) -> bool {
+        *self == OnBadRow::Stop
+    }
+}
+
+/// What is done with columns, and keys of messages, that nothing reads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum UnknownColumns {
+    /// Those that would change what is learnt are refused; the others are counted in the data report.
     #[default]
     Auto,
-    /// Conversations: a column `messages`, a list of {role, content}. Every assistant turn is trained.
-    Messages,
-    /// Columns `prompt` and `completion`, joined as they are; the completion is trained.
-    PromptCompletion,
-    /// Columns `instruction`, `output` and perhaps `input`, put through the chat template; the output is trained.
-    Alpaca,
-    /// Columns `input` and `output`, joined as they are or, with an encoder, read and answered; the output is trained.
-    InputOutput,
-    /// A column `text`, all of which is trained.
-    Text,
+    /// All are refused.
+    Refuse,
+    /// All are counted in the data report.
+    Note,
 }
 
-/// What the rows of a data file hold.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum RowFormat {
-    Messages,
-    PromptCompletion,
-    Alpaca,
-    InputOutput,
-    Text,
-}
-
-impl DataFormat {
-    fn chosen(self) -> Option<RowFormat> {
-        match self {
-            DataFormat::Auto => None,
-            DataFormat::Messages => Some(RowFormat::Messages),
-            DataFormat::PromptCompletion => Some(RowFormat::PromptCompletion),
-            DataFormat::Alpaca => Some(RowFormat::Alpaca),
-            DataFormat::InputOutput => Some(RowFormat::InputOutput),
-            DataFormat::Text => Some(RowFormat::Text),
-        }
+impl UnknownColumns {
+    /// Whether it is the default.
+    pub fn is_auto(&self) -> bool {
+        *self == UnknownColumns::Auto
     }
 }
 
-impl RowFormat {
-    /// In the order in which they are tried: alpaca files often have a column `text` besides, which repeats the others.
-    const ALL: [RowFormat; 5] =
-        [RowFormat::Messages, RowFormat::PromptCompletion, RowFormat::Alpaca, RowFormat::InputOutput, RowFormat::Text];
-
-    /// The columns without which a row is not of this format.
-    fn required(self) -> &'static [&'static str] {
-        match self {
-            RowFormat::Messages => &["messages"],
-            RowFormat::PromptCompletion => &["prompt", "completion"],
-            RowFormat::Alpaca => &["instruction", "output"],
-            RowFormat::InputOutput => &["input", "output"],
-            RowFormat::Text => &["text"],
-        }
-    }
-
-    /// Whether this format reads the column.
-    fn reads(self, column: &str) -> bool {
-        self.required().contains(&column) || (self == RowFormat::Alpaca && column == "input")
-    }
+/// How files of rows are read.
+#[derive(Debug, Clone, Copy)]
+pub struct ReadOptions<'a> {
+    pub format: DataFormat,
+    pub columns: &'a ColumnMap,
+    pub unknown_columns: UnknownColumns,
+    pub on_bad_row: OnBadRow,
+    /// What messages call these.
+    pub names: &'a Names,
 }
 
-impl fmt::Display for RowFormat {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            RowFormat::Messages => "messages",
-            RowFormat::PromptCompletion => "prompt_completion",
-            RowFormat::Alpaca => "alpaca",
-            RowFormat::InputOutput => "input_output",
-            RowFormat::Text => "text",
-        })
-    }
+impl ReadOptions<'static> {
+    /// Everything told by the columns, which have their usual names.
+    pub const AUTO: ReadOptions<'static> = ReadOptions {
+        format: DataFormat::Auto,
+        columns: &ColumnMap::USUAL,
+        unknown_columns: UnknownColumns::Auto,
+        on_bad_row: OnBadRow::Stop,
+        names: &Names::KEYS,
+    };
 }
 
-/// The names of a file's columns where they are not the usual ones.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
-#[serde(default, deny_unknown_fields)]
-pub struct ColumnMap {
-    /// The file's name for the column `messages`.
-    pub messages: Option<String>,
-    /// The file's name for the column `prompt`.
-    pub prompt: Option<String>,
-    /// The file's name for the column `completion`.
-    pub completion: Option<String>,
-    /// The file's name for the column `instruction`.
-    pub instruction: Option<String>,
-    /// The file's name for the column `input`.
-    pub input: Option<String>,
-    /// The file's name for the column `output`.
-    pub output: Option<String>,
-    /// The file's name for the column `text`.
-    pub text: Option<String>,
-}
-
-impl ColumnMap {
-    /// Gives a column another name in the file; returns the one it had.
-    ///
-    /// # Errors
-    /// A column that no format reads.
-    pub fn set(&mut self, column: &str, name: &str, names: &Names) -> Result<Option<String>, Error> {
-        let place = match column {
-            "messages" => &mut self.messages,
-            "prompt" => &mut self.prompt,
-            "completion" => &mut self.completion,
-            "instruction" => &mut self.instruction,
-            "input" => &mut self.input,
-            "output" => &mut self.output,
-            "text" => &mut self.text,
-            _ => {
-                let known = || self.entries().map(|(known, _)| known).into_iter();
-                let nearest = nearest(column, known()).map_or("nothing", |(known, _)| known);
-                return Err(Error::UnknownKey {
-                    key: format!("{}{column}", names.column),
-                    advice: format!("; did you mean {}{nearest}?", names.column),
-                    place: format!("of {}", names.columns),
-                    known: quoted(known()),
-                });
-            }
-        };
-        Ok(place.replace(name.to_owned()))
-    }
-
-    fn entries(&self) -> [(&'static str, Option<&str>); 7] {
-        [
-            ("messages", self.messages.as_deref()),
-            ("prompt", self.prompt.as_deref()),
-            ("completion", self.completion.as_deref()),
-            ("instruction", self.instruction.as_deref()),
-            ("input", self.input.as_deref()),
-            ("output", self.output.as_deref()),
-            ("text", self.text.as_deref()),
-        ]
-    }
-
-    /// The file's name for a column.
-    fn name<'a>(&'a self, column: &'a str) -> &'a str {
-        self.entries().into_iter().find(|(known, _)| *known == column).and_then(|(_, name)| name).unwrap_or(column)
-    }
-
-    fn is_mapped(&self, column: &str) -> bool {
-        self.entries().into_iter().any(|(known, name)| known == column && name.is_some())
-    }
-
-    /// A column that is given a name although the chosen format does not read it.
-    pub(crate) fn not_read_by(&self, format: DataFormat) -> Option<&'static str> {
-        let format = format.chosen()?;
-        self.entries()
-            .into_iter()
-            .find(|(column, name)| name.is_some() && !format.reads(column))
-            .map(|(column, _)| column)
-    }
-}
-
-/// The rows of a data file.
+/// The rows of a data file, or of several.
 #[derive(Debug, Clone, PartialEq)]
 pub struct DataFile {
+    /// What was read, as [`Files`] shows it.
     pub path: PathBuf,
     /// The format that was asked for or detected.
     pub format: RowFormat,
-    /// In the file's order.
+    /// In the order of the files.
     pub rows: Vec<Row>,
+    /// Of several files which, each with the index of its first row.
+    pub files: Vec<(PathBuf, usize)>,
+    pub reading: Reading,
 }
 
-/// One row of a data file.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Row {
-    /// Its number among the file's rows, from 0.
-    pub index: usize,
-    /// The line it starts on, from 1.
-    pub line: usize,
-    pub text: RowText,
+impl DataFile {
+    /// Rows of one file, of whose reading there is nothing to say.
+    pub fn new(path: impl Into<PathBuf>, format: RowFormat, rows: Vec<Row>) -> Self {
+        DataFile { path: path.into(), format, rows, files: Vec::new(), reading: Reading::default() }
+    }
+
+    /// The file that a row is from.
+    pub fn file_of(&self, row: &Row) -> &Path {
+        let file = self.files.iter().rev().find(|(_, first)| *first <= row.index);
+        file.map_or(&self.path, |(path, _)| path)
+    }
 }
 
-/// What a row says. Rows with equal texts are duplicates.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub enum RowText {
-    Chat(Vec<Message>),
-    PromptCompletion { prompt: String, completion: String },
-    Instruction { instruction: String, input: String, output: String },
-    Text(String),
+/// What there is to say of the reading of a file.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize)]
+pub struct Reading {
+    /// Columns that were taken for those that the format reads.
+    pub taken: Vec<Taken>,
+    /// Columns that hold something and are not read.
+    pub columns_not_read: Vec<Counted>,
+    /// Keys of messages that hold something and are not read.
+    pub keys_not_read: Vec<Counted>,
+    /// Roles that are none of the usual ones: their turns are given to the chat template as they are, and not learnt.
+    pub other_roles: Vec<Counted>,
+    /// Rows left out because they cannot be read.
+    pub skipped: RowCount,
+    /// What is wrong with the first of them.
+    pub first_skipped: Option<String>,
 }
 
-impl RowText {
-    /// Whether an answer of the row, or its whole text, is empty or blank.
-    pub fn has_empty_answer(&self) -> bool {
-        match self {
-            RowText::Text(text) => text.trim().is_empty(),
-            _ => self.answers().iter().any(|answer| answer.trim().is_empty()),
+/// A name and the rows in which it stands.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Counted {
+    pub name: String,
+    pub rows: RowCount,
+}
+
+impl Reading {
+    /// Counts a row that is left out.
+    pub(super) fn skip(&mut self, line: usize, error: &Error) {
+        self.skipped.add(line);
+        self.first_skipped.get_or_insert_with(|| error.to_string());
+    }
+}
+
+pub(super) fn count(counts: &mut Vec<Counted>, name: &str, line: usize) {
+    match counts.iter_mut().find(|counted| counted.name == name) {
+        Some(counted) => counted.rows.add(line),
+        None => {
+            let mut rows = RowCount::default();
+            rows.add(line);
+            counts.push(Counted { name: name.to_owned(), rows });
         }
     }
-
-    /// All that the row says, as plain text, without the words that a template puts around it.
-    pub fn plain_text(&self) -> String {
-        let with_ends = |pieces: &[&str]| -> String {
-            let pieces = pieces.iter().filter(|piece| !piece.is_empty());
-            pieces.flat_map(|piece| [piece, "\n"]).collect()
-        };
-        match self {
-            RowText::Chat(messages) => {
-                messages.iter().map(|message| message.content.as_str()).collect::<Vec<_>>().join("\n")
-            }
-            RowText::PromptCompletion { prompt, completion } => format!("{prompt}{completion}"),
-            RowText::Instruction { instruction, input, output } => with_ends(&[instruction, input, output]),
-            RowText::Text(text) => text.clone(),
-        }
-    }
-
-    /// What the row asks first, as plain text, or the text that it is; `None` of a conversation in which no user speaks.
-    pub fn question(&self) -> Option<String> {
-        Some(match self {
-            RowText::Chat(messages) => messages.iter().find(|message| message.role == "user")?.content.clone(),
-            RowText::PromptCompletion { prompt, .. } => prompt.clone(),
-            RowText::Instruction { instruction, input, .. } => format!("{instruction} {input}"),
-            RowText::Text(text) => text.clone(),
-        })
-    }
-
-    /// The answers of the row; none of a text, which is learnt whole.
-    pub fn answers(&self) -> Vec<&str> {
-        match self {
-            RowText::Chat(messages) => {
-                let answers = messages.iter().filter(|message| message.role == "assistant");
-                answers.map(|message| message.content.as_str()).collect()
-            }
-            RowText::PromptCompletion { completion: answer, .. } | RowText::Instruction { output: answer, .. } => {
-                vec![answer.as_str()]
-            }
-            RowText::Text(_) => Vec::new(),
-        }
-    }
-
-    /// The row with another last answer, in the place of the words of its own, and nothing after it; `None` of a row without answers.
-    pub fn with_answer(&self, answer: &str) -> Option<RowText> {
-        let instead_of = |own: &str| match own.split_once(own.trim()) {
-            Some((before, after)) => format!("{before}{answer}{after}"),
-            None => answer.to_owned(),
-        };
-        Some(match self {
-            RowText::Chat(messages) => {
-                let last = messages.iter().rposition(|message| message.role == "assistant")?;
-                let mut turns = messages.get(..=last)?.to_vec();
-                let turn = turns.last_mut()?;
-                turn.content = instead_of(&turn.content);
-                RowText::Chat(turns)
-            }
-            RowText::PromptCompletion { prompt, completion } => {
-                RowText::PromptCompletion { prompt: prompt.clone(), completion: instead_of(completion) }
-            }
-            RowText::Instruction { instruction, input, output } => RowText::Instruction {
-                instruction: instruction.clone(),
-                input: input.clone(),
-                output: instead_of(output),
-            },
-            RowText::Text(_) => return None,
-        })
-    }
-
-    /// What the last answer answers, in pieces; `None` where nobody asks anything.
-    pub(super) fn prompt(&self) -> Option<Vec<&str>> {
-        let pieces: Vec<&str> = match self {
-            RowText::Chat(messages) => {
-                let last = messages.iter().rposition(|message| message.role == "assistant")?;
-                let before = messages.get(..last).unwrap_or_default();
-                if before.iter().all(|message| message.role == "system") {
-                    return None;
-                }
-                before.iter().flat_map(|message| [message.role.as_str(), message.content.as_str()]).collect()
-            }
-            RowText::PromptCompletion { prompt, .. } => vec![prompt.as_str()],
-            RowText::Instruction { instruction, input, .. } => vec![instruction.as_str(), input.as_str()],
-            RowText::Text(_) => return None,
-        };
-        pieces.iter().any(|piece| !piece.trim().is_empty()).then_some(pieces)
-    }
 }
 
-/// Reads a `.jsonl`, `.json` or `.csv` file. Blank lines are skipped; a JSON file may be an array or hold an object a line.
+/// Reads data files: `.jsonl`, `.json`, `.csv`, `.tsv` or `.parquet`, perhaps packed as `.gz` or `.zst`; or all of a folder, by name. Blank lines are
+/// skipped; a JSON file may be an array or hold objects one after another.
 ///
 /// # Errors
 /// A file that cannot be read or parsed, a column that is missing or of a wrong type, rows of different formats: each with
-/// the line. They call settings as `names` says.
-pub fn read_rows(path: &Path, format: DataFormat, columns: &ColumnMap, names: &Names) -> Result<DataFile, Error> {
-    let reader = Reader { path, columns, names };
-    let records = reader.records()?;
-    let first = records.first().ok_or_else(|| Error::NoRows { path: path.to_owned() })?;
-    let detected = match format.chosen() {
-        Some(format) => format,
-        None => reader.detect(first)?,
-    };
-    // `input` may be left out of a row, but a name that no row has is a mistake.
-    let is_input = |record: &Record| record.fields.contains_key(columns.name("input"));
-    if detected == RowFormat::Alpaca && columns.is_mapped("input") && !records.iter().any(is_input) {
-        return Err(reader.missing(first, columns.name("input")));
+/// the line. They call settings as `options.names` says.
+pub fn read_rows(files: &Files, options: &ReadOptions) -> Result<DataFile, Error> {
+    let mut reading = Reading::default();
+    let mut sources = Vec::new();
+    for path in files.paths() {
+        for path in files::files_of(path)? {
+            let records = records(&path, options.on_bad_row, &mut reading)?;
+            sources.push((path, records));
+        }
     }
-    let rows = records.iter().enumerate().map(|(index, record)| {
-        let text = reader.row(record, detected, format == DataFormat::Auto)?;
-        Ok(Row { index, line: record.line, text })
-    });
-    Ok(DataFile { path: path.to_owned(), format: detected, rows: rows.collect::<Result<_, Error>>()? })
+    let path = PathBuf::from(files.to_string());
+    let first = sources.iter().find_map(|(path, records)| Some((path, records.first()?)));
+    let (first_path, first) = match (first, &reading.first_skipped) {
+        (Some(first), _) => first,
+        (None, Some(error)) => return Err(Error::AllSkipped { rows: reading.skipped.count, first: error.clone() }),
+        (None, None) => return Err(Error::NoRows { path }),
+    };
+    let mut layout = Layout::of(&first.fields, options.format, options.columns).ok_or_else(|| {
+        let ReadOptions { columns, names, .. } = *options;
+        Unknown { path: first_path, line: first.line, fields: &first.fields, columns, names }.error()
+    })?;
+    let all = || sources.iter().flat_map(|(_, records)| records);
+    for column in layout.format.optional() {
+        let name = layout.columns.name(column).to_owned();
+        let has = |record: &&Record| record.fields.contains_key(&name);
+        if all().any(|record| has(&record)) {
+            continue;
+        }
+        // A row may lack it, but a name that no row has is a mistake.
+        if options.columns.is_mapped(column) {
+            return Err(Reader { path: first_path, options, layout: &layout }.missing(first, &name));
+        }
+        all().any(|record| layout.adopt(column, &record.fields));
+    }
+    reading.taken.clone_from(&layout.taken);
+    let are_several = sources.len() > 1 || sources.iter().any(|(source, _)| *source != path);
+    let mut rows = Vec::new();
+    let mut starts = Vec::new();
+    for (path, records) in sources {
+        if are_several {
+            starts.push((path.clone(), rows.len()));
+        }
+        let reader = Reader { path: &path, options, layout: &layout };
+        for record in records {
+            match reader.row(&record, &mut reading) {
+                Ok(text) => rows.push(Row { index: rows.len(), line: record.line, text }),
+                Err(error @ Error::NotRead { .. }) => return Err(error),
+                Err(error) if options.on_bad_row == OnBadRow::Skip => reading.skip(record.line, &error),
+                Err(error) => return Err(error),
+            }
+        }
+    }
+    if rows.is_empty() {
+        let first = reading.first_skipped.unwrap_or_default();
+        return Err(Error::AllSkipped { rows: reading.skipped.count, first });
+    }
+    Ok(DataFile { path, format: layout.format, rows, files: starts, reading })
 }
 
-/// The texts in columns of a `.jsonl`, `.json` or `.csv` file, row by row; of numbers and truth values what the file says.
+/// The texts in columns of a data file, row by row; of numbers and truth values what the file says.
 ///
 /// # Errors
 /// As [`read_rows`].
 pub fn read_columns<const N: usize>(path: &Path, columns: [&str; N]) -> Result<Vec<[String; N]>, Error> {
-    let reader = Reader { path, columns: &ColumnMap::default(), names: &Names::KEYS };
-    let records = reader.records()?;
+    let records = records(path, OnBadRow::Stop, &mut Reading::default())?;
     if records.is_empty() {
         return Err(Error::NoRows { path: path.to_owned() });
     }
+    let layout = Layout { format: RowFormat::Text, columns: ColumnMap::default(), taken: Vec::new() };
+    let reader = Reader { path, options: &ReadOptions::AUTO, layout: &layout };
     let row = |record: &Record| {
         let mut texts = columns.map(|_| String::new());
         for (text, column) in texts.iter_mut().zip(columns) {
@@ -339,191 +235,56 @@ pub fn read_columns<const N: usize>(path: &Path, columns: [&str; N]) -> Result<V
 }
 
 /// A row as the file has it.
-struct Record {
-    line: usize,
-    fields: Map<String, Value>,
+pub(super) struct Record {
+    pub line: usize,
+    pub fields: Map<String, Value>,
 }
+
+/// The rows of one file.
+fn records(path: &Path, on_bad_row: OnBadRow, reading: &mut Reading) -> Result<Vec<Record>, Error> {
+    let mut on_bad_row = |error: Error| {
+        let line = match &error {
+            Error::Syntax { line, .. } if on_bad_row == OnBadRow::Skip => *line,
+            _ => return Err(error),
+        };
+        reading.skip(line, &error);
+        Ok(())
+    };
+    match files::open(path)? {
+        Content::Json(text) => Json { path, on_bad_row: &mut on_bad_row }.records(&text),
+        Content::Table(text, separator) => table::records(path, &text, separator, &mut on_bad_row),
+        #[cfg(feature = "parquet")]
+        Content::Parquet => super::parquet::records(path),
+        #[cfg(not(feature = "parquet"))]
+        Content::Parquet => Err(Error::OtherFile {
+            path: path.to_owned(),
+            what: "Parquet, which this build cannot read",
+            advice: "build with the feature `parquet`, or write the rows as .jsonl",
+        }),
+    }
+}
+
+/// Columns that are known to have no effect on what is learnt.
+const WITHOUT_EFFECT: [&str; 7] = ["id", "_id", "idx", "index", "uuid", "__index_level_0__", "Unnamed: 0"];
+/// Columns that say that there is more to a row than its text.
+const MEDIA: [&str; 8] = ["image", "images", "video", "videos", "audio", "audios", "image_path", "pixel_values"];
 
 /// What errors and columns need to be told.
 struct Reader<'a> {
     path: &'a Path,
-    columns: &'a ColumnMap,
-    names: &'a Names,
-}
-
-/// A file's text, without the byte order mark some editors begin it with.
-///
-/// # Errors
-/// A file that cannot be read; one that is not UTF-8, with the line.
-pub(crate) fn read_text(path: &Path) -> Result<String, Error> {
-    let bytes = std::fs::read(path).map_err(|error| Error::Read { path: path.to_owned(), error })?;
-    let mut text = String::from_utf8(bytes).map_err(|error| {
-        let offset = error.utf8_error().valid_up_to();
-        let before = error.as_bytes().iter().take(offset);
-        let line = 1 + before.filter(|&&byte| byte == b'\n').count();
-        Error::NotUtf8 { path: path.to_owned(), line, offset }
-    })?;
-    if text.starts_with('\u{FEFF}') {
-        text.drain(..'\u{FEFF}'.len_utf8());
-    }
-    Ok(text)
+    options: &'a ReadOptions<'a>,
+    layout: &'a Layout,
 }
 
 impl Reader<'_> {
-    /// The rows of the file.
-    fn records(&self) -> Result<Vec<Record>, Error> {
-        let extension = self.path.extension().and_then(|extension| extension.to_str()).unwrap_or_default();
-        match extension.to_ascii_lowercase().as_str() {
-            "jsonl" | "ndjson" | "json" => self.json(&read_text(self.path)?),
-            "csv" => self.csv(&read_text(self.path)?),
-            _ => Err(Error::FileKind { path: self.path.to_owned() }),
-        }
-    }
-
-    fn json(&self, text: &str) -> Result<Vec<Record>, Error> {
-        if text.trim_start().starts_with('[') { self.json_array(text) } else { self.json_lines(text) }
-    }
-
-    fn json_lines(&self, text: &str) -> Result<Vec<Record>, Error> {
-        let mut records = Vec::new();
-        for (index, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
-            let value = serde_json::from_str(line).map_err(|error| self.json_error(index + 1, &error))?;
-            records.push(self.record(index + 1, value)?);
-        }
-        Ok(records)
-    }
-
-    /// Row by row, so that every row has its line.
-    fn json_array(&self, text: &str) -> Result<Vec<Record>, Error> {
-        let mut records = Vec::new();
-        let mut line = 1;
-        let mut rest = skip_space(text, &mut line);
-        rest = skip_space(rest.strip_prefix('[').unwrap_or(rest), &mut line);
-        let mut closed = rest.strip_prefix(']');
-        while closed.is_none() {
-            let mut values = serde_json::Deserializer::from_str(rest).into_iter::<Value>();
-            let value = match values.next() {
-                Some(Ok(value)) => value,
-                Some(Err(error)) => return Err(self.json_error(line, &error)),
-                None => return Err(self.syntax(line, "the array ends without `]`".to_owned(), JSON)),
-            };
-            let (row, after) = rest.split_at_checked(values.byte_offset()).unwrap_or((rest, ""));
-            records.push(self.record(line, value)?);
-            line += newlines(row);
-            rest = skip_space(after, &mut line);
-            closed = rest.strip_prefix(']');
-            if closed.is_none() {
-                rest = match rest.strip_prefix(',') {
-                    Some(after) => skip_space(after, &mut line),
-                    None => return Err(self.syntax(line, "a row is not followed by `,` or `]`".to_owned(), JSON)),
-                };
-            }
-        }
-        if !skip_space(closed.unwrap_or_default(), &mut line).is_empty() {
-            return Err(self.syntax(line, "something follows the array".to_owned(), JSON));
-        }
-        Ok(records)
-    }
-
-    fn record(&self, line: usize, value: Value) -> Result<Record, Error> {
-        match value {
-            Value::Object(fields) => Ok(Record { line, fields }),
-            other => Err(self.syntax(line, format!("the row is {}", describe(&other)), JSON)),
-        }
-    }
-
-    /// An error of the parser, which counts lines from `line` on.
-    fn json_error(&self, line: usize, error: &serde_json::Error) -> Error {
-        let text = error.to_string();
-        // The parser appends its own line, which is of no use where it was given one line of many.
-        let cause = text.split(" at line ").next().unwrap_or(&text);
-        self.syntax(line + error.line().saturating_sub(1), format!("{cause} (column {})", error.column()), JSON)
-    }
-
-    fn csv(&self, text: &str) -> Result<Vec<Record>, Error> {
-        let error = |error: csv::Error| {
-            let line = error.position().map_or(1, |position| position.line() as usize);
-            self.syntax(line, error.to_string(), CSV)
-        };
-        let mut reader = csv::ReaderBuilder::new().from_reader(text.as_bytes());
-        let header = reader.headers().map_err(error)?.clone();
-        if let (1, Some(line)) = (header.len(), text.lines().next())
-            && let Some((other, name)) = SEPARATORS.iter().find(|(other, _)| line.contains(*other))
-        {
-            let columns = line.split(*other).count();
-            return Err(self.syntax(
-                1,
-                format!("there is no comma, but {columns} columns separated by {name}"),
-                CSV_WITH_COMMAS,
-            ));
-        }
-        for (at, name) in header.iter().enumerate() {
-            if header.iter().take(at).any(|earlier| earlier == name) {
-                return Err(self.syntax(1, format!("the column {name:?} is there twice"), CSV));
-            }
-        }
-        let mut records = Vec::new();
-        for record in reader.records() {
-            let record = record.map_err(error)?;
-            let line = record.position().map_or(1, |position| position.line() as usize);
-            let fields = header.iter().zip(&record).map(|(name, field)| (name.to_owned(), Value::from(field)));
-            records.push(Record { line, fields: fields.collect() });
-        }
-        Ok(records)
-    }
-
-    fn syntax(&self, line: usize, cause: String, expected: &'static str) -> Error {
-        Error::Syntax { path: self.path.to_owned(), line, cause, expected }
-    }
-
-    fn fits(&self, record: &Record, format: RowFormat) -> bool {
-        let is_read = |name: &str| format.required().iter().any(|column| self.columns.name(column) == name);
-        // Beside an input, another text may be what is to be done with it.
-        let is_alone = || record.fields.iter().all(|(name, value)| !value.is_string() || is_read(name));
-        let has_all = format.required().iter().all(|column| record.fields.contains_key(self.columns.name(column)));
-        has_all && (format != RowFormat::InputOutput || is_alone())
-    }
-
-    /// The first format whose columns the record has. Where columns are mapped, only the formats that read them count: with a
-    /// misspelt mapping nothing else may be trained on instead.
-    fn detect(&self, record: &Record) -> Result<RowFormat, Error> {
-        let mapped = |format: &RowFormat| {
-            self.columns.entries().iter().any(|(column, name)| name.is_some() && format.reads(column))
-        };
-        let any_mapped = RowFormat::ALL.iter().any(mapped);
-        let candidates: Vec<RowFormat> =
-            RowFormat::ALL.into_iter().filter(|format| !any_mapped || mapped(format)).collect();
-        if let Some(format) = candidates.iter().find(|format| self.fits(record, **format)) {
-            return Ok(*format);
-        }
-        let names = |format: &RowFormat| {
-            let names: Vec<&str> = format.required().iter().map(|column| self.columns.name(column)).collect();
-            format!("{format}: {}", names.join(" and "))
-        };
-        let wanted = candidates.iter().flat_map(|format| format.required()).map(|column| self.columns.name(column));
-        let keys = || record.fields.keys().map(String::as_str);
-        let closest = wanted
-            .filter_map(|wanted| nearest(wanted, keys()).map(|(found, similarity)| (wanted, found, similarity)))
-            .filter(|(_, _, similarity)| *similarity < 1.0)
-            .reduce(|best, next| if next.2 > best.2 { next } else { best });
-        Err(Error::UnknownFormat {
-            path: self.path.to_owned(),
-            line: record.line,
-            found: quoted(keys()),
-            expected: candidates.iter().map(names).collect::<Vec<_>>().join("; or "),
-            advice: match closest {
-                Some((wanted, found, _)) => {
-                    format!("Give the columns' names in {}; {found:?} is nearest to {wanted:?}", self.names.columns)
-                }
-                None => format!("Give the columns' names in {}", self.names.columns),
-            },
-        })
-    }
-
-    fn row(&self, record: &Record, format: RowFormat, detected: bool) -> Result<RowText, Error> {
-        if detected && !self.fits(record, format) {
-            let other = RowFormat::ALL.into_iter().find(|other| self.fits(record, *other));
-            if let Some(found) = other {
+    fn row(&self, record: &Record, reading: &mut Reading) -> Result<RowText, Error> {
+        let format = self.layout.format;
+        let columns = &self.layout.columns;
+        if self.options.format == DataFormat::Auto && !columns.fit(&record.fields, format) {
+            let usual = self.options.columns;
+            if let Some(found) =
+                RowFormat::ALL.into_iter().find(|other| usual.fit(&record.fields, *other) && *other != format)
+            {
                 return Err(Error::MixedFormats {
                     path: self.path.to_owned(),
                     line: record.line,
@@ -532,37 +293,204 @@ impl Reader<'_> {
                 });
             }
         }
-        Ok(match format {
-            RowFormat::Messages => RowText::Chat(self.messages(record)?),
-            RowFormat::PromptCompletion => RowText::PromptCompletion {
-                prompt: self.string(record, "prompt")?,
-                completion: self.string(record, "completion")?,
-            },
+        let mut found = Found::default();
+        let text = match format {
+            RowFormat::Messages => {
+                let value = self.value(record, "messages")?;
+                let turns = self.messages(record, columns.name("messages"), value, &mut found)?;
+                RowText::Chat(self.conversation(record, turns, &mut found)?)
+            }
+            RowFormat::PromptCompletion => self.prompt_and_completion(record, &mut found)?,
             RowFormat::InputOutput => RowText::PromptCompletion {
                 prompt: self.string(record, "input")?,
                 completion: self.string(record, "output")?,
             },
-            RowFormat::Alpaca => RowText::Instruction {
-                instruction: self.string(record, "instruction")?,
-                input: match record.fields.get(self.columns.name("input")) {
-                    None | Some(Value::Null) => String::new(),
-                    Some(_) => self.string(record, "input")?,
-                },
-                output: self.string(record, "output")?,
-            },
+            RowFormat::Alpaca => self.instruction(record, &mut found)?,
             RowFormat::Text => RowText::Text(self.string(record, "text")?),
-        })
+        };
+        self.note(record, &text, found, reading)?;
+        Ok(text)
+    }
+
+    fn messages(&self, record: &Record, place: &str, value: &Value, found: &mut Found) -> Result<Vec<Message>, Error> {
+        messages(place, value, found)
+            .map_err(|Wrong { place, found, expected }| self.column_type(record, place, found, expected))
+    }
+
+    /// Turns, with the text of a column `system` before them and what the template is told beside them.
+    fn conversation(&self, record: &Record, mut turns: Vec<Message>, found: &mut Found) -> Result<Conversation, Error> {
+        let name = self.layout.columns.name("system");
+        if let Some(system) = self.optional_text(record, "system")? {
+            match turns.first().filter(|turn| matches!(turn.role.as_str(), "system" | "developer")) {
+                Some(turn) if turn.text() == system => {}
+                Some(_) => {
+                    found.changes.get_or_insert((
+                        name.to_owned(),
+                        "says something else than the system's turn that the messages begin with",
+                    ));
+                }
+                None => turns.insert(0, Message::new("system", system)),
+            }
+        }
+        let mut variables = Map::new();
+        let name = self.layout.columns.name("tools");
+        if let Some(value) = record.fields.get(name).filter(|value| says_something(value)) {
+            let decoded = value.as_str().and_then(list_in_text);
+            let tools = decoded.as_ref().unwrap_or(value);
+            if !tools.is_array() {
+                return Err(self.column_type(
+                    record,
+                    name.to_owned(),
+                    describe(value),
+                    "a list of functions, or the JSON text of one",
+                ));
+            }
+            if says_something(tools) {
+                variables.insert("tools".to_owned(), tools.clone());
+            }
+        }
+        if let Some(Value::Object(others)) = record.fields.get(VARIABLES) {
+            variables.extend(others.iter().map(|(name, value)| (name.clone(), value.clone())));
+        }
+        Ok(Conversation { messages: turns, variables })
+    }
+
+    /// Two texts; or, where one of them is a list of messages, a conversation of which the completion is learnt.
+    fn prompt_and_completion(&self, record: &Record, found: &mut Found) -> Result<RowText, Error> {
+        let [prompt, completion] = ["prompt", "completion"];
+        let [asked, answered] = [self.value(record, prompt)?, self.value(record, completion)?];
+        if !asked.is_array() && !answered.is_array() {
+            return Ok(RowText::PromptCompletion {
+                prompt: self.string(record, prompt)?,
+                completion: self.string(record, completion)?,
+            });
+        }
+        let mut turns = |column: &'static str, value: &Value, role: &str| match value {
+            Value::Array(_) => self.messages(record, self.layout.columns.name(column), value, found),
+            _ => Ok(vec![Message::new(role, self.string(record, column)?)]),
+        };
+        let mut all = turns(prompt, asked, "user")?;
+        for turn in &mut all {
+            turn.masked = turn.is_answer();
+        }
+        all.extend(turns(completion, answered, "assistant")?);
+        Ok(RowText::Chat(self.conversation(record, all, found)?))
+    }
+
+    fn instruction(&self, record: &Record, found: &mut Found) -> Result<RowText, Error> {
+        let instruction = self.string(record, "instruction")?;
+        let input = self.optional_text(record, "input")?.unwrap_or_default();
+        let output = self.string(record, "output")?;
+        let mut turns = Vec::new();
+        let name = self.layout.columns.name("history");
+        if let Some(value) = record.fields.get(name).filter(|value| says_something(value)) {
+            let decoded = value.as_str().and_then(list_in_text);
+            turns = self.history(record, name, decoded.as_ref().unwrap_or(value), found)?;
+        }
+        let beside = ["system", "tools"].map(|column| record.fields.get(self.layout.columns.name(column)));
+        let has_more = beside.into_iter().flatten().any(says_something)
+            || record.fields.get(VARIABLES).is_some_and(says_something);
+        if turns.is_empty() && !has_more {
+            return Ok(RowText::Instruction { instruction, input, output });
+        }
+        turns.extend(super::render::instruction_messages(&instruction, &input, &output));
+        Ok(RowText::Chat(self.conversation(record, turns, found)?))
+    }
+
+    /// Earlier turns: pairs of what was asked and answered, or messages.
+    fn history(&self, record: &Record, name: &str, value: &Value, found: &mut Found) -> Result<Vec<Message>, Error> {
+        const PAIRS: &str = "a list of pairs [question, answer], or of messages";
+        let wrong = |value: &Value| self.column_type(record, name.to_owned(), describe(value), PAIRS);
+        let list = value.as_array().ok_or_else(|| wrong(value))?;
+        if list.first().is_some_and(Value::is_object) {
+            return self.messages(record, name, value, found);
+        }
+        let mut turns = Vec::new();
+        for pair in list {
+            let texts: Vec<&str> = pair.as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+            let [asked, answered] = texts[..] else { return Err(wrong(pair)) };
+            turns.extend([Message::new("user", asked), Message::new("assistant", answered)]);
+        }
+        Ok(turns)
+    }
+
+    /// Counts what the row holds that was not read, or refuses it.
+    fn note(&self, record: &Record, text: &RowText, mut found: Found, reading: &mut Reading) -> Result<(), Error> {
+        let is_chat = matches!(text, RowText::Chat(_));
+        for (name, value) in record.fields.iter().filter(|(_, value)| says_something(value)) {
+            let is_read = match name.as_str() {
+                VARIABLES => is_chat,
+                // Of two texts there is no conversation for them to stand in.
+                _ if [self.layout.columns.name("system"), self.layout.columns.name("tools")]
+                    .contains(&name.as_str()) =>
+                {
+                    is_chat && self.layout.reads(name)
+                }
+                name => self.layout.reads(name),
+            };
+            if is_read || WITHOUT_EFFECT.contains(&name.as_str()) {
+                continue;
+            }
+            if let Some(reason) = self.reason(name, value) {
+                found.changes.get_or_insert((name.clone(), reason));
+            }
+            count(&mut reading.columns_not_read, name, record.line);
+            if self.options.unknown_columns == UnknownColumns::Refuse {
+                found.changes.get_or_insert((name.clone(), "is not read"));
+            }
+        }
+        for key in &found.keys {
+            count(&mut reading.keys_not_read, key, record.line);
+            if self.options.unknown_columns == UnknownColumns::Refuse {
+                found.changes.get_or_insert((format!("the key {key}"), "is not read"));
+            }
+        }
+        for role in &found.roles {
+            count(&mut reading.other_roles, role, record.line);
+        }
+        match found.changes {
+            Some((what, reason)) if self.options.unknown_columns != UnknownColumns::Note => Err(Error::NotRead {
+                path: self.path.to_owned(),
+                line: record.line,
+                what,
+                reason,
+                advice: match self.options.names.unknown_columns {
+                    Some(key) => format!(", or set {key}=note to learn the rest as it is"),
+                    None => String::new(),
+                },
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Why something else would be learnt if the column were read; nothing where that is not known.
+    fn reason(&self, name: &str, value: &Value) -> Option<&'static str> {
+        let name = name.to_ascii_lowercase();
+        match name.as_str() {
+            _ if MEDIA.contains(&name.as_str()) => Some("holds what models here cannot read: they read text alone"),
+            "system" | "system_prompt" | "tools" | "history" => {
+                Some("is not read in rows of this format: give them as messages, or as instruction and output")
+            }
+            "label" if value.is_boolean() && self.layout.format == RowFormat::PromptCompletion => Some(
+                "says which answers are good and which are bad, which is for a method of learning from preferences (KTO) that there is none of here",
+            ),
+            "weight" | "sample_weight" if value.as_f64().is_some_and(|weight| weight != 1.0) => {
+                Some("weighs rows against each other, and all rows count the same here")
+            }
+            _ => None,
+        }
     }
 
     fn value<'r>(&self, record: &'r Record, column: &str) -> Result<&'r Value, Error> {
-        let name = self.columns.name(column);
+        let name = self.layout.columns.name(column);
         record.fields.get(name).ok_or_else(|| self.missing(record, name))
     }
 
     fn missing(&self, record: &Record, column: &str) -> Error {
-        let advice = match nearest(column, record.fields.keys().map(String::as_str)) {
+        let nearest = nearest(column, record.fields.keys().map(String::as_str));
+        let advice = match nearest.filter(|(_, similarity)| *similarity >= LEAST_SIMILAR) {
             Some((found, _)) => {
-                let Names { columns, format, .. } = self.names;
+                let Names { columns, format, .. } = self.options.names;
                 format!("The nearest is {found:?}: name it in {columns}, or choose another {format}")
             }
             None => "Every row needs it".to_owned(),
@@ -588,9 +516,22 @@ impl Reader<'_> {
         match self.value(record, column)? {
             Value::String(text) => Ok(text.clone()),
             other => {
-                let name = self.columns.name(column).to_owned();
-                Err(self.column_type(record, name, describe(other), "a text, in quotation marks"))
+                let name = self.layout.columns.name(column).to_owned();
+                let found = if other.is_null() {
+                    "nothing (null, or a NaN where a text was missing)".to_owned()
+                } else {
+                    describe(other)
+                };
+                Err(self.column_type(record, name, found, "a text, in quotation marks"))
             }
+        }
+    }
+
+    /// The text of a column that a row may do without; none where it is empty.
+    fn optional_text(&self, record: &Record, column: &str) -> Result<Option<String>, Error> {
+        match record.fields.get(self.layout.columns.name(column)) {
+            None | Some(Value::Null) => Ok(None),
+            Some(_) => self.string(record, column).map(|text| Some(text).filter(|text| !text.is_empty())),
         }
     }
 
@@ -607,59 +548,10 @@ impl Reader<'_> {
             }
         }
     }
-
-    fn messages(&self, record: &Record) -> Result<Vec<Message>, Error> {
-        const LIST: &str = "a list of at least one {\"role\": …, \"content\": …}";
-        let name = self.columns.name("messages");
-        let value = self.value(record, "messages")?;
-        let Some(list) = value.as_array().filter(|list| !list.is_empty()) else {
-            return Err(self.column_type(record, name.to_owned(), describe(value), LIST));
-        };
-        list.iter().enumerate().map(|(at, message)| self.message(record, &format!("{name}[{at}]"), message)).collect()
-    }
-
-    fn message(&self, record: &Record, place: &str, message: &Value) -> Result<Message, Error> {
-        /// Keys that change what is to be learnt.
-        const REFUSED: [&str; 4] = ["tool_calls", "function_call", "tool_call_id", "weight"];
-        let Some(fields) = message.as_object() else {
-            let expected = "an object with the keys \"role\" and \"content\"";
-            return Err(self.column_type(record, place.to_owned(), describe(message), expected));
-        };
-        if let Some(key) = REFUSED.into_iter().find(|key| fields.get(*key).is_some_and(|value| !value.is_null())) {
-            let found = format!("set to {}", describe(fields.get(key).unwrap_or(&Value::Null)));
-            let expected = "plain messages of role and content: this key is not supported";
-            return Err(self.column_type(record, format!("{place}.{key}"), found, expected));
-        }
-        let text = |key: &str| match fields.get(key) {
-            Some(Value::String(text)) => Ok(text.clone()),
-            other => {
-                let found = other.map_or_else(
-                    || format!("missing (the message has {})", quoted(fields.keys().map(String::as_str))),
-                    describe,
-                );
-                Err(self.column_type(record, format!("{place}.{key}"), found, "a text, in quotation marks"))
-            }
-        };
-        Ok(Message { role: text("role")?, content: text("content")? })
-    }
 }
 
-const JSON: &str = "one JSON object a line, or an array of objects";
-const CSV: &str = "a header line with the columns' names, then as many fields in every row";
-const CSV_WITH_COMMAS: &str = "commas between the columns; save it as a CSV file with commas";
-/// What programs separate columns by that is no comma.
-const SEPARATORS: [(char, &str); 3] = [(';', "semicolons"), ('\t', "tabs"), ('|', "vertical bars")];
-
-fn newlines(text: &str) -> usize {
-    text.bytes().filter(|&byte| byte == b'\n').count()
-}
-
-/// What follows the white space at the start; its lines are counted.
-fn skip_space<'a>(text: &'a str, line: &mut usize) -> &'a str {
-    let rest = text.trim_start();
-    *line += newlines(text.strip_suffix(rest).unwrap_or_default());
-    rest
-}
+/// A column of further variables for the chat template.
+pub(super) const VARIABLES: &str = "chat_template_kwargs";
 
 #[cfg(test)]
 mod tests {
@@ -674,7 +566,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join(name);
         std::fs::write(&path, content).unwrap();
-        read_rows(&path, format, columns, &Names::KEYS)
+        read_rows(&Files::from(&path), &ReadOptions { format, columns, ..ReadOptions::AUTO })
     }
 
     fn read(name: &str, content: impl AsRef<[u8]>) -> Result<DataFile, Error> {
@@ -690,37 +582,7 @@ mod tests {
     }
 
     fn message(role: &str, content: &str) -> Message {
-        Message { role: role.to_owned(), content: content.to_owned() }
-    }
-
-    #[test]
-    fn the_plain_text_leaves_nothing_out() {
-        let chat = RowText::Chat(vec![message("system", "s"), message("user", "u"), message("assistant", "a")]);
-        let instruction =
-            |input: &str| RowText::Instruction { instruction: "do".into(), input: input.into(), output: "done".into() };
-        let pair = RowText::PromptCompletion { prompt: "x ".into(), completion: "y".into() };
-        let rows = [&chat, &instruction("in"), &instruction(""), &pair, &RowText::Text("t".into())];
-        assert_eq!(rows.map(RowText::plain_text), ["s\nu\na", "do\nin\ndone\n", "do\ndone\n", "x y", "t"]);
-        let questions = rows.map(|row| row.question().unwrap_or_default());
-        assert_eq!(questions, ["u", "do in", "do ", "x ", "t"]);
-        assert_eq!(RowText::Chat(vec![message("system", "s")]).question(), None);
-    }
-
-    #[test]
-    fn another_answer_stands_where_the_last_one_stood() {
-        let turns = [("user", "u"), ("assistant", "a"), ("user", "v"), ("assistant", " b\n"), ("user", "w")];
-        let chat = RowText::Chat(turns.map(|(role, content)| message(role, content)).to_vec());
-        let RowText::Chat(changed) = chat.with_answer("yes").unwrap() else { panic!("no conversation") };
-        let contents: Vec<_> = changed.iter().map(|turn| turn.content.as_str()).collect();
-        assert_eq!(contents, ["u", "a", "v", " yes\n"], "the white space is part of what the model learnt");
-        let pair = |completion: &str| RowText::PromptCompletion { prompt: "x".into(), completion: completion.into() };
-        assert_eq!(pair(" y z").with_answer("no"), Some(pair(" no")));
-        assert_eq!(pair(" ").with_answer("no"), Some(pair("no ")));
-        let instruction =
-            |output: &str| RowText::Instruction { instruction: "do".into(), input: "in".into(), output: output.into() };
-        assert_eq!(instruction("done").with_answer("no"), Some(instruction("no")));
-        assert_eq!(RowText::Text("t".into()).with_answer("no"), None);
-        assert_eq!(RowText::Chat(vec![message("user", "u")]).with_answer("no"), None);
+        Message::new(role, content)
     }
 
     #[test]
@@ -728,7 +590,7 @@ mod tests {
         let chat = r#"{"messages": [{"role": "user", "content": "q", "id": 1}, {"role": "assistant", "content": "a"}], "id": 7}"#;
         let file = read("a.jsonl", chat).unwrap();
         assert_eq!(file.format, RowFormat::Messages);
-        assert_eq!(file.rows[0].text, RowText::Chat(vec![message("user", "q"), message("assistant", "a")]));
+        assert_eq!(file.rows[0].text, RowText::Chat(vec![message("user", "q"), message("assistant", "a")].into()));
         let file = read("a.jsonl", r#"{"completion": "c", "prompt": "p"}"#).unwrap();
         assert_eq!(file.rows[0].text, RowText::PromptCompletion { prompt: "p".into(), completion: "c".into() });
         let file = read("a.jsonl", r#"{"input": "p", "output": "c", "id": 7}"#).unwrap();
@@ -791,8 +653,8 @@ mod tests {
         }
         assert!(error("a.json", " [ ] ").contains("holds no rows"));
         assert!(error("a.csv", "text\n").contains("holds no rows"));
-        assert!(error("a.parquet", "PAR1").contains(".jsonl, .json or .csv"));
-        assert!(read_rows(Path::new("absent.jsonl"), DataFormat::Auto, &ColumnMap::default(), &Names::KEYS).is_err());
+        assert!(error("a.txt", "text").contains(".jsonl, .json, .csv, .tsv or .parquet"));
+        assert!(read_rows(&Files::from("absent.jsonl"), &ReadOptions::AUTO).is_err());
     }
 
     #[test]
@@ -836,10 +698,8 @@ mod tests {
         assert!(number.contains("column text is 5; expected a text"), "{number}");
         let empty = error("a.jsonl", r#"{"messages": []}"#);
         assert!(empty.contains("column messages is a list of 0"), "{empty}");
-        let sharegpt = error("a.jsonl", r#"{"messages": [{"from": "human", "value": "v"}]}"#);
-        assert!(sharegpt.contains("messages[0].role is missing (the message has \"from\", \"value\")"), "{sharegpt}");
-        let tools = error("a.jsonl", r#"{"messages": [{"role": "assistant", "content": "", "tool_calls": [1]}]}"#);
-        assert!(tools.contains("messages[0].tool_calls"), "{tools}");
+        let nobody = error("a.jsonl", r#"{"messages": [{"speaker": "human", "value": "v"}]}"#);
+        assert!(nobody.contains("messages[0].role is missing (the message has \"speaker\", \"value\")"), "{nobody}");
     }
 
     #[test]
@@ -865,13 +725,5 @@ mod tests {
         assert_eq!(columns.not_read_by(DataFormat::Text), Some("input"));
         assert_eq!(columns.not_read_by(DataFormat::Alpaca), None);
         assert_eq!(columns.not_read_by(DataFormat::Auto), None);
-    }
-
-    #[test]
-    fn blank_answers_are_noticed() {
-        assert!(RowText::Text(" \n".into()).has_empty_answer());
-        assert!(RowText::Chat(vec![message("assistant", ""), message("assistant", "a")]).has_empty_answer());
-        assert!(!RowText::Chat(vec![message("user", ""), message("assistant", "a")]).has_empty_answer());
-        assert!(RowText::PromptCompletion { prompt: "p".into(), completion: "".into() }.has_empty_answer());
     }
 }

@@ -9,13 +9,15 @@
 use std::borrow::Cow;
 use std::ops::Range;
 
-use retune_text::chat_template::Message;
+use retune_text::chat_template::{Conversation, Message};
 use retune_text::tokenizer::Tokenizer;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 
 use super::names::Names;
-use super::read::{Row, RowText};
+use super::read::OnBadRow;
+use super::row::{Row, RowText};
 use crate::error::{Error, quoted, shortened};
 
 /// What is done with rows longer than allowed.
@@ -37,6 +39,8 @@ pub struct EncodeOptions {
     /// Tokens an example may have.
     pub max_length: usize,
     pub overlong: Overlong,
+    /// What is done with rows that cannot be encoded.
+    pub on_bad_row: OnBadRow,
     /// Whether prompts are targets too.
     pub train_on_prompt: bool,
     /// Whether the model has an encoder, which reads what the answer answers.
@@ -77,10 +81,11 @@ impl Example {
 /// What became of a row.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Encoded {
-    /// An example, and how many of the row's tokens were cut off.
+    /// An example, how many of the row's tokens were cut off, and what the chat template made of the row.
     Kept {
         example: Example,
         cut: usize,
+        written: Written,
     },
     Dropped(Dropped),
 }
@@ -92,8 +97,19 @@ pub enum Dropped {
     TooLong,
     /// What is allowed of it ends before the first target.
     CutAway,
-    /// It has no text.
+    /// Nothing in it is a target.
     Empty,
+}
+
+/// What a chat template did with the words of a row.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Written {
+    /// An answer that is not in the text as the row has it, and what stands there instead: some of it was cut or replaced.
+    pub changed: Option<(String, String)>,
+    /// Whether an answer lost white space at its ends, and nothing else.
+    pub trimmed: bool,
+    /// What the row hands to the template (`tools`, `reasoning_content`) that is not in the text.
+    pub left_out: Vec<String>,
 }
 
 /// Ids and, for each, whether it is a target.
@@ -138,7 +154,7 @@ impl<'a> Encoder<'a> {
     /// # Errors
     /// A conversation without an assistant's turn, or that the template does not fit; a row too long, where that is an error.
     pub fn encode(&self, row: &Row) -> Result<Encoded, Error> {
-        let mut example = self.encode_whole(row)?;
+        let (mut example, written) = self.whole(row)?;
         let EncodeOptions { max_length, overlong, .. } = self.options;
         let cut_of_source = example.source.len().saturating_sub(max_length);
         let cut = example.ids.len().saturating_sub(max_length) + cut_of_source;
@@ -167,21 +183,27 @@ impl<'a> Encoder<'a> {
         if example.trained_tokens() == 0 || says_nothing {
             return Ok(Encoded::Dropped(if cut > 0 { Dropped::CutAway } else { Dropped::Empty }));
         }
-        Ok(Encoded::Kept { example, cut })
+        Ok(Encoded::Kept { example, cut, written })
     }
 
     /// The example of a row, whatever its length. Its last token is one that ends generation.
     pub fn encode_whole(&self, row: &Row) -> Result<Example, Error> {
+        Ok(self.whole(row)?.0)
+    }
+
+    fn whole(&self, row: &Row) -> Result<(Example, Written), Error> {
+        let mut written = Written::default();
         if self.options.has_encoder {
             let (source, answer) = source_and_answer(&row.text)?;
             let (source, ids) = (self.ended(&source)?, self.ended(answer)?);
-            return Ok(Example { row: row.index, source, trained: vec![true; ids.len()], ids });
+            return Ok((Example { row: row.index, source, trained: vec![true; ids.len()], ids }, written));
         }
         let (ids, mut trained) = match &row.text {
-            RowText::Chat(messages) => self.chat(messages)?,
+            RowText::Chat(conversation) => self.chat(conversation, &mut written)?,
             RowText::PromptCompletion { prompt, completion } => self.plain(prompt, completion)?,
             RowText::Instruction { instruction, input, output } if self.tokenizer.chat_template().is_some() => {
-                self.chat(&instruction_messages(instruction, input, output))?
+                let conversation = instruction_messages(instruction, input, output).to_vec().into();
+                self.chat(&conversation, &mut written)?
             }
             RowText::Instruction { instruction, input, output } => {
                 self.plain(&plain_prompt(instruction, input), output)?
@@ -194,7 +216,7 @@ impl<'a> Encoder<'a> {
         if let Some(first) = trained.first_mut() {
             *first = false;
         }
-        Ok(Example { row: row.index, source: Vec::new(), ids, trained })
+        Ok((Example { row: row.index, source: Vec::new(), ids, trained }, written))
     }
 
     /// A text with what the tokenizer puts around it, and EOS at its end.
@@ -208,19 +230,25 @@ impl<'a> Encoder<'a> {
 
     /// Every assistant turn is trained: what the template adds for it to the turns before it and the opening of an answer, up to
     /// the last token that ends generation. What follows the last trained token is left out. BOS is the template's affair.
-    fn chat(&self, messages: &[Message]) -> Result<Labelled, Error> {
+    fn chat(&self, conversation: &Conversation, written: &mut Written) -> Result<Labelled, Error> {
         let template = self.tokenizer.chat_template().ok_or(Error::NoChatTemplate)?;
-        let is_answer = |message: &Message| message.role == "assistant";
-        let turns = messages.iter().rposition(is_answer).and_then(|last| messages.get(..=last)).ok_or_else(|| {
-            Error::NoAssistantTurn { roles: quoted(messages.iter().map(|message| message.role.as_str())) }
-        })?;
-        let text = template.render(turns, false)?;
+        let Conversation { messages, variables } = conversation;
+        let turns =
+            messages.iter().rposition(Message::is_answer).and_then(|last| messages.get(..=last)).ok_or_else(|| {
+                Error::NoAssistantTurn { roles: quoted(messages.iter().map(|message| message.role.as_str())) }
+            })?;
+        let render = |turns: &[Message], opened: bool| -> Result<String, Error> {
+            Ok(template.render_with(turns, variables, opened)?)
+        };
+        let text = render(turns, false)?;
+        *written = Written { left_out: left_out(turns, variables, &text), ..Written::default() };
         let (mut ids, ranges) = self.tokenizer.encode_with_offsets(&text)?;
         let mut trained = vec![false; ids.len()];
         let mut end = 0;
-        let answers = turns.iter().enumerate().filter(|(_, message)| is_answer(message));
-        for (turn, _) in answers.skip(self.given_answers) {
-            let span = answer_span(turns, turn, &text, |messages, opened| Ok(template.render(messages, opened)?))?;
+        let answers = turns.iter().enumerate().filter(|(_, message)| message.is_answer());
+        for (turn, message) in answers.skip(self.given_answers).filter(|(_, message)| !message.masked) {
+            let span = answer_span(turns, turn, &text, render)?;
+            written.compare(message.text(), text.get(span.clone()).unwrap_or_default());
             let tokens: Vec<usize> = (0..ids.len()).filter(|&token| overlap(ranges.get(token), &span)).collect();
             let eos = |token: &usize| ids.get(*token).is_some_and(|id| self.tokenizer.eos_token_ids().contains(id));
             let closed = tokens.iter().rposition(eos).and_then(|closing| tokens.get(..=closing));
@@ -270,6 +298,52 @@ impl<'a> Encoder<'a> {
     }
 }
 
+impl Written {
+    /// Notes what became of an answer in the text that the template wrote for it.
+    fn compare(&mut self, answer: &str, text: &str) {
+        if text.contains(answer) {
+            return;
+        }
+        if text.contains(answer.trim()) {
+            self.trimmed = true;
+        } else if self.changed.is_none() {
+            self.changed = Some((answer.to_owned(), text.to_owned()));
+        }
+    }
+}
+
+/// What of the things that a row hands to a template beside its turns' texts is not in the text: a thought is looked for as it stands,
+/// functions and calls by their names.
+fn left_out(turns: &[Message], variables: &Map<String, Value>, text: &str) -> Vec<String> {
+    let names = |value: &Value| -> Vec<String> {
+        let list = value.as_array().map_or(std::slice::from_ref(value), Vec::as_slice);
+        let name = |entry: &Value| {
+            entry.pointer("/function/name").or_else(|| entry.get("name")).and_then(Value::as_str).map(str::to_owned)
+        };
+        list.iter().filter_map(name).collect()
+    };
+    let mut found: Vec<String> = Vec::new();
+    let mut note = |key: &str, pieces: Vec<String>| {
+        if pieces.iter().any(|piece| !text.contains(piece.trim())) && !found.iter().any(|known| known == key) {
+            found.push(key.to_owned());
+        }
+    };
+    for (key, value) in turns.iter().flat_map(|turn| &turn.more) {
+        match key.as_str() {
+            "tool_calls" | "function_call" => note(key, names(value)),
+            "reasoning_content" | "reasoning" | "thinking" | "tool_plan" => {
+                note(key, value.as_str().map(str::to_owned).into_iter().collect())
+            }
+            // Names and numbers of calls, which templates may do without.
+            _ => {}
+        }
+    }
+    if let Some(tools) = variables.get("tools") {
+        note("tools", names(tools));
+    }
+    found
+}
+
 /// What an encoder reads of a row, and what is to be answered.
 ///
 /// # Errors
@@ -281,9 +355,9 @@ fn source_and_answer(row: &RowText) -> Result<(Cow<'_, str>, &str), Error> {
             Ok((instruction_and_input(instruction, input), output.as_str()))
         }
         RowText::Text(_) => Err(Error::TextWithoutSource),
-        RowText::Chat(messages) => match messages.as_slice() {
-            [question, answer] if question.role == "user" && answer.role == "assistant" => {
-                Ok((Cow::Borrowed(question.content.as_str()), answer.content.as_str()))
+        RowText::Chat(Conversation { messages, .. }) => match messages.as_slice() {
+            [question, answer] if question.role == "user" && answer.is_answer() => {
+                Ok((Cow::Borrowed(question.text()), answer.text()))
             }
             _ => Err(Error::TurnsOfEncoder { roles: quoted(messages.iter().map(|message| message.role.as_str())) }),
         },
@@ -325,9 +399,8 @@ fn overlap(range: Option<&Range<usize>>, span: &Range<usize>) -> bool {
 
 /// The conversation that an instruction with its answer is.
 pub fn instruction_messages(instruction: &str, input: &str, output: &str) -> [Message; 2] {
-    let message = |role: &str, content: String| Message { role: role.to_owned(), content };
     let user = instruction_and_input(instruction, input).into_owned();
-    [message("user", user), message("assistant", output.to_owned())]
+    [Message::new("user", user), Message::new("assistant", output)]
 }
 
 /// The prompt of an instruction for a model without a chat template, in the form the Alpaca models made common:
@@ -360,6 +433,7 @@ mod tests {
     const OPTIONS: EncodeOptions = EncodeOptions {
         max_length: 1000,
         overlong: Overlong::Truncate,
+        on_bad_row: OnBadRow::Stop,
         train_on_prompt: false,
         has_encoder: false,
         names: Names::KEYS,
@@ -370,8 +444,8 @@ mod tests {
     }
 
     fn chat(messages: &[(&str, &str)]) -> Row {
-        let message = |(role, content): &(&str, &str)| Message { role: role.to_string(), content: content.to_string() };
-        row(RowText::Chat(messages.iter().map(message).collect()))
+        let messages: Vec<_> = messages.iter().map(|(role, content)| Message::new(*role, *content)).collect();
+        row(RowText::Chat(messages.into()))
     }
 
     fn whole(tokenizer: &Tokenizer, options: EncodeOptions, row: &Row) -> Example {
@@ -496,9 +570,9 @@ mod tests {
             Encoder::new(&tokenizer, EncodeOptions { max_length, overlong, ..OPTIONS }).unwrap().encode(&row(text))
         };
         let pair = || RowText::PromptCompletion { prompt: "xyz".into(), completion: "xyz".into() };
-        let Ok(Encoded::Kept { example, cut }) = encode(pair(), 8, Overlong::Error) else { panic!("8 tokens fit") };
+        let Ok(Encoded::Kept { example, cut, .. }) = encode(pair(), 8, Overlong::Error) else { panic!("8 tokens fit") };
         assert_eq!((cut, example.ids.len(), example.trained_tokens()), (0, 8, 4));
-        let Ok(Encoded::Kept { example, cut }) = encode(pair(), 6, Overlong::Truncate) else {
+        let Ok(Encoded::Kept { example, cut, .. }) = encode(pair(), 6, Overlong::Truncate) else {
             panic!("a target is left")
         };
         assert_eq!((cut, example.ids.len(), example.trained_tokens()), (2, 6, 2));
@@ -527,7 +601,9 @@ mod tests {
         assert_eq!(encoder.encode_whole(&row(instruction)).unwrap(), example);
         assert_eq!(encoder.encode_whole(&chat(&[("user", "xy"), ("assistant", "z")])).unwrap(), example);
         // A source that is cut keeps its end.
-        let Encoded::Kept { example, cut } = encoder.encode(&pair("xyzxyz", "xyzxyz")).unwrap() else { panic!("kept") };
+        let Encoded::Kept { example, cut, .. } = encoder.encode(&pair("xyzxyz", "xyzxyz")).unwrap() else {
+            panic!("kept")
+        };
         assert_eq!((shown(&example.source), shown(&example.ids), cut), ("<s>xyzx</s>".into(), "<s>xyzxy".into(), 4));
         let refused = |row: &Row| encoder.encode(row).unwrap_err().to_string();
         assert!(refused(&row(RowText::Text("x".into()))).contains("answers nothing"));

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use super::order::{Purpose, Stream};
-use super::read::DataFile;
+use super::read::{DataFile, Reading};
 
 /// Splits a file into (training, held-out), about `fraction` of the rows in the second. The choice depends on `seed` and on
 /// the rows; rows of the same content stay together, so nothing held out is trained on. Both parts keep the file's order.
@@ -11,12 +11,14 @@ use super::read::DataFile;
 /// With a fraction above 0 at least one row is held out, unless all rows are the same; at least one is left for training.
 pub fn split(file: DataFile, fraction: f64, seed: u64) -> (DataFile, DataFile) {
     let held_out = held_out_rows(&file, fraction, seed);
-    let DataFile { path, format, rows } = file;
+    let DataFile { path, format, rows, files, reading } = file;
     let (mut training, mut evaluation) = (Vec::new(), Vec::new());
     for (row, held_out) in rows.into_iter().zip(held_out) {
         if held_out { evaluation.push(row) } else { training.push(row) }
     }
-    (DataFile { path: path.clone(), format, rows: training }, DataFile { path, format, rows: evaluation })
+    let held_out =
+        DataFile { path: path.clone(), format, rows: evaluation, files: files.clone(), reading: Reading::default() };
+    (DataFile { path, format, rows: training, files, reading }, held_out)
 }
 
 /// For every row whether it is held out.
@@ -58,13 +60,14 @@ fn held_out_rows(file: &DataFile, fraction: f64, seed: u64) -> Vec<bool> {
 mod tests {
     use std::collections::HashSet;
 
-    use super::super::read::{Row, RowFormat, RowText};
+    use super::super::columns::RowFormat;
+    use super::super::row::{Row, RowText};
     use super::*;
 
     fn file(texts: impl IntoIterator<Item = usize>) -> DataFile {
         let rows = texts.into_iter().enumerate();
         let rows = rows.map(|(index, text)| Row { index, line: index + 1, text: RowText::Text(text.to_string()) });
-        DataFile { path: "rows.jsonl".into(), format: RowFormat::Text, rows: rows.collect() }
+        DataFile::new("rows.jsonl", RowFormat::Text, rows.collect())
     }
 
     fn indices(file: &DataFile) -> Vec<usize> {

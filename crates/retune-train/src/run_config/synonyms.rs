@@ -45,7 +45,10 @@ const SYNONYMS: &[(&[&str], Here)] = &[
     (&["num_threads"], Key("threads")),
     (&["resume", "resume_from_checkpoint"], Words("a run goes on with the flag --resume")),
     (&["optimizer"], Key("training.optim")),
-    (&["delimiter", "sep", "separator"], Words("columns of a .csv file are separated by commas, and by nothing else")),
+    (
+        &["delimiter", "sep", "separator"],
+        Words("columns of a .csv file are separated by what its header line has: commas, semicolons, tabs or bars"),
+    ),
     (&["load_in_4bit", "load_in_8bit", "quantization", "quantization_bit"], Key("base.storage")),
     (&["bf16", "dtype", "fp16", "torch_dtype"], Words("base.compute says in what arithmetic the base is computed")),
 ];

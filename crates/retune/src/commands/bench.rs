@@ -9,7 +9,7 @@ use retune_engine::{Work, profile, work_of_step};
 use retune_formats::safetensors::{Tensor, Values, stage};
 use retune_kernels::peak;
 use retune_text::tokenizer::Tokenizer;
-use retune_train::data::{ColumnMap, DataFormat, Example, Names, read_rows};
+use retune_train::data::{Example, Files, ReadOptions, read_rows};
 use retune_train::run_config::{MethodName, TrainingConfig};
 use retune_train::schedule::SchedulerType;
 use retune_train::trainer::{Passes, Trained, Trainer};
@@ -240,7 +240,7 @@ impl Speeds {
 
 /// Real text, joined and cut into sequences with a label on every token; it starts again from the front when it is used up.
 fn sequences(tokenizer: &Tokenizer, data: &Path, length: usize, count: usize) -> Result<Vec<Example>> {
-    let file = read_rows(data, DataFormat::Auto, &ColumnMap::default(), &Names::KEYS)
+    let file = read_rows(&Files::from(data), &ReadOptions::AUTO)
         .context("--data names the text to train on; run from the project's folder or give a file")?;
     let mut ids = Vec::new();
     for row in &file.rows {

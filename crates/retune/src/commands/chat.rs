@@ -119,7 +119,7 @@ impl<'a> Chat<'a> {
 
     /// Begins anew.
     fn forget(&mut self) {
-        self.said = self.args.system.iter().map(|system| message("system", system)).collect();
+        self.said = self.args.system.iter().map(|system| Message::new("system", system)).collect();
     }
 
     fn list(&self, standing: &str) -> Result<()> {
@@ -134,7 +134,7 @@ impl<'a> Chat<'a> {
 
     /// Answers a message. One that does not fit is not kept.
     fn turn(&mut self, text: &str, overlay: &Overlay, generation: &mut Generation<'_>) -> Result<()> {
-        self.said.push(message("user", text));
+        self.said.push(Message::new("user", text));
         let prompt = self.tokenizer.encode(&self.template.render(&self.said, true)?)?;
         let spec = &self.model.spec;
         let used = overlay.prelude(spec).len() + prompt.len();
@@ -150,7 +150,7 @@ impl<'a> Chat<'a> {
         let most = self.args.max_new_tokens.min(spec.context - used);
         let ids = answer(generation, self.tokenizer, most, true)?;
         outln!();
-        self.said.push(message("assistant", &self.tokenizer.decode(&ids, true)));
+        self.said.push(Message::new("assistant", &self.tokenizer.decode(&ids, true)));
         Ok(())
     }
 
@@ -210,8 +210,4 @@ impl<'a> Chat<'a> {
         let params = file.params(&overlay)?;
         Ok((overlay, params))
     }
-}
-
-fn message(role: &str, content: &str) -> Message {
-    Message { role: role.to_owned(), content: content.to_owned() }
 }

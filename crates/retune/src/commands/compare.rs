@@ -1,6 +1,6 @@
 //! `retune compare`: several ways to adapt one model, run one after another, scored on the same held-out rows, and told in a report.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Result, bail};
@@ -39,8 +39,8 @@ pub fn run(args: &CompareArgs, threads: Option<usize>) -> Result<End> {
         "retune": provenance.retune,
         "isa": provenance.isa,
     });
-    let used = [Some(path.as_path()), Some(plan.data.train.as_path()), plan.data.eval.as_deref(), args.plan.as_deref()];
-    let used: Vec<_> = used.into_iter().flatten().collect();
+    let data = plan.data.files().map(PathBuf::as_path);
+    let used: Vec<&Path> = [Some(path.as_path()), args.plan.as_deref()].into_iter().flatten().chain(data).collect();
     let _lock = folder.prepare(&record, args.overwrite, &used)?;
     for (file, text) in [folder.training_rows(), folder.held_out_rows()].iter().zip(&texts) {
         atomic::write(file, text.as_bytes())?;

@@ -16,7 +16,7 @@ use retune_eval::squad::{exact_match, token_f1};
 use retune_formats::atomic::Draft;
 use retune_text::tokenizer::Tokenizer;
 use retune_train::data::{
-    ColumnMap, DataFile, DataReport, Dataset, Encoder, Example, Names, Row, RowFormat, read_rows,
+    ColumnMap, DataFile, DataReport, Dataset, Encoder, Example, Files, Names, Row, RowFormat, read_rows,
 };
 use retune_train::run_config::{DataConfig, Int8Copy};
 use retune_train::trainer::{RowLoss, Trained, held_out_loss};
@@ -45,6 +45,7 @@ const FLAGS: Names = Names {
     format: "--format",
     max_length: "--max-length",
     overlong: None,
+    unknown_columns: None,
 };
 
 /// Scores the rows and prints the result; after Ctrl-C that of the rows done so far.
@@ -53,12 +54,12 @@ pub fn run(args: &EvalArgs) -> Result<End> {
     let config = data_config(args)?;
     let session = Session::open(&args.model)?;
     let tokenizer = session.base.tokenizer()?;
-    let mut file = read_rows(&args.data, config.format, &config.columns, &FLAGS)?;
+    let mut file = read_rows(&Files::from(&args.data), &config.read_options(&FLAGS))?;
     let labels = labels_of(args, &file)?;
     file.rows.truncate(args.limit.unwrap_or(usize::MAX));
     let given_answers = match (args.examples, &args.examples_from) {
         (Some(count), Some(path)) => {
-            let from = read_rows(path, config.format, &config.columns, &FLAGS)?;
+            let from = read_rows(&Files::from(path), &config.read_options(&FLAGS))?;
             put_before(&mut file, &from, count, args.seed.unwrap_or(0), labels.as_deref(), tokenizer)?
         }
         _ => 0,
@@ -153,7 +154,7 @@ fn data_config(args: &EvalArgs) -> Result<DataConfig> {
         columns,
         max_length: args.max_length,
         train_on_prompt: args.whole_text,
-        ..DataConfig::new(args.data.clone())
+        ..DataConfig::new(Files::from(&args.data))
     };
     config.check(&FLAGS)?;
     Ok(config)

@@ -178,8 +178,7 @@ impl SamplingArgs {
 /// The ids of a conversation of one message that awaits its answer.
 pub fn chat_prompt(tokenizer: &Tokenizer, system: Option<&str>, text: &str) -> Result<Vec<u32>> {
     let template = tokenizer.chat_template().context("the model has no chat template: use --raw")?;
-    let message = |role: &str, content: &str| Message { role: role.to_owned(), content: content.to_owned() };
-    let mut messages: Vec<_> = system.map(|system| message("system", system)).into_iter().collect();
-    messages.push(message("user", text));
+    let mut messages: Vec<_> = system.map(|system| Message::new("system", system)).into_iter().collect();
+    messages.push(Message::new("user", text));
     Ok(tokenizer.encode(&template.render(&messages, true)?)?)
 }

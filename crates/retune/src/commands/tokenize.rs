@@ -15,7 +15,7 @@ pub fn run(args: &TokenizeArgs) -> Result<()> {
     let text = text_or_stdin(args.text.as_deref(), "text")?;
     let ids = if args.chat {
         let template = tokenizer.chat_template().context("the model has no chat template: leave out --chat")?;
-        let message = Message { role: "user".to_owned(), content: text };
+        let message = Message::new("user", text);
         tokenizer.encode(&template.render(&[message], true)?)?
     } else if args.no_special_tokens {
         tokenizer.encode(&text)?

@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use minijinja::value::Value as Html;
 use minijinja::{AutoEscape, Environment, context};
 use retune_formats::atomic;
-use retune_train::data::{ColumnMap, DataFormat, Names, read_rows};
+use retune_train::data::{Files, ReadOptions, read_rows};
 use serde::Serialize;
 use serde_json::Value;
 
@@ -79,7 +79,7 @@ fn model_name(model: &str) -> String {
 
 /// What every held-out row asks.
 fn questions(folder: &Folder) -> Result<Vec<String>> {
-    let file = read_rows(&folder.held_out_rows(), DataFormat::Auto, &ColumnMap::default(), &Names::KEYS)?;
+    let file = read_rows(&Files::from(&folder.held_out_rows()), &ReadOptions::AUTO)?;
     Ok(file.rows.iter().map(|row| row.text.question().unwrap_or_default()).collect())
 }
 

@@ -41,10 +41,10 @@ impl Rows {
     /// Files that cannot be read; too few rows to hold one out.
     pub fn choose(plan: &Plan) -> Result<(Self, [String; 2])> {
         let data = &plan.data;
-        let file = read_rows(&data.train, data.format, &data.columns, &Names::KEYS)?;
+        let file = read_rows(&data.train, &data.read_options(&Names::KEYS))?;
         let (format, all) = (file.format, file.rows.len());
         let (train, mut held_out) = match &data.eval {
-            Some(path) => (file, read_rows(path, data.format, &data.columns, &Names::KEYS)?),
+            Some(path) => (file, read_rows(path, &data.read_options(&Names::KEYS))?),
             None => {
                 let usual = HELD_OUT.0.min(HELD_OUT.1 as f64 / all.max(1) as f64);
                 split(file, plan.held_out_fraction.unwrap_or(usual), SPLIT_SEED)
@@ -54,16 +54,16 @@ impl Rows {
         if held_out.rows.is_empty() || train.rows.is_empty() {
             bail!(
                 "{}: of {all} rows none can be held out; give data.eval, a file of held-out rows, or more rows that differ",
-                data.train.display()
+                data.train
             );
         }
         let texts = [&train, &held_out].map(|file| to_jsonl(&file.rows));
         let hash = |text: &String| Sha256::digest(text).iter().map(|byte| format!("{byte:02x}")).collect();
         let rows = Self {
-            train_file: data.train.display().to_string(),
+            train_file: data.train.to_string(),
             training_rows: train.rows.len(),
             training_hash: hash(&texts[0]),
-            held_out_file: data.eval.as_ref().map(|path| path.display().to_string()),
+            held_out_file: data.eval.as_ref().map(|path| path.to_string()),
             held_out_rows: held_out.rows.len(),
             held_out_hash: hash(&texts[1]),
             format: format.to_string(),

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use retune_train::data::{ColumnMap, DataFormat, steps_per_epoch};
+use retune_train::data::{ColumnMap, DataFormat, Files, steps_per_epoch};
 use retune_train::plan::{Kind, Plan, Variant, slug};
 use retune_train::run_config::{DataConfig, RunConfig};
 use serde::{Deserialize, Serialize};
@@ -211,7 +211,7 @@ impl Runner<'_> {
         let mut config = RunConfig {
             output_dir: self.folder.run(&job.slug),
             data: DataConfig {
-                train: self.folder.training_rows(),
+                train: Files::from(&self.folder.training_rows()),
                 eval: None,
                 eval_fraction: if validates { VALIDATION } else { 0.0 },
                 eval_limit: Some(MOST_VALIDATION_ROWS),
