@@ -8,9 +8,9 @@ use rayon::prelude::*;
 use super::row::Row;
 
 /// Words of a shingle.
-const WORDS: usize = 4;
+const WORDS: usize = 3;
 /// The part of all shingles of two rows that both have, from which on they are nearly the same.
-const NEAR: f64 = 0.7;
+const NEAR: f64 = 0.5;
 /// Shingles that more held-out rows have than this are a form that rows are written in, and say nothing of these.
 const MOST_ROWS: usize = 32;
 

@@ -128,11 +128,11 @@ mod tests {
 
     #[test]
     fn the_plain_text_leaves_nothing_out() {
-        let chat = chat(&[("system", "s"), ("user", "u"), ("assistant", "a")]);
+        let turns = chat(&[("system", "s"), ("user", "u"), ("assistant", "a")]);
         let instruction =
             |input: &str| RowText::Instruction { instruction: "do".into(), input: input.into(), output: "done".into() };
         let pair = RowText::PromptCompletion { prompt: "x ".into(), completion: "y".into() };
-        let rows = [&chat, &instruction("in"), &instruction(""), &pair, &RowText::Text("t".into())];
+        let rows = [&turns, &instruction("in"), &instruction(""), &pair, &RowText::Text("t".into())];
         assert_eq!(rows.map(RowText::plain_text), ["s\nu\na", "do\nin\ndone\n", "do\ndone\n", "x y", "t"]);
         let questions = rows.map(|row| row.question().unwrap_or_default());
         assert_eq!(questions, ["u", "do in", "do ", "x ", "t"]);
@@ -142,8 +142,7 @@ mod tests {
     #[test]
     fn another_answer_stands_where_the_last_one_stood() {
         let turns = [("user", "u"), ("assistant", "a"), ("user", "v"), ("assistant", " b\n"), ("user", "w")];
-        let chat = self::chat(&turns);
-        let RowText::Chat(changed) = chat.with_answer("yes").unwrap() else { panic!("no conversation") };
+        let RowText::Chat(changed) = chat(&turns).with_answer("yes").unwrap() else { panic!("no conversation") };
         let contents: Vec<_> = changed.messages.iter().map(Message::text).collect();
         assert_eq!(contents, ["u", "a", "v", " yes\n"], "the white space is part of what the model learnt");
         let pair = |completion: &str| RowText::PromptCompletion { prompt: "x".into(), completion: completion.into() };
