@@ -345,7 +345,7 @@ impl Layout {
         };
         let found = found.or_else(|| fields.keys().map(String::as_str).find(|name| name.eq_ignore_ascii_case(column)));
         let Some(found) = found else { return false };
-        self.take(column, &found.to_owned());
+        self.take(column, found);
         true
     }
 
