@@ -158,12 +158,12 @@ fn eval_takes_format_and_columns_as_run_files_do() {
     let folder = Folder::with_run();
     let model = golden(MODEL);
     let rows = String::from_utf8(folder.read("eval.jsonl")).unwrap();
-    folder.write("renamed.jsonl", rows.replace("\"prompt\"", "\"question\"").replace("\"completion\"", "\"answer\""));
+    folder.write("renamed.jsonl", rows.replace("\"prompt\"", "\"asked\"").replace("\"completion\"", "\"told\""));
     let args = ["eval", "--model", &model, "--data", "renamed.jsonl", "--json"];
     let with = |more: &[&str]| folder.succeeds(&joined(&[&args, more])).json();
-    let named = with(&["--columns", "prompt=question", "--columns", "completion=answer"]);
+    let named = with(&["--columns", "prompt=asked", "--columns", "completion=told"]);
     assert_eq!(named["loss"].as_f64(), Some(loss(&folder, &["--model", &model])));
-    let text = with(&["--format", "text", "--columns", "text=answer"]);
+    let text = with(&["--format", "text", "--columns", "text=told"]);
     assert!(text["tokens"].as_u64() < named["tokens"].as_u64(), "{text} and {named}");
 
     // What is wrong is told in this command's words.
