@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::{self, Write};
+use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -81,7 +81,7 @@ impl AdapterFile {
         let config = peft_config::to_json(&*self.method, self.base_model.as_deref(), modules)?;
         fs::create_dir_all(dir).map_err(io_error("create", dir))?;
         let weights = safetensors::stage(&weights_path, &[("format", "pt")], &self.written_tensors())?;
-        let config_staged = Staged::new(&config_path, |file| file.write_all(config.as_bytes()))?;
+        let config_staged = Staged::new(&config_path, config.as_bytes())?;
         // An older configuration must not stand beside the new weights, not even if the machine stops between the two renames.
         if fs::read(&config_path).is_ok_and(|old| old != config.as_bytes()) {
             fs::remove_file(&config_path).map_err(io_error("replace", &config_path))?;

@@ -3,7 +3,6 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::io::Write as _;
 use std::path::Path;
 
 use retune_formats::atomic::{Staged, io_error};
@@ -53,7 +52,7 @@ pub fn write(dir: &Path, layers: usize, base_model: Option<&str>, deltas: &Delta
         tensors.iter().map(|(name, shape, values)| Tensor { name, shape, values: Values::F32(values) }).collect();
     fs::create_dir_all(dir).map_err(io_error("create", dir))?;
     let weights = safetensors::stage(&dir.join(WEIGHTS_FILE), &[("format", "mlx")], &tensors)?;
-    let config = Staged::new(&dir.join(CONFIG_FILE), |file| writeln!(file, "{config:#}"))?;
+    let config = Staged::new(&dir.join(CONFIG_FILE), format!("{config:#}\n").as_bytes())?;
     weights.commit()?;
     Ok(config.commit()?)
 }

@@ -1,11 +1,17 @@
-//! Writing files so that no half-written one is ever found under its final name: the bytes go to a temporary name in the same
-//! directory, are flushed to the disk, and are renamed.
+//! Writing files and folders so that no half-written one is ever found under its final name: the bytes go to a temporary name in the same
+//! directory, are flushed to the disk, and are renamed. What is added to line by line is here as well.
 
-use std::fs::{self, File};
-use std::io::{self, Write};
+use std::fs::{self, File, OpenOptions};
+use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::error::Error;
+use crate::fault::{self, Step};
+
+/// Where a file or a folder lies while it is written.
+pub fn temporary_of(path: &Path) -> PathBuf {
+    path.with_file_name(format!(".{}.tmp", path.file_name().unwrap_or_default().to_string_lossy()))
+}
 
 /// A file that is being written, piece by piece, under a temporary name. Dropping it removes it.
 #[derive(Debug)]
@@ -28,9 +34,9 @@ impl Draft {
             Ok(metadata) if metadata.is_symlink() => fs::canonicalize(path).map_err(io_error("write", path))?,
             _ => path.to_owned(),
         };
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
-        let temporary = path.with_file_name(format!(".{name}.tmp"));
-        let file = File::create(&temporary).map_err(io_error("write", &path))?;
+        let temporary = temporary_of(&path);
+        let file = fault::reach(Step::Create, &temporary).and_then(|()| File::create(&temporary));
+        let file = file.map_err(io_error("write", &path))?;
         Ok(Self { file, staged: Staged { temporary, path, committed: false } })
     }
 
@@ -39,7 +45,8 @@ impl Draft {
     /// # Errors
     /// [`Error::Io`], such as a full disk.
     pub fn write_all(&mut self, bytes: &[u8]) -> Result<(), Error> {
-        self.file.write_all(bytes).map_err(io_error("write", &self.staged.path))
+        let path = &self.staged.path;
+        fault::write(Step::Write, path, &mut self.file, bytes).map_err(io_error("write", path))
     }
 
     /// Flushes the whole file to the disk.
@@ -47,7 +54,8 @@ impl Draft {
     /// # Errors
     /// As [`Draft::write_all`].
     pub fn finish(self) -> Result<Staged, Error> {
-        self.file.sync_all().map_err(io_error("write", &self.staged.path))?;
+        let path = &self.staged.path;
+        fault::reach(Step::Sync, path).and_then(|()| self.file.sync_all()).map_err(io_error("write", path))?;
         Ok(self.staged)
     }
 }
@@ -61,13 +69,13 @@ pub struct Staged {
 }
 
 impl Staged {
-    /// Writes what `fill` gives, under a temporary name beside `path`.
+    /// Writes these bytes, under a temporary name beside `path`.
     ///
     /// # Errors
     /// [`Error::NotAPlainFile`]; [`Error::Io`], such as a full disk. Nothing is left behind then.
-    pub fn new(path: &Path, fill: impl FnOnce(&mut File) -> io::Result<()>) -> Result<Self, Error> {
+    pub fn new(path: &Path, bytes: &[u8]) -> Result<Self, Error> {
         let mut draft = Draft::create(path)?;
-        fill(&mut draft.file).map_err(io_error("write", &draft.staged.path))?;
+        draft.write_all(bytes)?;
         draft.finish()
     }
 
@@ -81,7 +89,7 @@ impl Staged {
     /// # Errors
     /// [`Error::Io`]; the old file is untouched then.
     pub fn commit(mut self) -> Result<(), Error> {
-        fs::rename(&self.temporary, &self.path).map_err(io_error("write", &self.path))?;
+        rename(&self.temporary, &self.path)?;
         self.committed = true;
         sync_directory(&self.path)
     }
@@ -101,14 +109,112 @@ impl Drop for Staged {
 /// # Errors
 /// As [`Staged::new`] and [`Staged::commit`].
 pub fn write(path: &Path, bytes: &[u8]) -> Result<(), Error> {
-    Staged::new(path, |file| file.write_all(bytes))?.commit()
+    Staged::new(path, bytes)?.commit()
+}
+
+/// Gives a file or a folder that is written and flushed its name.
+///
+/// # Errors
+/// [`Error::Io`]; what had the name is untouched then.
+pub fn rename(from: &Path, to: &Path) -> Result<(), Error> {
+    fault::reach(Step::Rename, to).and_then(|()| fs::rename(from, to)).map_err(io_error("write", to))
+}
+
+/// A folder that is being written as a whole. Dropping it removes what was written.
+///
+/// A new one lies beside its final name until then. One that is there, and may be where another disk is mounted, has it within, and gets the
+/// files one by one, the one without which it is nothing last.
+#[derive(Debug)]
+pub struct Folder {
+    temporary: PathBuf,
+    path: PathBuf,
+    last: &'static str,
+    committed: bool,
+}
+
+impl Folder {
+    /// Begins a folder that is to be at `path`; `last` is the file without which it is nothing. What an earlier try left goes.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn create(path: &Path, last: &'static str) -> Result<Self, Error> {
+        let temporary = if path.exists() { path.join(".unfinished.tmp") } else { temporary_of(path) };
+        if temporary.exists() {
+            fs::remove_dir_all(&temporary).map_err(io_error("remove", &temporary))?;
+        }
+        let created = fault::reach(Step::Create, &temporary).and_then(|()| fs::create_dir_all(&temporary));
+        created.map_err(io_error("create", &temporary))?;
+        Ok(Self { temporary, path: path.to_owned(), last, committed: false })
+    }
+
+    /// Where its files are to be written.
+    pub fn path(&self) -> &Path {
+        &self.temporary
+    }
+
+    /// Gives the folder its name.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn commit(mut self) -> Result<(), Error> {
+        if self.temporary.parent() == Some(&self.path) {
+            let entries = fs::read_dir(&self.temporary).map_err(io_error("read", &self.temporary))?;
+            let mut names: Vec<_> = entries.flatten().map(|entry| entry.file_name()).collect();
+            names.sort_by_key(|name| name == self.last);
+            for name in names {
+                rename(&self.temporary.join(&name), &self.path.join(&name))?;
+            }
+            return sync_directory(&self.temporary);
+        }
+        rename(&self.temporary, &self.path)?;
+        self.committed = true;
+        sync_directory(&self.path)
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        if !self.committed {
+            // Best effort: the name is a temporary one, and the error that matters has been reported.
+            let _ = fs::remove_dir_all(&self.temporary);
+        }
+    }
+}
+
+/// A file that gets line after line at its end. A kill or a full disk may leave a part of the last one, which readers have to pass over.
+#[derive(Debug)]
+pub struct Lines {
+    file: File,
+    path: PathBuf,
+}
+
+impl Lines {
+    /// Opens a file that may have lines.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn open(path: &Path) -> Result<Self, Error> {
+        let file =
+            fault::reach(Step::Create, path).and_then(|()| OpenOptions::new().create(true).append(true).open(path));
+        Ok(Self { file: file.map_err(io_error("write", path))?, path: path.to_owned() })
+    }
+
+    /// Adds a line.
+    ///
+    /// # Errors
+    /// As [`Lines::open`].
+    pub fn add(&mut self, line: &str) -> Result<(), Error> {
+        let line = format!("{line}\n");
+        fault::write(Step::Append, &self.path, &mut self.file, line.as_bytes()).map_err(io_error("write", &self.path))
+    }
 }
 
 #[cfg(unix)]
 fn sync_directory(path: &Path) -> Result<(), Error> {
     let Some(dir) = path.parent() else { return Ok(()) };
     let dir = if dir.as_os_str().is_empty() { Path::new(".") } else { dir };
-    File::open(dir).and_then(|dir| dir.sync_all()).map_err(io_error("write", dir))
+    let synced = fault::reach(Step::SyncFolder, dir).and_then(|()| File::open(dir)?.sync_all());
+    synced.map_err(io_error("write", dir))
 }
 
 #[cfg(not(unix))]
@@ -127,20 +233,43 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_failed_write_leaves_the_old_file_and_nothing_else() {
+    fn a_file_that_is_given_up_leaves_the_old_one_and_nothing_else() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("file");
         write(&path, b"old").unwrap();
-        let full = |file: &mut File| {
-            file.write_all(b"half of the ne")?;
-            Err(io::Error::from(io::ErrorKind::StorageFull))
-        };
-        assert!(matches!(Staged::new(&path, full), Err(Error::Io { .. })));
+        let mut draft = Draft::create(&path).unwrap();
+        draft.write_all(b"half of the ne").unwrap();
+        drop(draft);
         assert_eq!(fs::read(&path).unwrap(), b"old");
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
         write(&path, b"new").unwrap();
         assert_eq!(fs::read(&path).unwrap(), b"new");
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_folder_is_there_as_a_whole_or_not_at_all() {
+        let dir = tempfile::tempdir().unwrap();
+        for exists in [false, true] {
+            let path = dir.path().join(format!("folder {exists}"));
+            if exists {
+                fs::create_dir(&path).unwrap();
+            }
+            let begin = || {
+                let folder = Folder::create(&path, "last").unwrap();
+                write(&folder.path().join("last"), b"1").unwrap();
+                folder
+            };
+            // As a kill leaves it.
+            std::mem::forget(begin());
+            assert!(!path.join("last").exists());
+            drop(begin());
+            assert_eq!(path.exists(), exists);
+            begin().commit().unwrap();
+            assert_eq!(fs::read(path.join("last")).unwrap(), b"1");
+            assert_eq!(fs::read_dir(&path).unwrap().count(), 1);
+        }
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2);
     }
 
     #[test]

@@ -6,6 +6,7 @@
 pub mod atomic;
 pub mod bitsandbytes;
 pub mod error;
+mod fault;
 pub mod files;
 pub mod gguf;
 pub mod safetensors;

@@ -7,8 +7,6 @@
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
-use std::fs::File;
-use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 pub use ::safetensors::Dtype;
@@ -16,7 +14,7 @@ use ::safetensors::tensor::Metadata;
 use retune_quant::{Format, SharedBytes};
 use serde_json::{Map, Value, json};
 
-use crate::atomic::Staged;
+use crate::atomic::{Draft, Staged};
 use crate::error::Error;
 use crate::files::{map_file, read_json};
 use crate::weights::matrix;
@@ -253,11 +251,11 @@ impl Values<'_> {
         self.len() == 0
     }
 
-    fn write(&self, file: &mut File) -> io::Result<()> {
+    fn write(&self, draft: &mut Draft) -> Result<(), Error> {
         match self {
-            Values::F32(values) => write_values(values, f32::to_le_bytes, file),
-            Values::I64(values) => write_values(values, i64::to_le_bytes, file),
-            Values::U8(values) => file.write_all(values),
+            Values::F32(values) => write_values(values, f32::to_le_bytes, draft),
+            Values::I64(values) => write_values(values, i64::to_le_bytes, draft),
+            Values::U8(values) => draft.write_all(values),
         }
     }
 }
@@ -266,13 +264,13 @@ impl Values<'_> {
 fn write_values<T: Copy, const N: usize>(
     values: &[T],
     encode: impl Fn(T) -> [u8; N],
-    file: &mut File,
-) -> io::Result<()> {
+    draft: &mut Draft,
+) -> Result<(), Error> {
     let mut bytes = Vec::new();
     for piece in values.chunks(1 << 14) {
         bytes.clear();
         bytes.extend(piece.iter().flat_map(|&value| encode(value)));
-        file.write_all(&bytes)?;
+        draft.write_all(&bytes)?;
     }
     Ok(())
 }
@@ -283,10 +281,10 @@ fn write_values<T: Copy, const N: usize>(
 /// As [`Staged::new`].
 pub fn stage(path: &Path, metadata: &[(&str, &str)], tensors: &[Tensor<'_>]) -> Result<Staged, Error> {
     let header = Header::new(metadata, tensors.iter().map(|tensor| (tensor.name, tensor.values.dtype(), tensor.shape)));
-    Staged::new(path, |file| {
-        file.write_all(header.bytes())?;
-        tensors.iter().try_for_each(|tensor| tensor.values.write(file))
-    })
+    let mut draft = Draft::create(path)?;
+    draft.write_all(header.bytes())?;
+    tensors.iter().try_for_each(|tensor| tensor.values.write(&mut draft))?;
+    draft.finish()
 }
 
 #[cfg(any(test, feature = "testing"))]

@@ -18,7 +18,7 @@ use rayon::prelude::*;
 use retune_engine::overlay::{Change, Overlay, TableTerm, TokenRows};
 use retune_engine::row_norms::column_factors;
 use retune_engine::spec::{ModelSpec, Module};
-use retune_formats::atomic::{Draft, Staged};
+use retune_formats::atomic::{self, Draft, Folder, Staged};
 use retune_formats::safetensors::{Dtype, Header, INDEX, SINGLE};
 use retune_kernels::PanelSource;
 use retune_quant::{Format, Matrix, SharedBytes};
@@ -176,7 +176,7 @@ pub struct MergeReport {
 ///
 /// # Errors
 /// A directory that is not empty, a soft prompt, a base without tokenizer, values that are not finite or beyond the range
-/// of the type, and what the system refuses. What is left behind then is no model.
+/// of the type, and what the system refuses. Nothing is left behind then.
 pub fn write(
     checkpoint: &Checkpoint,
     overlay: &Overlay,
@@ -198,14 +198,10 @@ pub fn write(
         tokenizer,
         config: config_json(checkpoint, options.dtype, tied)?,
     };
-    let is_new = !out_dir.exists();
-    fs::create_dir_all(out_dir).map_err(|error| Error::Write { path: out_dir.to_owned(), error })?;
-    let report = export.write(out_dir, progress);
-    if report.is_err() && is_new {
-        // Best effort, and only if nothing is in it: the error that matters is the one returned.
-        let _ = fs::remove_dir(out_dir);
-    }
-    report
+    let folder = Folder::create(out_dir, CONFIG)?;
+    let report = export.write(folder.path(), progress)?;
+    folder.commit()?;
+    Ok(report)
 }
 
 /// What is to be said where embeddings will be multiplied by another number once the model is written as `dtype`: transformers rounds the
@@ -550,24 +546,15 @@ impl Export<'_> {
         let total = self.shards.iter().flatten().map(Tensor::bytes).sum();
         let mut writer = TensorWriter::new(total, progress);
         let names = shard_names(self.shards.len());
-        let mut staged = Vec::new();
         for (name, shard) in names.iter().zip(&self.shards) {
-            staged.push(writer.stage(&dir.join(name), shard)?);
+            writer.stage(&dir.join(name), shard)?.commit()?;
         }
-        let stage = |name: &str, bytes: &[u8]| {
-            let mut draft = Draft::create(&dir.join(name))?;
-            draft.write_all(bytes)?;
-            draft.finish()
-        };
-        staged.push(stage(GENERATION_CONFIG, &self.generation_config)?);
+        atomic::write(&dir.join(GENERATION_CONFIG), &self.generation_config)?;
         if names.len() > 1 {
-            staged.push(stage(INDEX, &self.index(&names, total)?)?);
+            atomic::write(&dir.join(INDEX), &self.index(&names, total)?)?;
         }
-        staged.push(stage(CONFIG, &self.config)?);
+        atomic::write(&dir.join(CONFIG), &self.config)?;
         self.tokenizer.save(dir)?;
-        for file in staged {
-            file.commit()?;
-        }
         Ok(writer.report(names.len()))
     }
 

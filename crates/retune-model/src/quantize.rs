@@ -6,12 +6,11 @@
 //! memory beside what of the files is mapped.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::path::Path;
 
 use rayon::prelude::*;
 use retune_engine::spec::Module;
-use retune_formats::atomic::{Draft, Staged};
+use retune_formats::atomic::{self, Draft, Folder, Staged};
 use retune_formats::bitsandbytes::{self, EncodedWeight, Part, QuantizedWeight};
 use retune_formats::files::map_file;
 use retune_formats::safetensors::{self, Header, INDEX, RawTensor};
@@ -169,7 +168,7 @@ fn take(name: &str, matrix: &Matrix, tensors: &mut BTreeMap<String, RawTensor>) 
 ///
 /// # Errors
 /// As [`weights`]; a directory that is not empty, a base without tokenizer, values beyond the range of the type, and what the system refuses.
-/// What is left behind then is no model.
+/// Nothing is left behind then.
 pub fn write(
     checkpoint: &Checkpoint,
     encoding: Encoding,
@@ -192,40 +191,24 @@ pub fn write(
     let generation_config = export::generation_config(checkpoint, &tokenizer)?;
     let config = config_json(checkpoint, encoding, dtype)?;
 
-    let is_new = !out_dir.exists();
-    fs::create_dir_all(out_dir).map_err(|error| Error::Write { path: out_dir.to_owned(), error })?;
+    let folder = Folder::create(out_dir, CONFIG)?;
+    let place = |name: &str| folder.path().join(name);
     let mut work = Work::new(checkpoint, &items, progress);
-    let mut write = || -> Result<(usize, u64), Error> {
-        let shards = into_shards(&items, max_shard_bytes);
-        let names = export::shard_names(shards.len());
-        let mut staged = Vec::new();
-        for (name, shard) in names.iter().zip(&shards) {
-            staged.push(work.stage(&out_dir.join(name), shard)?);
-        }
-        let stage = |name: &str, bytes: &[u8]| {
-            let mut draft = Draft::create(&out_dir.join(name))?;
-            draft.write_all(bytes)?;
-            draft.finish()
-        };
-        staged.push(stage(GENERATION_CONFIG, &generation_config)?);
-        if names.len() > 1 {
-            staged.push(stage(INDEX, &index(&names, &shards)?)?);
-        }
-        staged.push(stage(CONFIG, &config)?);
-        tokenizer.save(out_dir)?;
-        for file in staged {
-            file.commit()?;
-        }
-        Ok((shards.len(), work.written))
-    };
-    let written = write();
-    if written.is_err() && is_new {
-        // Best effort, and only if nothing is in it: the error that matters is the one returned.
-        let _ = fs::remove_dir(out_dir);
+    let shards = into_shards(&items, max_shard_bytes);
+    let names = export::shard_names(shards.len());
+    for (name, shard) in names.iter().zip(&shards) {
+        work.stage(&place(name), shard)?.commit()?;
     }
-    let (shards, total) = written?;
+    atomic::write(&place(GENERATION_CONFIG), &generation_config)?;
+    if names.len() > 1 {
+        atomic::write(&place(INDEX), &index(&names, &shards)?)?;
+    }
+    atomic::write(&place(CONFIG), &config)?;
+    tokenizer.save(folder.path())?;
+    let (shards, bytes_written) = (shards.len(), work.written);
+    folder.commit()?;
     let bits_per_parameter = 8.0 * bytes as f64 / parameters.max(1) as f64;
-    Ok(QuantizeReport { shards, bytes: total, linears, bits_per_parameter })
+    Ok(QuantizeReport { shards, bytes: bytes_written, linears, bits_per_parameter })
 }
 
 /// The base's `config.json`, with what transformers is to know of the storage.

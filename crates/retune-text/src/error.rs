@@ -65,11 +65,7 @@ pub enum Error {
     )]
     ChatTemplateRender { line: usize, cause: String },
 
-    /// The operating system refused to write a file.
-    #[error("cannot write {}: {error}", .path.display())]
-    Write { path: PathBuf, error: std::io::Error },
-
-    /// A file that cannot be read, or a GGUF header that is damaged.
+    /// A file that cannot be read or written, or a GGUF header that is damaged.
     #[error(transparent)]
     Formats(#[from] retune_formats::Error),
 }

@@ -15,6 +15,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail};
+use retune_formats::atomic;
 use serde_json::Value;
 
 use self::hub::Failure;
@@ -125,8 +126,7 @@ fn fetch_into(cache: &Path, asked: &str, sources: &Sources, out: &dyn Fn(&str)) 
     }
     let fetched =
         from_any_source(&id, &folder, &staging, sources, out).map_err(|error| advise_on_full_disk(error, cache))?;
-    fs::rename(&fetched, &folder)
-        .with_context(|| format!("cannot rename {} to {}", fetched.display(), folder.display()))?;
+    atomic::rename(&fetched, &folder)?;
     remove_if_possible(&staging);
     model_in(&folder).with_context(|| format!("what was fetched to {} is not a model: remove it", folder.display()))
 }

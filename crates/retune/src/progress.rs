@@ -1,14 +1,14 @@
 //! What a person and a program see of a run while it trains: the progress bar and `metrics.jsonl`.
 
-use std::fs::{self, File, OpenOptions};
-use std::io::{IsTerminal, Write};
-use std::path::{Path, PathBuf};
+use std::fs;
+use std::io::IsTerminal;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use indicatif::{ProgressBar, ProgressStyle};
-use retune_formats::atomic;
+use retune_formats::atomic::{self, Lines};
 use retune_train::Error;
 use retune_train::state::Progress as RunProgress;
 use retune_train::trainer::{Evaluation, Observer, StepReport};
@@ -51,8 +51,7 @@ const LINES_EVERY: u64 = 10;
 /// Shows a run on the terminal and appends it to its metrics file.
 pub struct Progress {
     bar: Option<ProgressBar>,
-    metrics: File,
-    path: PathBuf,
+    metrics: Lines,
     /// Seconds in steps alone: scoring held-out rows is not training.
     seconds_here: f64,
     steps_here: u64,
@@ -80,8 +79,7 @@ impl Progress {
                 .collect();
             atomic::write(path, kept.as_bytes())?;
         }
-        let metrics = OpenOptions::new().create(true).append(true).open(path);
-        let metrics = metrics.with_context(|| format!("cannot write {}", path.display()))?;
+        let metrics = Lines::open(path)?;
         let bar = std::io::stderr().is_terminal().then(|| {
             let bar = ProgressBar::new(total_steps);
             let style = ProgressStyle::with_template("{wide_bar} {pos}/{len}  {msg}  {eta} left");
@@ -90,15 +88,7 @@ impl Progress {
             bar.reset_eta();
             bar
         });
-        Ok(Self {
-            bar,
-            metrics,
-            path: path.to_owned(),
-            seconds_here: 0.0,
-            steps_here: 0,
-            tokens_here: 0,
-            smoothed: None,
-        })
+        Ok(Self { bar, metrics, seconds_here: 0.0, steps_here: 0, tokens_here: 0, smoothed: None })
     }
 
     fn print(&self, line: &str) {
@@ -109,8 +99,7 @@ impl Progress {
     }
 
     fn record(&mut self, value: &Value) -> Result<(), Error> {
-        let written = writeln!(self.metrics, "{value}");
-        written.map_err(|error| Error::Io { path: self.path.clone(), error })
+        Ok(self.metrics.add(&value.to_string())?)
     }
 
     /// Takes the bar away.

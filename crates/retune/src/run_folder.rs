@@ -112,6 +112,10 @@ impl RunFolder {
             } else if args.resume {
                 self.check_same(run, rows, config)?;
                 self.remove_leftovers();
+                // A kill may have come between the two records.
+                if !self.rows().exists() {
+                    self.write_rows(rows)?;
+                }
                 return Ok(lock);
             } else {
                 bail!(
@@ -123,8 +127,12 @@ impl RunFolder {
             note!("! {root} holds no run to go on with: this is a new one");
         }
         atomic::write(&self.config(), format!("{run:#}\n").as_bytes())?;
-        atomic::write(&self.rows(), serde_json::to_string(rows)?.as_bytes())?;
+        self.write_rows(rows)?;
         Ok(lock)
+    }
+
+    fn write_rows(&self, rows: &RowHashes) -> Result<()> {
+        Ok(atomic::write(&self.rows(), serde_json::to_string(rows)?.as_bytes())?)
     }
 
     /// Refuses a folder that is somebody else's.
@@ -267,17 +275,16 @@ impl RunFolder {
     pub fn replace_model(&self) -> Result<()> {
         let ([_, model], partial) = (self.written(), self.partial_model());
         remove_own(&model, self.results()[2].1)?;
-        let cannot = || format!("cannot write {}", model.display());
         if !model.exists() {
-            return fs::rename(&partial, &model).with_context(cannot);
+            return Ok(atomic::rename(&partial, &model)?);
         }
         let mut names: Vec<_> = fs::read_dir(&partial)?.flatten().map(|entry| entry.file_name()).collect();
         // A folder without it is no model.
         names.sort_by_key(|name| name == "config.json");
         for name in names {
-            fs::rename(partial.join(&name), model.join(&name)).with_context(cannot)?;
+            atomic::rename(&partial.join(&name), &model.join(&name))?;
         }
-        fs::remove_dir(&partial).with_context(cannot)
+        fs::remove_dir(&partial).with_context(|| format!("cannot remove {}", partial.display()))
     }
 
     pub fn partial_model(&self) -> PathBuf {
@@ -286,7 +293,10 @@ impl RunFolder {
 
     /// Removes what a kill in the middle of a write left. Best effort: it is in nobody's way.
     pub fn remove_leftovers(&self) {
-        let _ = fs::remove_dir_all(self.partial_model());
+        let partial = self.partial_model();
+        for folder in [atomic::temporary_of(&partial), partial] {
+            let _ = fs::remove_dir_all(folder);
+        }
         for entry in fs::read_dir(self.checkpoints()).into_iter().flatten().flatten() {
             if entry.file_name().to_string_lossy().ends_with(".tmp") {
                 let _ = fs::remove_file(entry.path());

@@ -15,6 +15,7 @@ mod to_gguf;
 use std::ops::Range;
 use std::path::Path;
 
+use retune_formats::atomic::{self, io_error};
 use retune_formats::gguf::Metadata;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
@@ -245,7 +246,7 @@ impl Tokenizer {
     /// Writes `tokenizer.json` and `tokenizer_config.json` into `dir`, which is created if need be: what transformers'
     /// `AutoTokenizer` and [`Tokenizer::from_dir`] load as this tokenizer.
     pub fn save(&self, dir: &Path) -> Result<(), Error> {
-        std::fs::create_dir_all(dir).map_err(|error| Error::Write { path: dir.to_owned(), error })?;
+        std::fs::create_dir_all(dir).map_err(io_error("create", dir))?;
         let [tokenizer, config] = FILES.map(|name| dir.join(name));
         write_json(&tokenizer, &self.to_json()?)?;
         write_json(&config, &self.config_json())
@@ -310,7 +311,7 @@ impl Tokenizer {
 fn write_json(path: &Path, json: &Value) -> Result<(), Error> {
     let mut text = serde_json::to_string_pretty(json).map_err(|error| Error::Json { error })?;
     text.push('\n');
-    std::fs::write(path, text).map_err(|error| Error::Write { path: path.to_owned(), error })
+    Ok(atomic::write(path, text.as_bytes())?)
 }
 
 #[cfg(test)]

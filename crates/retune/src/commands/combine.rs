@@ -6,8 +6,9 @@ use std::sync::Arc;
 use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
 use retune_adapter::combine::{Combination, Settings, Source, combine, refuse_beside};
+use retune_adapter::files::CONFIG_FILE;
 use retune_adapter::{AdapterFile, Deltas, LoraConfig, Method as _, delta};
-use retune_formats::atomic;
+use retune_formats::atomic::{self, Folder};
 use retune_model::export::refuse_occupied;
 use retune_train::run_config::Storage;
 use serde_json::{Map, Value, json};
@@ -51,10 +52,11 @@ pub fn run(args: &CombineArgs) -> Result<()> {
     }
     let base_model = parts.iter().find_map(|part| part.file.base_model.clone());
     let file = AdapterFile { method: Arc::new(config), base_model, tensors };
-    file.write(&args.out, &delta::modules(&combination.deltas))?;
+    let folder = Folder::create(&args.out, CONFIG_FILE)?;
+    file.write(folder.path(), &delta::modules(&combination.deltas))?;
     let summary = summary(args, &parts, &combination);
     record.insert("combined".to_owned(), summary.clone());
-    atomic::write(&args.out.join(session::PROVENANCE), format!("{:#}\n", Value::Object(record)).as_bytes())?;
+    atomic::write(&folder.path().join(session::PROVENANCE), format!("{:#}\n", Value::Object(record)).as_bytes())?;
     let of = |part: &Part<'_>| {
         format!("{} of `{}`", part.args.weight, part.args.path.file_name().unwrap_or_default().to_string_lossy())
     };
@@ -65,7 +67,8 @@ pub fn run(args: &CombineArgs) -> Result<()> {
     ];
     let summary_of_card = "It was made of several adapters by `retune combine`.".to_owned();
     Card { method: &*file.method, base_model: file.base_model.as_deref(), summary: summary_of_card, rows }
-        .write(&args.out)?;
+        .write(folder.path())?;
+    folder.commit()?;
     if args.json { print_json(&summary) } else { print(args, &parts, &combination) }
 }
 

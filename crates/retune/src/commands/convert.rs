@@ -8,9 +8,10 @@ use anyhow::{Context, Result, bail};
 use rayon::prelude::*;
 use retune_adapter::convert::{Conversion, Keep, Kept};
 use retune_adapter::delta::{self, LoraDelta};
+use retune_adapter::files::CONFIG_FILE;
 use retune_adapter::{AdapterFile, BaseModules, Method as _};
 use retune_engine::spec::Linear;
-use retune_formats::atomic;
+use retune_formats::atomic::{self, Folder};
 use retune_model::checkpoint::Checkpoint;
 use retune_model::export::refuse_occupied;
 use retune_model::merge::change_of;
@@ -62,11 +63,12 @@ pub fn run(args: &ConvertArgs) -> Result<()> {
     let changes = converted.conversion.modules.iter().map(|(name, kept)| (name.clone(), kept.delta.clone())).collect();
     let modules = base.as_ref().map_or_else(|| delta::modules(&changes), |base| BaseModules::of(&base.checkpoint.spec));
     let file = AdapterFile { method: Arc::new(config), base_model: converted.base_model.clone(), tensors };
-    file.write(&args.out, &modules)?;
+    let folder = Folder::create(&args.out, CONFIG_FILE)?;
+    file.write(folder.path(), &modules)?;
     let summary = summary(args, &converted);
     let mut record = converted.origin.clone();
     record.insert("converted".to_owned(), summary.clone());
-    atomic::write(&args.out.join(session::PROVENANCE), format!("{:#}\n", Value::Object(record)).as_bytes())?;
+    atomic::write(&folder.path().join(session::PROVENANCE), format!("{:#}\n", Value::Object(record)).as_bytes())?;
     let from = args.adapter.as_deref().or(args.merged.as_deref().map(Path::new)).and_then(Path::file_name);
     let from = from.unwrap_or_default().to_string_lossy();
     let what = if args.adapter.is_some() { "the adapter" } else { "the difference to its base of the model" };
@@ -77,7 +79,8 @@ pub fn run(args: &ConvertArgs) -> Result<()> {
         summary: format!("It was made of {what} `{from}` by `retune convert`."),
         rows,
     };
-    card.write(&args.out)?;
+    card.write(folder.path())?;
+    folder.commit()?;
     if args.json { print_json(&summary) } else { print(args, &converted) }
 }
 

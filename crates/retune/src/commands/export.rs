@@ -6,9 +6,10 @@ use std::sync::Arc;
 use anyhow::{Context, Result, bail};
 use retune_adapter::convert::{Conversion, Kept};
 use retune_adapter::delta::{self, Deltas};
+use retune_adapter::files::CONFIG_FILE;
 use retune_adapter::{AdapterFile, BaseModules, gguf, mlx};
 use retune_engine::overlay::Overlay;
-use retune_formats::atomic;
+use retune_formats::atomic::{self, Folder};
 use retune_model::export;
 use retune_text::go_template::Turns;
 use serde_json::{Value, json};
@@ -28,6 +29,7 @@ const MLX: [&str; 9] = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2",
 
 /// The name of the model in Ollama's folder.
 const MODEL: &str = "model.gguf";
+const MODELFILE: &str = "Modelfile";
 
 /// Writes what the program takes, and says how far it is from what it was made of.
 pub fn run(args: &ExportArgs) -> Result<()> {
@@ -109,14 +111,15 @@ fn merged(args: &ExportArgs, bases: &Bases, sample: &Sample) -> Result<()> {
 /// The merged model and a Modelfile.
 fn ollama(args: &ExportArgs, bases: &Bases, sample: &Sample) -> Result<()> {
     refuse_occupied(&args.out)?;
-    let written = write_merged(args, bases, sample, &args.out.join(MODEL))?;
-    let modelfile = modelfile(&bases.into)?;
-    atomic::write(&args.out.join("Modelfile"), modelfile.as_bytes())?;
+    let folder = Folder::create(&args.out, MODELFILE)?;
+    let written = write_merged(args, bases, sample, &folder.path().join(MODEL))?;
+    atomic::write(&folder.path().join(MODELFILE), modelfile(&bases.into)?.as_bytes())?;
+    folder.commit()?;
     if args.json {
         return print_json(&written.json(&args.out));
     }
     merge::print("model", &written, &args.out)?;
-    outln!("try           ollama create mine -f {}", args.out.join("Modelfile").display());
+    outln!("try           ollama create mine -f {}", args.out.join(MODELFILE).display());
     Ok(())
 }
 
@@ -163,17 +166,18 @@ fn adapter(args: &ExportArgs, base: &Base, sample: &Sample) -> Result<()> {
     let (out, model) = (args.out.display(), &args.model);
     let source = Source::open(args, base)?;
     let modules = BaseModules::of(&base.checkpoint.spec);
-    match args.program {
+    let folder = Folder::create(&args.out, CONFIG_FILE)?;
+    let (parity, how) = match args.program {
         Program::Peft => {
             let info = source.file.method.info();
             if !info.is_of_peft() {
                 bail!("PEFT has no method like {}: merge the adapter into its base (retune merge)", info.name);
             }
-            source.file.write(&args.out, &modules)?;
-            let read = AdapterFile::read(&args.out)?;
+            source.file.write(folder.path(), &modules)?;
+            let read = AdapterFile::read(folder.path())?;
             let overlay = read.lower(&base.checkpoint.spec)?;
             let parity = source.parity_with(base, sample, &overlay, &read.params(&overlay)?)?;
-            report(args, &parity, &format!("PeftModel.from_pretrained(model, \"{out}\")"))
+            (parity, format!("PeftModel.from_pretrained(model, \"{out}\")"))
         }
         Program::Mlx => {
             let family = base.checkpoint.spec.family;
@@ -182,9 +186,10 @@ fn adapter(args: &ExportArgs, base: &Base, sample: &Sample) -> Result<()> {
             }
             let deltas = source.deltas(args, base)?;
             let layers = base.checkpoint.spec.decoder.blocks.len();
-            mlx::write(&args.out, layers, source.file.base_model.as_deref(), &deltas).with_context(|| way_out(args))?;
-            let parity = source.parity(base, sample, &mlx::read(&args.out)?)?;
-            report(args, &parity, &format!("mlx_lm.generate --model {model} --adapter-path {out}"))
+            mlx::write(folder.path(), layers, source.file.base_model.as_deref(), &deltas)
+                .with_context(|| way_out(args))?;
+            let parity = source.parity(base, sample, &mlx::read(folder.path())?)?;
+            (parity, format!("mlx_lm.generate --model {model} --adapter-path {out}"))
         }
         _ => {
             let conversion = conversion(&source.deltas(args, base)?)?;
@@ -198,8 +203,8 @@ fn adapter(args: &ExportArgs, base: &Base, sample: &Sample) -> Result<()> {
             }
             let (config, tensors) = conversion.adapter();
             let base_model = source.file.base_model.clone();
-            AdapterFile { method: Arc::new(config), base_model, tensors }.write(&args.out, &modules)?;
-            let read = AdapterFile::read(&args.out)?;
+            AdapterFile { method: Arc::new(config), base_model, tensors }.write(folder.path(), &modules)?;
+            let read = AdapterFile::read(folder.path())?;
             let overlay = read.lower(&base.checkpoint.spec)?;
             let parity = source.parity_with(base, sample, &overlay, &read.params(&overlay)?)?;
             let room = VLLM_RANKS.into_iter().find(|&room| room >= r).unwrap_or(most);
@@ -209,9 +214,11 @@ fn adapter(args: &ExportArgs, base: &Base, sample: &Sample) -> Result<()> {
                 }
                 _ => format!("give mistral.rs the folder {out} as a LoRA adapter of {model}"),
             };
-            report(args, &parity, &how)
+            (parity, how)
         }
-    }
+    };
+    folder.commit()?;
+    report(args, &parity, &how)
 }
 
 /// The adapter that is exported.

@@ -1,7 +1,6 @@
 //! A run of this program as a process of its own: its peak memory is its own, and what it dies of is no reason to stop.
 
-use std::fs::OpenOptions;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{self, RecvTimeoutError};
@@ -9,6 +8,7 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use retune_formats::atomic::Lines;
 use serde_json::Value;
 
 use crate::INTERRUPTED;
@@ -33,10 +33,8 @@ pub enum Ended {
 /// A program that cannot be started, a log that cannot be written.
 pub fn run(args: &[String], log: &Path, mut said: impl FnMut(&str)) -> Result<Ended> {
     let program = std::env::current_exe().context("cannot find this program's file, which runs are started from")?;
-    let opened = OpenOptions::new().create(true).append(true).open(log);
-    let mut file = opened.with_context(|| format!("cannot write {}", log.display()))?;
-    let mut write = |line: &str| writeln!(file, "{line}").with_context(|| format!("cannot write {}", log.display()));
-    write(&format!("$ retune {}", args.join(" ")))?;
+    let mut log = Lines::open(log)?;
+    log.add(&format!("$ retune {}", args.join(" ")))?;
     let mut command = Command::new(&program);
     command.args(args).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     tie(&mut command);
@@ -62,7 +60,7 @@ pub fn run(args: &[String], log: &Path, mut said: impl FnMut(&str)) -> Result<En
     loop {
         match receiver.recv_timeout(PATIENCE) {
             Ok(line) => {
-                write(&line)?;
+                log.add(&line)?;
                 said(&line);
                 if let Some(text) = line.strip_prefix("error: ") {
                     error = Some(text.to_owned());

@@ -100,10 +100,11 @@ impl Folder {
             }
             note!("going on with the comparison in {root}");
         }
+        // Before anything else is there: without it the folder is somebody else's.
+        write_json(&self.plan(), plan)?;
         for folder in ["data", "runs", "predictions"].map(|name| self.root.join(name)) {
             fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
         }
-        write_json(&self.plan(), plan)?;
         Ok(lock)
     }
 

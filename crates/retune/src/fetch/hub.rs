@@ -14,6 +14,7 @@ use anyhow::{Context, Error, Result, anyhow, bail};
 use hf_hub::api::sync::{Api, ApiBuilder, ApiError, ApiRepo};
 use hf_hub::{Cache, Repo, RepoType};
 use indicatif::{DecimalBytes, ProgressBar};
+use retune_formats::atomic;
 use retune_model::families;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
@@ -403,7 +404,8 @@ fn check(path: &Path, expected: &RemoteFile) -> Result<()> {
 /// Moves a file to its place, flushed to the disk.
 fn keep(blob: &Path, place: &Path) -> Result<()> {
     let flush = || OpenOptions::new().append(true).open(blob)?.sync_all();
-    flush().and_then(|()| fs::rename(blob, place)).with_context(|| format!("cannot write {}", place.display()))
+    flush().with_context(|| format!("cannot write {}", blob.display()))?;
+    Ok(atomic::rename(blob, place)?)
 }
 
 #[cfg(test)]
