@@ -2,6 +2,8 @@
 //!
 //! `goldens/` makes the fixtures with transformers and peft. A fault in a fixture is a panic: nothing here is for programs.
 
+pub mod hostile;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};

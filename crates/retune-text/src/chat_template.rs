@@ -6,9 +6,10 @@
 //! whether the function is defined has a fixed date to fall back to, and is told no until a date is given.
 
 use std::collections::BTreeMap;
+use std::io::{self, Write};
 
-use minijinja::value::{Kwargs, Value, ValueKind};
-use minijinja::{Environment, ErrorKind};
+use minijinja::value::{Kwargs, Rest, StringInput, Value, ValueKind};
+use minijinja::{Environment, ErrorKind, State, filters};
 use serde::{Deserialize, Serialize};
 use serde_json::Map;
 use sha2::{Digest, Sha256};
@@ -20,6 +21,14 @@ const NAME: &str = "chat_template";
 /// Instructions that the engine may run for one text. A conversation of a thousand turns takes some ten thousands; as many as this
 /// take about a second, so that nested loops over long ranges come to an end.
 const MOST_STEPS: u64 = 20_000_000;
+/// Bytes that a template may print for one conversation.
+const MOST_BYTES: usize = 64 << 20;
+/// Lines of a template, bytes of a line, and operators in one tag: more than any real one has, and within what the engine is known to take.
+const MOST_LINES: usize = 20_000;
+const MOST_LINE_BYTES: usize = 50_000;
+const MOST_OPERATORS: usize = 500;
+/// How far a template may indent or pad.
+const MOST_PADDING: usize = 9999;
 
 /// One turn of a conversation.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -91,11 +100,22 @@ impl ChatTemplate {
     /// # Errors
     /// A template that is not valid Jinja, with the line.
     pub fn new(source: &str, bos_token: &str, eos_token: &str) -> Result<ChatTemplate, Error> {
+        let is_long = |(at, line): &(usize, &str)| *at >= MOST_LINES || line.len() > MOST_LINE_BYTES;
+        if let Some((at, _)) = source.split('\n').enumerate().find(is_long) {
+            let cause = format!("more than {MOST_LINES} lines, or than {MOST_LINE_BYTES} bytes in one");
+            return Err(Error::ChatTemplateSyntax { line: at + 1, cause });
+        }
+        if let Some(line) = overlong_tag(source) {
+            let cause = format!("a tag with more than {MOST_OPERATORS} operators");
+            return Err(Error::ChatTemplateSyntax { line, cause });
+        }
         let mut environment = Environment::new();
         environment.set_trim_blocks(true);
         environment.set_lstrip_blocks(true);
         environment.set_fuel(Some(MOST_STEPS));
-        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        environment.set_unknown_method_callback(method);
+        environment.add_filter("format", format);
+        environment.add_filter("indent", indent);
         environment.add_function("raise_exception", raise_exception);
         environment.add_filter("tojson", tojson);
         // minijinja's own answer otherwise for none, texts, mappings and booleans.
@@ -169,8 +189,12 @@ impl ChatTemplate {
         ];
         let mut context: BTreeMap<&str, Value> = own.into_iter().collect();
         context.extend(variables.iter().map(|(name, value)| (name.as_str(), Value::from_serialize(value))));
-        let render = || self.environment.get_template(NAME)?.render(&context);
-        render().map_err(|error| Error::ChatTemplateRender { line: error.line().unwrap_or(0), cause: cause(&error) })
+        let mut text = Printed(Vec::new());
+        let template = self.environment.get_template(NAME);
+        let rendered = template.and_then(|template| template.render_captured_to(&context, &mut text).map(drop));
+        rendered
+            .map_err(|error| Error::ChatTemplateRender { line: error.line().unwrap_or(0), cause: cause(&error) })?;
+        Ok(String::from_utf8_lossy(&text.0).into_owned())
     }
 
     /// The template as the model carries it.
@@ -184,8 +208,28 @@ impl ChatTemplate {
     }
 }
 
+/// What a template has printed.
+struct Printed(Vec<u8>);
+
+impl Write for Printed {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if bytes.len() > MOST_BYTES - self.0.len() {
+            return Err(io::ErrorKind::FileTooLarge.into());
+        }
+        self.0.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
 fn cause(error: &minijinja::Error) -> String {
     match error.detail() {
+        _ if error.kind() == ErrorKind::WriteFailure => {
+            format!("the template printed too much and was stopped after {MOST_BYTES} bytes")
+        }
         _ if error.kind() == ErrorKind::OutOfFuel => {
             format!("the template ran too long and was stopped after {MOST_STEPS} steps")
         }
@@ -196,6 +240,84 @@ fn cause(error: &minijinja::Error) -> String {
 
 fn raise_exception(message: String) -> Result<Value, minijinja::Error> {
     Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
+}
+
+/// The line on which a tag with too many operators begins.
+fn overlong_tag(source: &str) -> Option<usize> {
+    let bytes = source.as_bytes();
+    let is_tag = |at: &usize| bytes[*at] == b'{' && matches!(bytes.get(at + 1), Some(b'{' | b'%'));
+    let mut at = 0;
+    while let Some(start) = (at..bytes.len()).find(is_tag) {
+        let (mut quote, mut word, mut operators) = (None, start + 2, 0);
+        at = start + 2;
+        while at < bytes.len() {
+            let byte = bytes[at];
+            match quote {
+                Some(_) if byte == b'\\' => at += 1,
+                Some(open) if byte == open => quote = None,
+                Some(_) => {}
+                None if byte == b'"' || byte == b'\'' => quote = Some(byte),
+                None if b"%}".contains(&byte) && bytes.get(at + 1) == Some(&b'}') => break,
+                None if byte.is_ascii_alphanumeric() || byte == b'_' => {}
+                None => {
+                    let is_word =
+                        [&b"not"[..], b"and", b"or", b"if", b"else", b"is", b"in"].contains(&&bytes[word..at]);
+                    let is_sign = !byte.is_ascii_whitespace() && !b",:)]}".contains(&byte);
+                    operators += usize::from(is_word) + usize::from(is_sign);
+                    word = at + 1;
+                }
+            }
+            at += 1;
+        }
+        if operators > MOST_OPERATORS {
+            return Some(source[..start].matches('\n').count() + 1);
+        }
+    }
+    None
+}
+
+/// Python's methods of texts and mappings.
+fn method(state: &State, value: &Value, method: &str, args: &[Value]) -> Result<Value, minijinja::Error> {
+    if method == "format" {
+        check_padding(value)?;
+    }
+    minijinja_contrib::pycompat::unknown_method_callback(state, value, method, args)
+}
+
+fn format(state: &State, text: &Value, args: Rest<Value>) -> Result<Value, minijinja::Error> {
+    check_padding(text)?;
+    filters::format(state, text, args)
+}
+
+fn indent(
+    text: StringInput<'_>,
+    width: Option<usize>,
+    first: Option<bool>,
+    blank: Option<bool>,
+    options: Kwargs,
+) -> Result<Value, minijinja::Error> {
+    let named = if options.has("width") { options.peek("width")? } else { None };
+    check_width(width.or(named).unwrap_or(0))?;
+    filters::indent(text, width, first, blank, options)
+}
+
+/// Refuses a text to be filled in that pads further than it may: it says so by a number after a `%` or within braces.
+fn check_padding(text: &Value) -> Result<(), minijinja::Error> {
+    let Some(text) = text.as_str() else { return Ok(()) };
+    let mut widths = text.split(['%', '{']).skip(1).map(|field| {
+        let field = field.split('}').next().unwrap_or_default();
+        let runs = field.split(|c: char| !c.is_ascii_digit()).filter(|run| !run.is_empty());
+        runs.map(|run| run.parse().unwrap_or(usize::MAX)).max().unwrap_or(0)
+    });
+    widths.try_for_each(check_width)
+}
+
+fn check_width(width: usize) -> Result<(), minijinja::Error> {
+    if width <= MOST_PADDING {
+        return Ok(());
+    }
+    let cause = format!("a width of {width}, expected at most {MOST_PADDING}");
+    Err(minijinja::Error::new(ErrorKind::InvalidOperation, cause))
 }
 
 /// What Python can index and knows the length of. An undefined value has the length 0 there.
@@ -247,6 +369,7 @@ fn generation_tag(text: &str) -> Option<(String, &str)> {
 /// `json.dumps` as transformers calls it: nothing escaped for HTML, `ensure_ascii` off unless asked for.
 fn tojson(value: Value, options: Kwargs) -> Result<Value, minijinja::Error> {
     let indent: Option<usize> = options.get("indent")?;
+    check_width(indent.unwrap_or(0))?;
     let ensure_ascii: Option<bool> = options.get("ensure_ascii")?;
     let sort_keys: Option<bool> = options.get("sort_keys")?;
     options.assert_all_used()?;
@@ -497,6 +620,47 @@ mod tests {
         // Every turn may look at all the others.
         let square = "{% for m in messages %}{% for n in messages %}{% if m == n %}{% endif %}{% endfor %}{% endfor %}";
         assert_eq!(render(square, &turns).unwrap(), "");
+    }
+
+    #[test]
+    fn long_lines_and_many_lines_are_refused() {
+        for source in ["a".repeat(MOST_LINE_BYTES + 1), "\n".repeat(MOST_LINES)] {
+            let error = ChatTemplate::new(&source, "", "").unwrap_err().to_string();
+            assert!(error.contains("more than 20000 lines"), "{error}");
+        }
+    }
+
+    #[test]
+    fn tags_of_more_operators_than_any_real_one_has_are_refused() {
+        for (operator, last) in
+            [("- ", "1"), ("1 + ", "1"), ("a ~ ", "a"), ("1 if a else ", "1"), ("a | f | ", "f"), ("a.", "a")]
+        {
+            for tag in [("{{ ", " }}"), ("{% set x = ", " %}")] {
+                let source = |count: usize| format!("\n{}{}{last}{}", tag.0, operator.repeat(count), tag.1);
+                let error = ChatTemplate::new(&source(MOST_OPERATORS + 1), "", "").unwrap_err().to_string();
+                assert!(error.contains("line 2: a tag with more than 500 operators"), "{operator}: {error}");
+                assert!(overlong_tag(&source(240)).is_none(), "{operator}");
+            }
+        }
+        let text = "-".repeat(10_000);
+        assert_eq!(render_one(&format!("{text}{{{{ '{text}' }}}}")).len(), 20_000);
+    }
+
+    #[test]
+    fn what_a_template_prints_is_bounded() {
+        let wide = ["{{ '%10000d' | format(1) }}", "{{ '{:>10000}'.format(1) }}", "{{ 'a\nb' | indent(10000) }}"];
+        let wide = wide.into_iter().chain(["{{ 'a\nb' | indent(width=10000) }}", "{{ [1] | tojson(indent=10000) }}"]);
+        for source in wide {
+            let error = render(source, &[]).unwrap_err().to_string();
+            assert!(error.contains("a width of 10000"), "{source}: {error}");
+        }
+        assert_eq!(
+            render_one("{{ '%03d' | format(7) }}{{ '{:>4}'.format('a') }}{{ 'a\nb' | indent(2) }}"),
+            "007   aa\n  b"
+        );
+        let endless = "{% for i in range(1000) %}{{ 'abcdefgh' * 100000 }}{% endfor %}";
+        let error = render(endless, &[]).unwrap_err().to_string();
+        assert!(error.contains("printed too much"), "{error}");
     }
 
     #[test]

@@ -143,7 +143,8 @@ impl Writer<'_> {
             }
             let litter: Vec<_> = made.keys().chain(others.keys()).filter(|path| is_temporary(path)).collect();
             // The runs of a comparison are ended with it.
-            let is_ended = litter.iter().all(|path| path.starts_with("out/runs"));
+            let is_ended =
+                litter.iter().all(|path| ["out/runs", "out/predictions"].iter().any(|of| path.starts_with(of)));
             assert!(killed || is_ended, "{what} leaves {litter:?}");
             let strange = others.keys().find(|path| !before.contains_key(*path) && !is_temporary(path));
             assert_eq!(strange, None, "{what}");

@@ -309,7 +309,7 @@ fn a_full_disk_leaves_no_part_of_a_merged_model_or_of_logits() {
     let before = folder.tree("");
     let model = common::golden(common::MODEL);
     let merge = ["merge", "--model", &model, "--adapter", "out/adapter", "--out", "merged"];
-    refused("merge", &in_little_room(&folder, &merge), &["cannot write merged", "File too large"]);
+    refused("merge", &in_little_room(&folder, &merge), &["cannot write .merged.tmp/", "File too large"]);
     let tokens = ["1"; 64].join(",");
     let logits = ["logits", "--model", &model, "--tokens", &tokens, "--out", "logits.safetensors"];
     refused("logits", &in_little_room(&folder, &logits), &["cannot write logits.safetensors", "File too large"]);
