@@ -1,7 +1,7 @@
 //! Hostile files: for each format that is read, what is done with a file of it here, and changes that make hostile files of good ones.
 //!
 //! A target takes any bytes. It must return, whatever they are; where a file is taken, it asserts what the reader promises of it. The corpus of
-//! each is in `fuzz/corpus`; `tests/hostile.rs` replays and changes it, and `fuzz/` lets libFuzzer look for more.
+//! each is in `fuzz/corpus`; `tests/hostile.rs` replays and changes it.
 
 use std::fs;
 use std::path::{Path, PathBuf};
