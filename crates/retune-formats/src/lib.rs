@@ -11,6 +11,7 @@ pub mod files;
 pub mod gguf;
 pub mod safetensors;
 pub mod stamp;
+pub mod tensorboard;
 pub mod weights;
 
 pub use error::Error;
