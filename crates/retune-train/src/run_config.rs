@@ -351,10 +351,20 @@ pub struct TrainingConfig {
     pub max_grad_norm: f64,
     /// Steps from one evaluation on the held-out rows to the next; at the end of every epoch when absent.
     pub eval_steps: Option<usize>,
+    /// Ends the run before its last step when so many scores of the held-out rows in a row were no better than the best before them. The
+    /// learning rate goes on as planned for the whole run until then. Never when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub early_stopping_patience: Option<usize>,
+    /// How much lower than the best before it a held-out loss must be to count as better, with `early_stopping_patience`.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub early_stopping_threshold: f64,
     /// Steps from one checkpoint to the next. The end of the run is always saved.
     pub save_steps: usize,
     /// Checkpoints kept, the latest ones.
     pub save_total_limit: usize,
+    /// Where the numbers of every step go beside `metrics.jsonl`.
+    #[serde(skip_serializing_if = "ReportTo::is_none")]
+    pub report_to: ReportTo,
     /// The seed of everything random: initial weights, order of the rows, the held-out part, dropout.
     pub seed: u64,
     /// Tokens computed at once; memory grows with it, the result does not depend on it beyond rounding. When absent 512 where the base is
@@ -387,14 +397,38 @@ impl Default for TrainingConfig {
             adam_epsilon: 1e-8,
             max_grad_norm: 1.0,
             eval_steps: None,
+            early_stopping_patience: None,
+            early_stopping_threshold: 0.0,
             save_steps: 50,
             save_total_limit: 2,
+            report_to: ReportTo::None,
             seed: 42,
             tokens_per_pass: None,
             share_prefixes: true,
             saved_activations: SavedActivations::Auto,
             activation_checkpointing: ActivationCheckpointing::None,
         }
+    }
+}
+
+fn is_zero(value: &f64) -> bool {
+    *value == 0.0
+}
+
+/// Where the numbers of every step go beside `metrics.jsonl`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ReportTo {
+    /// Nowhere.
+    #[default]
+    None,
+    /// To event files in the folder `tensorboard` of the output folder, under transformers' names: `tensorboard --logdir` draws them.
+    Tensorboard,
+}
+
+impl ReportTo {
+    fn is_none(&self) -> bool {
+        *self == ReportTo::None
     }
 }
 
@@ -576,6 +610,7 @@ impl TrainingConfig {
     fn check(self, default_rate: Option<f64>, data: &DataConfig) -> Result<TrainingConfig, Error> {
         let learning_rate = self.learning_rate.or(default_rate);
         self.check_steps()?;
+        self.check_early_stopping(data)?;
         self.check_optimizer(learning_rate.unwrap_or(MethodName::default().learning_rate))?;
         let key = "training.tokens_per_pass";
         if let Some(tokens) = self.tokens_per_pass {
@@ -607,6 +642,11 @@ impl TrainingConfig {
             ("batch_size", Some(self.batch_size), "8 is usual"),
             ("gradient_accumulation_steps", Some(self.gradient_accumulation_steps), "1 is usual"),
             ("eval_steps", self.eval_steps, "Remove the key to evaluate at the end of every epoch"),
+            (
+                "early_stopping_patience",
+                self.early_stopping_patience,
+                "3 is usual; remove the key to train to the end whatever the held-out loss",
+            ),
             ("save_steps", Some(self.save_steps), "For no checkpoints but the last, give more than the run has steps"),
             ("save_total_limit", Some(self.save_total_limit), "One checkpoint is needed to resume from"),
         ];
@@ -629,6 +669,30 @@ impl TrainingConfig {
             "fewer rows in a step",
             "training.batch_size times training.gradient_accumulation_steps is too large",
         )
+    }
+
+    fn check_early_stopping(&self, data: &DataConfig) -> Result<(), Error> {
+        let (patience, threshold) = (self.early_stopping_patience, self.early_stopping_threshold);
+        let key = "training.early_stopping_threshold";
+        let size = 0.0..f64::INFINITY;
+        require(size.contains(&threshold), key, threshold, "at least 0", "0 takes every gain for one")?;
+        let Some(patience) = patience else {
+            let advice =
+                "Set it to the number of scores without a gain after which the run ends, or remove the threshold";
+            return require(threshold == 0.0, key, threshold, "a training.early_stopping_patience with it", advice);
+        };
+        require(
+            data.eval.is_some() || data.eval_fraction > 0.0,
+            "training.early_stopping_patience",
+            patience,
+            "held-out rows to stop by",
+            "Set data.eval or data.eval_fraction, or remove the key",
+        )
+    }
+
+    /// The same for a run without held-out rows, which has nothing to stop by.
+    pub fn without_early_stopping(self) -> TrainingConfig {
+        TrainingConfig { early_stopping_patience: None, early_stopping_threshold: 0.0, ..self }
     }
 
     fn check_optimizer(&self, learning_rate: f64) -> Result<(), Error> {
@@ -816,6 +880,9 @@ threads: 2
             &[
                 "adapter={r: 4, layers_to_transform: [1, 2], target_modules: [q_proj], alpha_pattern: {q_proj: 0.1}}",
                 "data.eval=e.csv",
+                "training.early_stopping_patience=3",
+                "training.early_stopping_threshold=0.01",
+                "training.report_to=tensorboard",
             ],
         ];
         for overrides in cases {
@@ -921,6 +988,7 @@ threads: 2
             error(&["training.lr_scheduler_type=cosin"])
                 .contains("one of linear, cosine, constant. Did you mean cosine?")
         );
+        assert!(error(&["training.report_to=wandb"]).contains("one of none, tensorboard"));
         assert!(error(&["base.compute=int4"]).contains("base.compute is the text \"int4\"; expected"));
         assert!(error(&["base.compute=int8", "method=full"]).contains("frozen base"));
         assert!(
@@ -960,6 +1028,12 @@ threads: 2
             ("training.gradient_accumulation_steps=0", "training.gradient_accumulation_steps is 0"),
             ("training.eval_steps=0", "training.eval_steps is 0"),
             ("training.save_steps=0", "training.save_steps is 0"),
+            ("training.early_stopping_patience=0", "training.early_stopping_patience is 0; expected 1 to"),
+            ("training.early_stopping_threshold=-1", "training.early_stopping_threshold is -1; expected at least 0"),
+            (
+                "training.early_stopping_threshold=0.1",
+                "training.early_stopping_threshold is 0.1; expected a training.early_stopping_patience with it",
+            ),
             ("training.save_total_limit=0", "training.save_total_limit is 0"),
             ("training.learning_rate=0", "training.learning_rate is 0; expected above 0"),
             ("training.warmup_ratio=1.5", "training.warmup_ratio is 1.5; expected 0 to 1"),
@@ -978,6 +1052,10 @@ threads: 2
             let error = error(&[setting]);
             assert!(error.contains(expected), "{setting}: {error}");
         }
+        let without_rows = error(&["training.early_stopping_patience=2", "data.eval_fraction=0"]);
+        assert!(without_rows.contains("patience is 2; expected held-out rows to stop by"), "{without_rows}");
+        let stopped = ["training.early_stopping_patience=2", "training.early_stopping_threshold=0.1"];
+        assert_eq!(parse(&stopped).unwrap().training.without_early_stopping(), parse(&[]).unwrap().training);
         let product = error(&["training.batch_size=1000000000", "training.gradient_accumulation_steps=1000000000"]);
         assert!(product.contains("is too large"), "{product}");
         let saved = |kind: &str| {

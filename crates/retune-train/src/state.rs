@@ -35,10 +35,17 @@ pub struct Progress {
     pub last_loss: Option<f64>,
     pub best_loss: Option<f64>,
     pub best_step: u64,
+    /// How many of the latest scores were no better than the best before each, by what early stopping asks of them; nothing else counts them.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub scores_without_gain: u64,
     /// Whether scoring the held-out rows after this step was interrupted. It is not written where it is false, so that a run that was
     /// interrupted ends with the bytes of one that was not.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub owes_score: bool,
+}
+
+fn is_zero(count: &u64) -> bool {
+    *count == 0
 }
 
 fn write_file(path: &Path, tensors: &[(&str, Values<'_>)], progress: &Progress) -> Result<(), Error> {
@@ -141,6 +148,11 @@ pub fn list(directory: &Path) -> Result<Vec<PathBuf>, Error> {
     }
     paths.sort();
     Ok(paths)
+}
+
+/// The step of a checkpoint, by its name.
+pub fn step_of(path: &Path) -> Option<u64> {
+    path.file_stem()?.to_str()?.strip_prefix("step-")?.parse().ok()
 }
 
 fn damaged(path: &Path, reason: impl std::fmt::Display) -> Error {

@@ -76,6 +76,8 @@ pub struct StepReport {
     /// Steps done, this one included.
     pub step: u64,
     pub total_steps: u64,
+    /// Epochs done.
+    pub epoch: f64,
     /// Mean loss over the step's label tokens, in nats.
     pub loss: f64,
     /// Norm of the whole gradient, before clipping.
@@ -110,12 +112,11 @@ pub trait Observer {
 /// How a run ended.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Outcome {
+    /// After its last step, or before it where [`Trainer::stops_early`].
     Finished,
     /// Stopped at the observer's wish after this step; saved. [`Progress::owes_score`] says whether the held-out rows are still to be
     /// scored.
-    Interrupted {
-        step: u64,
-    },
+    Interrupted { step: u64 },
 }
 
 /// What is trained: a model with what stands on it, and the arithmetic of its steps.
@@ -311,7 +312,7 @@ impl<'a> Trainer<'a> {
             // The checkpoint that owed the score holds it from now on.
             self.save(directory)?;
         }
-        while self.progress.step < self.progress.total_steps {
+        while self.progress.step < self.progress.total_steps && !self.stops_early() {
             let report = self.step()?;
             observer.step(&report)?;
             let step = self.progress.step;
@@ -319,14 +320,24 @@ impl<'a> Trainer<'a> {
             self.progress.owes_score = !self.eval.is_empty() && (last || self.evaluates_after(step));
             let scored = !self.progress.owes_score || self.score_step(directory, observer)?;
             let interrupted = !scored || observer.interrupted();
-            if last || interrupted || step.is_multiple_of(self.config.save_steps as u64) {
+            let ends = last || self.stops_early();
+            if ends || interrupted || step.is_multiple_of(self.config.save_steps as u64) {
                 self.save(directory)?;
             }
-            if interrupted && !(last && scored) {
+            if interrupted && !(ends && scored) {
                 return Ok(Outcome::Interrupted { step });
             }
         }
         Ok(Outcome::Finished)
+    }
+
+    /// Whether as many scores of the held-out rows in a row as the run has patience for were no better than the best before them.
+    ///
+    /// What counts as better is transformers' `EarlyStoppingCallback`'s to say: lower than the best so far by more than the threshold, where
+    /// the best so far is the lowest of all, whether it was better by that much or not.
+    pub fn stops_early(&self) -> bool {
+        let patience = self.config.early_stopping_patience;
+        patience.is_some_and(|patience| self.progress.scores_without_gain >= patience as u64)
     }
 
     /// Scores the held-out rows after a step, and keeps the parameters if they are the best so far. Returns false where the observer
@@ -408,6 +419,7 @@ impl<'a> Trainer<'a> {
         Ok(StepReport {
             step: self.progress.step,
             total_steps: self.progress.total_steps,
+            epoch: self.progress.step as f64 / self.steps_per_epoch() as f64,
             loss: loss / divisor,
             gradient_norm,
             learning_rate,
@@ -485,7 +497,12 @@ impl<'a> Trainer<'a> {
 
     /// Takes the held-out loss of the current parameters into the progress.
     fn record_score(&mut self, loss: f64, label_tokens: usize) -> Evaluation {
-        let best = self.progress.best_loss.is_none_or(|best| loss < best);
+        let gain = self.progress.best_loss.map_or(f64::INFINITY, |best| best - loss);
+        if self.config.early_stopping_patience.is_some() {
+            let is_gain = gain > self.config.early_stopping_threshold;
+            self.progress.scores_without_gain = if is_gain { 0 } else { self.progress.scores_without_gain + 1 };
+        }
+        let best = gain > 0.0;
         if best {
             self.progress.best_loss = Some(loss);
             self.progress.best_step = self.progress.step;

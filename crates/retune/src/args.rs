@@ -61,6 +61,8 @@ pub enum Command {
     Eval(EvalArgs),
     /// Find out which method suits a model, data and machine: train several, score them on held-out rows, and write a report
     Compare(CompareArgs),
+    /// Write a page about one run: its losses, what it took, what is in its data
+    Report(ReportArgs),
     /// Score answers in a file beside their references: ROUGE, exact match, F1, accuracy
     Score(ScoreArgs),
     /// Show what a model or an adapter is made of
@@ -107,6 +109,26 @@ pub struct TrainArgs {
     pub overwrite: bool,
 
     /// Print one JSON object at the end instead of text
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Args)]
+#[command(after_help = "\
+The page needs nothing else, neither a network nor a script. It is made of what lies in the run's folder, at any time: while the run is at \
+work, after it was stopped, and when it has ended.
+
+  retune report runs/debian-synopsis")]
+pub struct ReportArgs {
+    /// The output folder of a run
+    #[arg(value_name = "RUN")]
+    pub run: PathBuf,
+
+    /// Where the page goes; RUN/report.html when absent
+    #[arg(long, short, value_name = "FILE")]
+    pub out: Option<PathBuf>,
+
+    /// Print one JSON object instead of text
     #[arg(long)]
     pub json: bool,
 }

@@ -6,12 +6,16 @@ mod parity;
 
 mod args;
 mod card;
+mod chart;
 mod commands;
 mod comparison;
 mod compute;
 mod fetch;
+mod figures;
 mod memory;
 mod memory_plan;
+mod metrics;
+mod page;
 mod progress;
 mod report;
 mod run_data;
@@ -91,6 +95,7 @@ fn run(cli: &Cli) -> Result<End> {
         // Handled above.
         Command::Compare(_) => Ok(End::Done),
         Command::Score(args) => commands::score::run(args).map(done),
+        Command::Report(args) => commands::report::run(args).map(done),
     };
     pool.install(|| parallel::awake(command))
 }

@@ -13,6 +13,7 @@ use retune_model::export::ExportType;
 use retune_train::data::Example;
 use retune_train::run_config::{ActivationCheckpointing, Int8Copy, RunConfig};
 use retune_train::trainer::{Passes, largest_pass};
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::compute;
@@ -39,17 +40,27 @@ pub struct Planned<'a> {
     pub free: Option<u64>,
 }
 
-/// Bytes of memory by what they are for.
-#[derive(Clone, Copy, Debug)]
+/// What a run is planned to take, part by part, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MemoryPlan {
-    pub base: usize,
-    pub int8: usize,
+    /// The base as it is stored.
+    pub base: u64,
+    /// Its linears in 8 bits, beside that.
+    pub int8: u64,
+    /// What is trained, with its gradient.
+    pub trained: u64,
+    pub optimizer: u64,
+    pub activations: u64,
+    /// The program's own code, the tokenizer, the data.
+    pub program: u64,
+}
+
+/// That, and what it depends on.
+#[derive(Clone, Copy, Debug)]
+pub struct RunMemory {
+    pub plan: MemoryPlan,
     /// What becomes of the base's integers, where it is computed in 8 bits.
     pub integers: Integers,
-    /// What is trained and its gradient.
-    pub trained: usize,
-    pub optimizer: usize,
-    pub activations: usize,
     /// Tokens of the largest pass.
     pub tokens: usize,
 }
@@ -75,7 +86,7 @@ impl Planned<'_> {
         if self.method.keeps_start() { self.overlay.layout.len() } else { 0 }
     }
 
-    pub fn memory(&self) -> MemoryPlan {
+    pub fn memory(&self) -> RunMemory {
         let Self { config, model, overlay, layout, int8, train, eval, free, .. } = *self;
         let (training, parameters, passes) = (&config.training, layout.len(), self.passes());
         let size = largest_pass(&overlay.prelude(&model.spec), training, passes, config.data.shuffle, train, eval);
@@ -97,7 +108,10 @@ impl Planned<'_> {
         } else {
             (file, 0)
         };
-        MemoryPlan { base, int8: quantized, integers, trained, optimizer, activations, tokens: size.tokens }
+        let [base, int8, trained, optimizer, activations, program] =
+            [base, quantized, trained, optimizer, activations, PROGRAM_BYTES].map(|bytes| bytes as u64);
+        let plan = MemoryPlan { base, int8, trained, optimizer, activations, program };
+        RunMemory { plan, integers, tokens: size.tokens }
     }
 
     /// What the run's folder and the cache will hold at most. `kept` are the bytes of the base that are kept quantized, `dtype` is the type of a
@@ -136,30 +150,48 @@ impl Planned<'_> {
 }
 
 impl MemoryPlan {
+    /// The parts, each with what people call it.
+    pub fn parts(&self) -> [(&'static str, u64); 6] {
+        [
+            ("base", self.base),
+            ("base in int8", self.int8),
+            ("trained and gradient", self.trained),
+            ("optimizer", self.optimizer),
+            ("activations", self.activations),
+            ("program", self.program),
+        ]
+    }
+
     pub fn total(&self) -> u64 {
-        let Self { base, int8, trained, optimizer, activations, integers: _, tokens: _ } = *self;
-        (base + int8 + trained + optimizer + activations + PROGRAM_BYTES) as u64
+        self.parts().iter().map(|(_, bytes)| bytes).sum()
+    }
+}
+
+impl RunMemory {
+    pub fn total(&self) -> u64 {
+        self.plan.total()
     }
 
     /// A line about it; `what` is trained.
     pub fn line(&self, what: &str) -> String {
-        let of = |bytes: usize| human(bytes as u64);
+        let MemoryPlan { base, int8, trained, optimizer, activations, .. } = self.plan;
         format!(
             "{} planned: base {}, in int8 {}, {what} with its gradient {}, optimizer {}, activations {} for passes of {} tokens",
             human(self.total()),
-            of(self.base),
-            of(self.int8),
-            of(self.trained),
-            of(self.optimizer),
-            of(self.activations),
+            human(base),
+            human(int8),
+            human(trained),
+            human(optimizer),
+            human(activations),
             self.tokens,
         )
     }
 
     pub fn json(&self) -> Value {
+        let MemoryPlan { base, int8, trained, optimizer, activations, program } = self.plan;
         json!({
-            "base": self.base, "int8": self.int8, "trained_with_gradient": self.trained, "optimizer": self.optimizer,
-            "activations": self.activations, "program": PROGRAM_BYTES, "tokens_per_pass": self.tokens, "total": self.total(),
+            "base": base, "int8": int8, "trained_with_gradient": trained, "optimizer": optimizer, "activations": activations,
+            "program": program, "tokens_per_pass": self.tokens, "total": self.total(),
         })
     }
 }

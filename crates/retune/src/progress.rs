@@ -1,21 +1,24 @@
-//! What a person and a program see of a run while it trains: the progress bar and `metrics.jsonl`.
+//! What a person and a program see of a run while it trains: the progress bar with its chart, `metrics.jsonl`, and TensorBoard's event files.
 
 use std::fs;
 use std::io::IsTerminal;
-use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use indicatif::{ProgressBar, ProgressStyle};
 use retune_formats::atomic::{self, Lines};
+use retune_formats::tensorboard::{self, Events};
 use retune_train::Error;
 use retune_train::state::Progress as RunProgress;
 use retune_train::trainer::{Evaluation, Observer, StepReport};
 use serde_json::{Value, json};
+use terminal_size::{Width, terminal_size_of};
 
+use crate::chart::Chart;
 use crate::comparison::answer::duration;
 use crate::memory;
+use crate::run_folder::RunFolder;
 
 /// Set by Ctrl-C.
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
@@ -51,7 +54,9 @@ const LINES_EVERY: u64 = 10;
 /// Shows a run on the terminal and appends it to its metrics file.
 pub struct Progress {
     bar: Option<ProgressBar>,
+    chart: Option<Chart>,
     metrics: Lines,
+    tensorboard: Option<TensorBoard>,
     /// Seconds in steps alone: scoring held-out rows is not training.
     seconds_here: f64,
     steps_here: u64,
@@ -59,36 +64,60 @@ pub struct Progress {
     smoothed: Option<f64>,
 }
 
+/// What is shown of a run beside its bar, and written beside its metrics.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Shown {
+    /// A chart of the loss, where there is a terminal to draw it on.
+    pub chart: bool,
+    /// TensorBoard's event files.
+    pub tensorboard: bool,
+}
+
 impl Progress {
     /// Opens the metrics file of a run that has come so far; what was written beyond that, before a kill, is dropped.
     ///
     /// # Errors
     /// A metrics file that cannot be read or written.
-    pub fn new(path: &Path, run: &RunProgress) -> anyhow::Result<Self> {
+    pub fn new(folder: &RunFolder, run: &RunProgress, shown: Shown) -> anyhow::Result<Self> {
         let &RunProgress { step, total_steps, owes_score, .. } = run;
+        let path = folder.metrics();
+        // A run is at the state of its newest checkpoint. A score that is still owed is computed, and written, again.
+        let is_kept = |at: u64, is_score: bool| at <= step && step > 0 && !(owes_score && at == step && is_score);
+        let is_terminal = std::io::stderr().is_terminal();
+        let width = terminal_size_of(std::io::stderr()).map(|(Width(width), _)| usize::from(width));
+        let width = width.filter(|_| shown.chart && is_terminal);
+        let mut chart = width.and_then(|width| Chart::new(total_steps, width));
         if path.exists() {
-            let kept: String = fs::read_to_string(path)
-                .with_context(|| format!("cannot read {}; move it away to go on without it", path.display()))?
-                .lines()
-                .filter(|line| {
-                    let Ok(value) = serde_json::from_str::<Value>(line) else { return false };
-                    let is_owed = |at: u64| owes_score && at == step && !value["eval_loss"].is_null();
-                    value["step"].as_u64().is_some_and(|at| at <= step && step > 0 && !is_owed(at))
-                })
-                .map(|line| format!("{line}\n"))
-                .collect();
-            atomic::write(path, kept.as_bytes())?;
+            let text = fs::read_to_string(&path)
+                .with_context(|| format!("cannot read {}; move it away to go on without it", path.display()))?;
+            let mut kept = String::new();
+            for line in text.lines() {
+                let Ok(value) = serde_json::from_str::<Value>(line) else { continue };
+                let score = value["eval_loss"].as_f64();
+                let Some(at) = value["step"].as_u64().filter(|at| is_kept(*at, score.is_some())) else { continue };
+                kept += &format!("{line}\n");
+                if let Some(chart) = &mut chart {
+                    value["loss"].as_f64().into_iter().for_each(|loss| chart.loss(at, loss));
+                    score.into_iter().for_each(|loss| chart.score(at, loss));
+                }
+            }
+            atomic::write(&path, kept.as_bytes())?;
         }
-        let metrics = Lines::open(path)?;
-        let bar = std::io::stderr().is_terminal().then(|| {
+        let metrics = Lines::open(&path)?;
+        let tensorboard =
+            shown.tensorboard.then(|| TensorBoard::new(folder.tensorboard(), run, is_kept)).transpose()?;
+        let bar = is_terminal.then(|| {
             let bar = ProgressBar::new(total_steps);
-            let style = ProgressStyle::with_template("{wide_bar} {pos}/{len}  {msg}  {eta} left");
+            let above = if chart.is_some() { "{prefix}\n" } else { "" };
+            let style =
+                ProgressStyle::with_template(&format!("{above}{{wide_bar}} {{pos}}/{{len}}  {{msg}}  {{eta}} left"));
             bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
             bar.set_position(step);
             bar.reset_eta();
             bar
         });
-        Ok(Self { bar, metrics, seconds_here: 0.0, steps_here: 0, tokens_here: 0, smoothed: None })
+        let (seconds_here, steps_here, tokens_here, smoothed) = (0.0, 0, 0, None);
+        Ok(Self { bar, chart, metrics, tensorboard, seconds_here, steps_here, tokens_here, smoothed })
     }
 
     fn print(&self, line: &str) {
@@ -102,13 +131,64 @@ impl Progress {
         Ok(self.metrics.add(&value.to_string())?)
     }
 
-    /// Takes the bar away.
-    pub fn finish(&self) {
-        if let Some(bar) = &self.bar {
-            bar.finish_and_clear();
+    /// Draws the chart anew, where there is one.
+    fn draw(&self) {
+        if let (Some(bar), Some(chart)) = (&self.bar, &self.chart) {
+            bar.set_prefix(chart.draw());
         }
     }
+
+    /// Takes the bar away, and leaves the chart.
+    pub fn finish(&self) {
+        let Some(bar) = &self.bar else { return };
+        if let Some(chart) = self.chart.as_ref().filter(|_| self.steps_here > 0) {
+            bar.println(chart.draw());
+        }
+        bar.finish_and_clear();
+    }
 }
+
+/// The event files of a run.
+struct TensorBoard {
+    folder: PathBuf,
+    /// Begun with the first numbers: a run that had ended has none.
+    events: Option<Events>,
+    /// The step that is taken next when the run begins or goes on.
+    next_step: u64,
+    /// Tokens trained on.
+    tokens: u64,
+}
+
+impl TensorBoard {
+    /// Of a run that has come so far; what was written beyond that, before a kill, is dropped.
+    fn new(folder: PathBuf, run: &RunProgress, is_kept: impl Fn(u64, bool) -> bool) -> anyhow::Result<Self> {
+        tensorboard::keep(&folder, |step, tags| is_kept(step, tags.iter().any(|tag| tag == EVAL_LOSS)))?;
+        Ok(Self { folder, events: None, next_step: run.step + 1, tokens: run.tokens })
+    }
+
+    fn add(&mut self, step: u64, values: &[(&str, f64)]) -> Result<(), Error> {
+        let events = match &mut self.events {
+            Some(events) => events,
+            none => none.insert(Events::create(&self.folder, self.next_step)?),
+        };
+        Ok(events.scalars(step, values)?)
+    }
+
+    fn step(&mut self, report: &StepReport) -> Result<(), Error> {
+        self.tokens += report.tokens as u64;
+        let values = [
+            ("train/loss", report.loss),
+            ("train/grad_norm", report.gradient_norm),
+            ("train/learning_rate", report.learning_rate),
+            ("train/epoch", report.epoch),
+            ("train/num_input_tokens_seen", self.tokens as f64),
+        ];
+        self.add(report.step, &values)
+    }
+}
+
+/// Under which a held-out loss stands; the names are those of transformers' callback.
+const EVAL_LOSS: &str = "eval/loss";
 
 impl Observer for Progress {
     fn step(&mut self, report: &StepReport) -> Result<(), Error> {
@@ -120,6 +200,10 @@ impl Observer for Progress {
         let speed = self.tokens_here as f64 / self.seconds_here;
         let resident = memory::resident().map_or_else(String::new, |bytes| format!("  {}", memory::human(bytes)));
         let message = format!("loss {smoothed:.3}  {speed:.0} tok/s{resident}");
+        if let Some(chart) = &mut self.chart {
+            chart.loss(report.step, report.loss);
+        }
+        self.draw();
         match &self.bar {
             Some(bar) => {
                 bar.set_position(report.step);
@@ -142,17 +226,25 @@ impl Observer for Progress {
             "tokens": report.tokens,
             "label_tokens": report.label_tokens,
             "seconds": report.seconds,
-        }))
+            "peak_rss_bytes": memory::peak_resident(),
+        }))?;
+        self.tensorboard.as_mut().map_or(Ok(()), |tensorboard| tensorboard.step(report))
     }
 
     fn evaluation(&mut self, evaluation: &Evaluation) -> Result<(), Error> {
         let best = if evaluation.best { "  (best so far)" } else { "" };
         self.print(&format!("step {}: held-out loss {:.4}{best}", evaluation.step, evaluation.loss));
+        if let Some(chart) = &mut self.chart {
+            chart.score(evaluation.step, evaluation.loss);
+        }
+        self.draw();
         self.record(&json!({
             "step": evaluation.step,
             "eval_loss": evaluation.loss,
             "eval_label_tokens": evaluation.label_tokens,
-        }))
+        }))?;
+        let values = [(EVAL_LOSS, evaluation.loss)];
+        self.tensorboard.as_mut().map_or(Ok(()), |tensorboard| tensorboard.add(evaluation.step, &values))
     }
 
     fn interrupted(&self) -> bool {
@@ -323,7 +415,7 @@ mod tests {
         ];
         let kept = |run: RunProgress| {
             fs::write(&path, lines.join("\n")).unwrap();
-            Progress::new(&path, &run).unwrap();
+            Progress::new(&RunFolder { root: folder.path().to_owned() }, &run, Shown::default()).unwrap();
             let text = fs::read_to_string(&path).unwrap();
             lines.map(|line| text.lines().any(|kept| kept == line))
         };

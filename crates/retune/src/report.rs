@@ -8,13 +8,12 @@ use retune_adapter::Method;
 use retune_engine::calibrate::Choice;
 use retune_model::export::ExportType;
 use retune_train::data::{Files, Names, RowFormat, RowText, read_rows};
-use retune_train::run_config::RunConfig;
+use retune_train::run_config::{DataConfig, RunConfig};
 use retune_train::state::Progress;
 use serde_json::{Value, json};
 
 use crate::args::RunFile;
 use crate::card::{CARD, Card, plain};
-use crate::commands::print_json;
 use crate::compute;
 use crate::memory::{self, human};
 use crate::parity::Parity;
@@ -48,13 +47,15 @@ pub struct Report<'a> {
 }
 
 impl Report<'_> {
-    /// Prints it for a program.
-    pub fn print_json(&self) -> Result<()> {
-        print_json(&json!({
+    /// What it says to a program.
+    pub fn to_json(&self) -> Value {
+        json!({
             "output": self.result,
             "bytes": folder_size(self.result),
             "trainable_parameters": self.trained,
-            "steps": self.progress.total_steps,
+            "steps": self.progress.step,
+            "planned_steps": self.progress.total_steps,
+            "stopped_early": self.stopped_early(),
             "tokens": self.progress.tokens,
             "held_out_loss_before": self.progress.initial_loss,
             "held_out_loss_after": self.progress.best_loss,
@@ -67,12 +68,32 @@ impl Report<'_> {
             "dtype": self.rounded.as_ref().map(|(dtype, _)| dtype.to_string()),
             "parity": self.rounded.as_ref().map(|(_, parity)| parity.json()),
             "samples": self.samples,
-        }))
+        })
+    }
+
+    /// Where and why the run ended before its last step, where it did.
+    fn stopped_early(&self) -> Option<String> {
+        let Progress { step, total_steps, scores_without_gain, best_step, .. } = *self.progress;
+        let threshold = self.config.training.early_stopping_threshold;
+        let by = if threshold > 0.0 { format!(" by more than {threshold}") } else { String::new() };
+        let scores = match scores_without_gain {
+            1 => "the last held-out score was not".to_owned(),
+            count => format!("none of the last {count} held-out scores was"),
+        };
+        (step < total_steps).then(|| {
+            format!(
+                "stopped early at step {step} of {total_steps} because {scores} lower than the best before it{by} (the best is that of step \
+                 {best_step}; training.early_stopping_patience)"
+            )
+        })
     }
 
     /// Prints it for a person.
     pub fn print(&self) -> Result<()> {
         outln!();
+        if let Some(sentence) = self.stopped_early() {
+            outln!("{sentence}");
+        }
         if let (Some(before), Some(after)) = (self.progress.initial_loss, self.progress.best_loss) {
             outln!("held-out loss  {before:.4} before, {after:.4} after");
             if self.goes_on && self.progress.best_step == 0 {
@@ -100,30 +121,11 @@ impl Report<'_> {
             parity.print("rounded", &format!("to {dtype} and read back"))?;
         }
         outln!("took           {:.0} s, peak memory {peak}", self.seconds);
-        let (program, path) = (program(), shell_word(&self.result.to_string_lossy()));
-        let saves_adapter = self.config.method.saves_adapter();
-        let model = match saves_adapter {
-            false => format!("--model {path}"),
-            true => format!("--model {} --adapter {path}", shell_word(&self.config.model)),
-        };
-        let question = self.first_question().unwrap_or_else(|| shell_word("Once upon a time"));
         outln!("\nNext:");
-        outln!("  {program} generate {model} {question}");
-        outln!("  {program} inspect {path}");
-        match (saves_adapter, &self.config.data.eval) {
-            (false, None) => {}
-            (false, Some(eval)) => {
-                for path in eval.paths() {
-                    outln!("  {program} eval {model} --data {}", shell_word(&path.to_string_lossy()));
-                }
-            }
-            // No weight can hold it.
-            (true, _) if self.method.is_soft_prompt() => {}
-            (true, _) => {
-                let merged = format!("{}-merged", self.config.output_dir.to_string_lossy());
-                outln!("  {program} merge {model} --out {}", shell_word(&merged));
-            }
+        for line in next_commands(self.config, self.method.is_soft_prompt(), self.result, &program()) {
+            outln!("  {line}");
         }
+        outln!("  {} report {}", program(), shell_word(&self.config.output_dir.to_string_lossy()));
         Ok(())
     }
 
@@ -154,9 +156,14 @@ impl Report<'_> {
             (
                 "steps",
                 format!(
-                    "{} of {} rows",
-                    progress.total_steps,
-                    training.batch_size * training.gradient_accumulation_steps
+                    "{} of {} rows{}",
+                    progress.step,
+                    training.batch_size * training.gradient_accumulation_steps,
+                    if progress.step < progress.total_steps {
+                        format!(", {} were planned", progress.total_steps)
+                    } else {
+                        String::new()
+                    }
                 ),
             ),
             ("tokens trained on", progress.tokens.to_string()),
@@ -201,35 +208,60 @@ impl Report<'_> {
         let summary = format!("It was trained on `{}`, with the settings below.", file(&config.data.train));
         Card { method: self.saved, base_model: Some(&config.model), summary, rows }.write(self.result)
     }
+}
 
-    /// What the first held-out row asks, or the first row: something to try the result with, no longer than a line.
-    fn first_question(&self) -> Option<String> {
-        const LONGEST: usize = 120;
-        let data = &self.config.data;
-        let path = data.eval.as_ref().unwrap_or(&data.train);
-        let file = read_rows(path, &data.read_options(&Names::KEYS)).ok()?;
-        let first = &file.rows.first()?.text;
-        let text = first.question()?;
-        // What was trained on as it stands is asked as it stands.
-        let (flags, question) = match first {
-            RowText::PromptCompletion { .. } if file.format == RowFormat::PromptCompletion => {
-                ("--raw ", text.chars().take(LONGEST).collect())
-            }
-            _ => {
-                let mut question = String::new();
-                for word in text.split_whitespace() {
-                    if question.len() + word.len() >= LONGEST {
-                        break;
-                    }
-                    question.push_str(if question.is_empty() { "" } else { " " });
-                    question.push_str(word);
-                }
-                ("", question)
-            }
-        };
-        let ends = if question.starts_with('-') { "-- " } else { "" };
-        (!question.is_empty()).then(|| format!("{flags}{ends}{}", shell_word(&question)))
+/// What to do with the result of a run: `result` is its folder, `program` what the program is called.
+pub fn next_commands(config: &RunConfig, is_soft_prompt: bool, result: &Path, program: &str) -> Vec<String> {
+    let path = shell_word(&result.to_string_lossy());
+    let saves_adapter = config.method.saves_adapter();
+    let model = match saves_adapter {
+        false => format!("--model {path}"),
+        true => format!("--model {} --adapter {path}", shell_word(&config.model)),
+    };
+    let question = first_question(&config.data).unwrap_or_else(|| shell_word("Once upon a time"));
+    let mut commands = vec![format!("{program} generate {model} {question}"), format!("{program} inspect {path}")];
+    match (saves_adapter, &config.data.eval) {
+        (false, None) => {}
+        (false, Some(eval)) => {
+            let data = eval.paths().iter().map(|path| shell_word(&path.to_string_lossy()));
+            commands.extend(data.map(|path| format!("{program} eval {model} --data {path}")));
+        }
+        // No weight can hold it.
+        (true, _) if is_soft_prompt => {}
+        (true, _) => {
+            let merged = format!("{}-merged", config.output_dir.to_string_lossy());
+            commands.push(format!("{program} merge {model} --out {}", shell_word(&merged)));
+        }
     }
+    commands
+}
+
+/// What the first held-out row asks, or the first row: something to try the result with, no longer than a line.
+fn first_question(data: &DataConfig) -> Option<String> {
+    const LONGEST: usize = 120;
+    let path = data.eval.as_ref().unwrap_or(&data.train);
+    let file = read_rows(path, &data.read_options(&Names::KEYS)).ok()?;
+    let first = &file.rows.first()?.text;
+    let text = first.question()?;
+    // What was trained on as it stands is asked as it stands.
+    let (flags, question) = match first {
+        RowText::PromptCompletion { .. } if file.format == RowFormat::PromptCompletion => {
+            ("--raw ", text.chars().take(LONGEST).collect())
+        }
+        _ => {
+            let mut question = String::new();
+            for word in text.split_whitespace() {
+                if question.len() + word.len() >= LONGEST {
+                    break;
+                }
+                question.push_str(if question.is_empty() { "" } else { " " });
+                question.push_str(word);
+            }
+            ("", question)
+        }
+    };
+    let ends = if question.starts_with('-') { "-- " } else { "" };
+    (!question.is_empty()).then(|| format!("{flags}{ends}{}", shell_word(&question)))
 }
 
 /// Says where Ctrl-C stopped a run, and how to go on.
@@ -247,6 +279,13 @@ pub fn print_stopped(run: &RunFile, progress: &Progress) {
     let file = shell_word(&run.path.to_string_lossy());
     let overrides: String = run.overrides.iter().map(|text| format!(" --set {}", shell_word(text))).collect();
     note!("  {} train {file}{overrides} --resume", program());
+}
+
+/// What this process was asked for, as a shell reads it, without what is said once.
+pub fn command() -> String {
+    let once = ["--overwrite", "--resume", "--json"];
+    let words = std::env::args().skip(1).filter(|word| !once.contains(&word.as_str()));
+    format!("retune {}", words.map(|word| shell_word(&word)).collect::<Vec<_>>().join(" "))
 }
 
 /// This program as it was called.

@@ -7,15 +7,17 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use retune_adapter::MethodInfo;
 use retune_adapter::files::{CONFIG_FILE, WEIGHTS_FILE};
-use retune_formats::atomic;
+use retune_formats::{atomic, tensorboard};
 use retune_model::export;
 use retune_train::run_config::RunConfig;
 use retune_train::state;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::args::TrainArgs;
 use crate::card;
+use crate::figures::Figures;
 use crate::session::PROVENANCE;
 
 /// The key of run.json under which a hash of the base's configuration stands.
@@ -71,6 +73,57 @@ impl RunFolder {
 
     pub fn metrics(&self) -> PathBuf {
         self.root.join("metrics.jsonl")
+    }
+
+    /// What it knew of itself when it began.
+    fn figures_file(&self) -> PathBuf {
+        self.root.join("figures.json")
+    }
+
+    /// What came of it, as `train --json` prints it: the run is finished when this file is there.
+    fn outcome_file(&self) -> PathBuf {
+        self.root.join("result.json")
+    }
+
+    /// The page about it.
+    pub fn page(&self) -> PathBuf {
+        self.root.join("report.html")
+    }
+
+    /// Writes what is known when it begins.
+    pub fn write_figures(&self, figures: &Figures) -> Result<()> {
+        write_json(&self.figures_file(), figures)
+    }
+
+    /// What was known when it began; nothing of a run of an earlier version.
+    pub fn figures(&self) -> Result<Option<Figures>> {
+        read_json(&self.figures_file())
+    }
+
+    /// Writes what came of it. What is known of a run that took no step is known no better than when it took them.
+    pub fn write_outcome(&self, outcome: &Value, has_trained: bool) -> Result<()> {
+        let path = self.outcome_file();
+        if has_trained || !path.exists() { write_json(&path, outcome) } else { Ok(()) }
+    }
+
+    /// What came of it; nothing where it has not ended.
+    pub fn outcome(&self) -> Result<Option<Value>> {
+        read_json(&self.outcome_file())
+    }
+
+    /// Its configuration and what stands beside that in its record; nothing where this is no run's folder.
+    pub fn record(&self) -> Result<Option<Value>> {
+        read_json(&self.config())
+    }
+
+    /// Whether another process is at work in it.
+    pub fn is_busy(&self) -> bool {
+        self.root.is_dir() && self.lock().is_err()
+    }
+
+    /// TensorBoard's event files.
+    pub fn tensorboard(&self) -> PathBuf {
+        self.root.join("tensorboard")
     }
 
     /// Where the result of a method goes.
@@ -210,7 +263,18 @@ impl RunFolder {
                 note!("! {folder} holds what the run did not write, which is left there: {others}");
             }
         }
-        for file in [self.metrics(), self.calibration(), self.passes(), self.rows(), self.config()] {
+        remove_own(&self.tensorboard(), tensorboard::is_own)?;
+        let own = [
+            self.metrics(),
+            self.calibration(),
+            self.passes(),
+            self.rows(),
+            self.figures_file(),
+            self.outcome_file(),
+            self.page(),
+            self.config(),
+        ];
+        for file in own {
             if file.exists() {
                 fs::remove_file(&file).with_context(|| format!("cannot remove {}", file.display()))?;
             }
@@ -303,6 +367,21 @@ impl RunFolder {
             }
         }
     }
+}
+
+/// Reads a file of a run's folder; nothing where it is not there.
+fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
+    if !path.exists() {
+        return Ok(None);
+    }
+    let text = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let found = serde_json::from_slice(&text);
+    found.map(Some).with_context(|| format!("{} is damaged; start the run anew with --overwrite", path.display()))
+}
+
+/// Writes one, whole or not at all.
+fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
+    Ok(atomic::write(path, format!("{:#}\n", serde_json::to_value(value)?).as_bytes())?)
 }
 
 /// Whether a folder holds files such as a run's, and not its record, which a run leaves beside its result and nothing else does.

@@ -58,27 +58,6 @@ fn lasting(value: Value) -> Value {
     }
 }
 
-/// The elements of a page: every one that is opened is closed, in order, but for those that need no end.
-fn assert_well_formed(page: &str) {
-    let mut open: Vec<&str> = Vec::new();
-    let mut rest = page.strip_prefix("<!DOCTYPE html>").expect("it begins as a page does");
-    // Styles are no elements.
-    let (before, style) = rest.split_once("<style>").unwrap();
-    let (_, after) = style.split_once("</style>").unwrap();
-    let whole = format!("{before}{after}");
-    rest = &whole;
-    while let Some((_, tag)) = rest.split_once('<') {
-        let (tag, after) = tag.split_once('>').expect("a tag has an end");
-        rest = after;
-        if let Some(name) = tag.strip_prefix('/') {
-            assert_eq!(open.pop(), Some(name), "closed out of order before {:.60}", after);
-        } else if !tag.ends_with('/') {
-            open.push(tag.split_whitespace().next().unwrap());
-        }
-    }
-    assert!(open.is_empty(), "{open:?} are left open");
-}
-
 #[test]
 fn a_comparison_leaves_a_table_numbers_and_a_page() {
     let folder = folder(&plan(&[json!({ "name": "broken", "adapter": { "target_modules": ["no_such_module"] } })]));
@@ -136,20 +115,26 @@ fn a_comparison_leaves_a_table_numbers_and_a_page() {
 
     let csv = rows("out/results.csv");
     assert_eq!(csv.lines().count(), 5);
-    assert!(csv.lines().all(|line| line.split(',').count() == 17), "{csv}");
-    for name in ["base-42", "lora-r-4-42", "hard-prompt-42"] {
+    assert!(csv.lines().all(|line| line.split(',').count() == 18), "{csv}");
+    // Neutral text is scored where weights are others, on the base, and nowhere else.
+    for (name, is_scored) in [("base-42", true), ("lora-r-4-42", true), ("hard-prompt-42", false)] {
+        assert_eq!(folder.path(&format!("out/predictions/neutral/{name}.jsonl")).exists(), is_scored, "{name}");
         assert_eq!(rows(&format!("out/predictions/{name}.jsonl")).lines().count(), 12);
     }
     assert!(!folder.path("out/runs/lora-r-4-42/checkpoints").exists(), "what nobody goes on with takes room");
 
     let page = rows("out/report.html");
-    assert_well_formed(&page);
-    for word in ["<script", "http:", "https:", "src=", "@import", "url(", "javascript"] {
-        let own = page.replace("http://www.w3.org/2000/svg", "");
-        assert!(!own.contains(word), "{word} is in the page");
+    common::assert_page(&page);
+    // Of each cost, the differences, the ranks, what was learnt, what was forgotten, memory and lengths of rows: all are drawn.
+    assert_eq!(page.matches("<svg ").count(), 12);
+    let neutral = |of: &Value| number(&of["neutral_loss"]);
+    let forgotten = number(&lora["neutral_against_base"]["estimate"]);
+    assert!((neutral(lora) - neutral(base) - forgotten).abs() < 1e-4, "{forgotten}");
+    assert_eq!((&results["training_data"]["rows"], &base["neutral_against_base"]), (&json!(28), &Value::Null));
+    assert!(lora["runs"][0]["training"]["memory"]["base"].as_u64() > Some(0));
+    for words in ["What is forgotten", "Memory", "Rows trained on"] {
+        assert!(page.contains(words), "{words} is not in the page");
     }
-    // Of either cost, the differences, the ranks and what was learnt: all are drawn.
-    assert_eq!(page.matches("<svg ").count(), 8);
     for words in ["Which method for", "Rows that changed", "Ranks and target modules", "compare plan.yaml", "adapter.r"]
     {
         assert!(page.contains(words), "{words} is not in the page");
@@ -173,7 +158,7 @@ fn a_hostile_row_is_text_on_the_page() {
     folder.write("hostile.csv", "question,completion\n<script>alert(1)</script> & \"\"\"',the sand </div> of time\n");
     folder.succeeds(&["compare", "plan.yaml"]);
     let page = String::from_utf8(folder.read("out/report.html")).unwrap();
-    assert_well_formed(&page);
+    common::assert_page(&page);
     assert!(page.contains("&lt;script&gt;alert(1)"), "the row is not shown");
     assert!(page.contains("the sand &lt;") && page.contains("&lt;b&gt;LoRA&lt;"), "answer and name are not shown");
     assert!(!page.contains("<script") && !page.contains("<b>LoRA"));

@@ -145,6 +145,97 @@ fn a_finished_run_resumed_gives_the_same_bytes() {
 }
 
 #[test]
+fn a_run_that_stops_early_says_why_and_a_kill_changes_none_of_its_bytes() {
+    // No score is that much better than the first one, which comes after step 10.
+    let stops = ["--set", "training.early_stopping_patience=1", "--set", "training.early_stopping_threshold=50"];
+    let args = joined(&[&["train", "run.yaml"], &stops]);
+    let alone = Folder::with_run();
+    let output = alone.succeeds(&args);
+    let why = "stopped early at step 20 of 30 because the last held-out score was not lower than the best before it by more than 50";
+    assert!(output.stdout.contains(why), "{}", output.stdout);
+    let record: Value = serde_json::from_slice(&alone.read("out/adapter/retune.json")).unwrap();
+    assert_eq!((&record["steps"], &record["planned_steps"]), (&json!(20), &json!(30)));
+    assert!(alone.path("out/checkpoints/step-00000020.safetensors").exists(), "where it ended is not saved");
+    let card = String::from_utf8(alone.read("out/adapter/README.md")).unwrap();
+    assert!(card.contains("| steps | 20 of 2 rows, 30 were planned |"), "{card}");
+
+    let folder = Folder::with_run();
+    assert_eq!(interrupted(&folder, &stops).code, Some(130));
+    folder.succeeds(&joined(&[&args, &["--resume"]]));
+    assert!(folder.adapter() == alone.adapter(), "it differs");
+    // From the checkpoint before the last, and from the last, after which nothing is left to train.
+    std::fs::remove_file(folder.path("out/checkpoints/step-00000020.safetensors")).unwrap();
+    for from in [18, 20] {
+        let output = folder.succeeds(&joined(&[&args, &["--resume", "--json"]]));
+        assert!(output.stderr.contains(&format!("going on after step {from}")), "{}", output.stderr);
+        let found = output.json();
+        assert_eq!((&found["steps"], &found["planned_steps"]), (&json!(20), &json!(30)));
+        assert!(found["stopped_early"].as_str().is_some_and(|text| text.starts_with(why)), "{found}");
+        assert!(folder.adapter() == alone.adapter(), "from step {from} it differs");
+    }
+
+    // With patience for one more it ends where it was to end, which is not early.
+    let more = joined(&[&args, &["--set", "training.early_stopping_patience=2", "--overwrite", "--json"]]);
+    let found = alone.succeeds(&more).json();
+    assert_eq!((&found["steps"], &found["stopped_early"]), (&json!(30), &Value::Null));
+    // Of rows that are all the same none can be held out.
+    folder.write("same.jsonl", common::rows(0..1).repeat(3));
+    let same = joined(&[&args, &["--overwrite", "--set", "data={train: same.jsonl, eval_fraction: 0.5}"]]);
+    folder.refuses(&same, &["training.early_stopping_patience is 1", "no row is held out", "data.eval_fraction"]);
+}
+
+#[test]
+fn events_for_tensorboard_hold_every_step_once_after_a_kill() {
+    let reports = ["--set", "training.report_to=tensorboard", "--set", "training.save_steps=4"];
+    let folder = Folder::with_run();
+    assert_eq!(interrupted(&folder, &reports).code, Some(130));
+    let resume = joined(&[&["train", "run.yaml", "--resume"], &reports]);
+    folder.succeeds(&resume);
+    // As after a kill at step 30 whose last checkpoint is that of step 28.
+    std::fs::remove_file(folder.path("out/checkpoints/step-00000030.safetensors")).unwrap();
+    folder.succeeds(&resume);
+    assert!(folder.adapter() == undisturbed_with(&reports), "the adapter differs");
+    let steps = |tag: &str| -> Vec<u64> {
+        let files = folder.tree("out/tensorboard");
+        let found = files.values().flatten().flat_map(|content| events_of(content, tag));
+        found.collect()
+    };
+    assert_eq!(steps("eval/loss"), [0, 10, 20, 30]);
+    for tag in ["train/loss", "train/grad_norm", "train/learning_rate", "train/epoch", "train/num_input_tokens_seen"] {
+        assert_eq!(steps(tag), (1..=STEPS).collect::<Vec<_>>(), "{tag}");
+    }
+    // A finished run that is asked for again writes nothing, and one that starts anew nothing of the earlier one.
+    let before = folder.tree("out/tensorboard");
+    folder.succeeds(&resume);
+    assert!(folder.tree("out/tensorboard") == before);
+    folder.succeeds(&["train", "run.yaml", "--overwrite"]);
+    assert!(!folder.path("out/tensorboard").exists());
+}
+
+/// The adapter of a run with these flags that was left alone.
+fn undisturbed_with(flags: &[&str]) -> Tree {
+    let folder = Folder::with_run();
+    folder.succeeds(&joined(&[&["train", "run.yaml"], flags]));
+    folder.adapter()
+}
+
+/// The steps of the events of a file that have a tag: records of a length in 8 bytes, 4 of a checksum, the event and 4 more.
+fn events_of(content: &[u8], tag: &str) -> Vec<u64> {
+    let (mut rest, mut found) = (content, Vec::new());
+    while let Some((head, after)) = rest.split_at_checked(12) {
+        let length = u64::from_le_bytes(head[..8].try_into().unwrap()) as usize;
+        let event = &after[..length];
+        // A time in nine bytes, then the step, which is small here.
+        if event.windows(tag.len()).any(|bytes| bytes == tag.as_bytes()) {
+            assert!(event[9] == 0x10 && event[10] < 0x80, "{event:?}");
+            found.push(u64::from(event[10]));
+        }
+        rest = &after[length + 4..];
+    }
+    found
+}
+
+#[test]
 fn resuming_where_there_is_no_run_says_so() {
     let folder = Folder::with_run();
     let args = ["train", "run.yaml", "--resume", "--set", "training.max_steps=1"];

@@ -32,7 +32,7 @@ pub enum DataFormat {
 }
 
 /// What the rows of a data file hold.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum RowFormat {
     Messages,

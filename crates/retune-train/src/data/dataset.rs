@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use rayon::prelude::*;
 use retune_text::chat_template::Message;
 use retune_text::tokenizer::Tokenizer;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::columns::RowFormat;
 use super::near::nearest;
@@ -33,7 +33,7 @@ pub struct Dataset {
 }
 
 /// What a data file holds and what became of its rows.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct DataReport {
     pub path: PathBuf,
     /// The format asked for or detected.
@@ -95,7 +95,7 @@ pub struct DataReport {
 }
 
 /// How many rows, and the lines of the first few.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct RowCount {
     pub count: usize,
     pub first_lines: Vec<usize>,
@@ -139,7 +139,7 @@ fn classes(rows: &[Row]) -> Vec<Class> {
 }
 
 /// Examples of `from` to `to` tokens, both included.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LengthBin {
     pub from: usize,
     pub to: usize,

@@ -40,6 +40,8 @@ const SYNONYMS: &[(&[&str], Here)] = &[
     (&["wd"], Key("training.weight_decay")),
     (&["clip_grad_norm", "gradient_clip_val", "gradient_clipping", "max_norm"], Key("training.max_grad_norm")),
     (&["eval_every", "evaluation_steps", "steps_per_eval"], Key("training.eval_steps")),
+    (&["early_stopping", "early_stopping_steps", "patience"], Key("training.early_stopping_patience")),
+    (&["early_stopping_min_delta", "min_delta"], Key("training.early_stopping_threshold")),
     (&["save_every"], Key("training.save_steps")),
     (&["grad_checkpoint", "gradient_checkpointing"], Key("training.activation_checkpointing")),
     (&["num_threads"], Key("threads")),

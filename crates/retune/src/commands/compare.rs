@@ -16,9 +16,9 @@ use crate::comparison::folder::{Folder, read_json, write_json};
 use crate::comparison::results::{Failure, Provenance, Results};
 use crate::comparison::rows::Rows;
 use crate::comparison::runs::{Job, Outcome, RunRecord, Runner};
-use crate::comparison::{report, table};
+use crate::comparison::{neutral, report, table};
 use crate::progress::{JobProgress, interrupted, watch_interrupts};
-use crate::report::shell_word;
+use crate::report::command;
 use crate::session::Base;
 use crate::{End, fetch};
 
@@ -45,6 +45,7 @@ pub fn run(args: &CompareArgs, threads: Option<usize>) -> Result<End> {
     for (file, text) in [folder.training_rows(), folder.held_out_rows()].iter().zip(&texts) {
         atomic::write(file, text.as_bytes())?;
     }
+    atomic::write(&folder.neutral_rows(), neutral::rows().as_bytes())?;
     let decided = if folder.decided().exists() {
         read_json(&folder.decided())?
     } else {
@@ -52,13 +53,14 @@ pub fn run(args: &CompareArgs, threads: Option<usize>) -> Result<End> {
         write_json(&folder.decided(), &decided)?;
         decided
     };
-    let context = base.checkpoint.spec.context;
+    let (context, reads_texts) = (base.checkpoint.spec.context, base.checkpoint.spec.encoder.is_none());
     // Runs have the memory to themselves.
     drop(base);
     print_start(&plan, &rows, &decided, &provenance);
     watch_interrupts()?;
 
-    let mut comparison = Comparison { plan: &plan, folder: &folder, rows: &rows, decided, context, threads, begin };
+    let mut comparison =
+        Comparison { plan: &plan, folder: &folder, rows: &rows, decided, context, reads_texts, threads, begin };
     let Some((records, failed)) = comparison.run()? else {
         note!(
             "stopped; every finished run is kept, and the one at work as far as it was saved. Go on with:\n  {}",
@@ -113,13 +115,6 @@ fn provenance(plan: &Plan, base: &Base, threads: Option<usize>) -> Provenance {
     }
 }
 
-/// What repeats this comparison, or goes on with it.
-fn command() -> String {
-    let once = ["--overwrite", "--json"];
-    let words = std::env::args().skip(1).filter(|word| !once.contains(&word.as_str()));
-    format!("retune {}", words.map(|word| shell_word(&word)).collect::<Vec<_>>().join(" "))
-}
-
 fn print_start(plan: &Plan, rows: &Rows, decided: &Decided, provenance: &Provenance) {
     note!("model    {} ({:.1} M parameters)", plan.model, provenance.base_parameters as f64 / 1e6);
     note!("data     {} training rows; held out: {}", rows.training_rows, rows.held_out_in_words());
@@ -145,6 +140,7 @@ struct Comparison<'a> {
     rows: &'a Rows,
     decided: Decided,
     context: usize,
+    reads_texts: bool,
     threads: Option<usize>,
     begin: Instant,
 }
@@ -154,8 +150,8 @@ type Found = (Vec<RunRecord>, Vec<Failure>);
 
 impl Comparison<'_> {
     fn runner(&self) -> Runner<'_> {
-        let Self { plan, folder, rows, decided, context, threads, .. } = self;
-        Runner { plan, folder, rows, decided, context: *context, threads: *threads }
+        let &Self { plan, folder, rows, ref decided, context, reads_texts, threads, .. } = self;
+        Runner { plan, folder, rows, decided, context, reads_texts, threads }
     }
 
     /// Runs what is not finished yet; `None` after Ctrl-C.

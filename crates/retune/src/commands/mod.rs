@@ -16,6 +16,7 @@ pub mod logits;
 pub mod merge;
 pub mod plan;
 pub mod quantize;
+pub mod report;
 pub mod schema;
 pub mod score;
 pub mod tokenize;

@@ -22,7 +22,7 @@ use serde_json::{Value, json};
 use super::print_json;
 use crate::args::PlanArgs;
 use crate::memory::{self, human};
-use crate::memory_plan::{DiskPlan, MemoryPlan, Planned, free_disk};
+use crate::memory_plan::{DiskPlan, MemoryPlan, Planned, RunMemory, free_disk};
 use crate::run_data::RunData;
 use crate::{compute, fetch, session};
 
@@ -173,7 +173,7 @@ struct Way {
     config: RunConfig,
     /// The settings that make the run file ask for it.
     settings: Vec<String>,
-    memory: MemoryPlan,
+    memory: RunMemory,
     disk: DiskPlan,
 }
 
@@ -339,17 +339,16 @@ impl Shown<'_> {
             "disk"
         );
         for way in *ways {
-            let of = |bytes: usize| human(bytes as u64);
-            let MemoryPlan { base, int8, trained, optimizer, activations, .. } = way.memory;
+            let MemoryPlan { base, int8, trained, optimizer, activations, .. } = way.memory.plan;
             outln!(
                 "{:width$}  {:>8}   {:>8} {:>8} {:>9} {:>9} {:>11}  {:>8}  {}",
                 way.name,
                 human(way.memory.total()),
-                of(base),
-                of(int8),
-                of(trained),
-                of(optimizer),
-                of(activations),
+                human(base),
+                human(int8),
+                human(trained),
+                human(optimizer),
+                human(activations),
                 human(way.disk.total()),
                 if way.fits(*room) { "yes" } else { "no" }
             );

@@ -20,20 +20,21 @@ use retune_model::checkpoint::Checkpoint;
 use retune_model::export::{self, ExportType, MergeOptions};
 use retune_train::calibration;
 use retune_train::data::{Example, Names};
-use retune_train::run_config::{Int8Copy, RunConfig};
+use retune_train::run_config::{Int8Copy, ReportTo, RunConfig};
 use retune_train::schedule::Schedule;
 use retune_train::state::{self, Progress as RunProgress};
 use retune_train::trainer::{Observer, Outcome, Passes, Trained, Trainer, schedule};
 use serde_json::{Value, json};
 
 use super::data::problems;
-use super::merge;
+use super::{merge, print_json};
 use crate::args::TrainArgs;
+use crate::figures::Figures;
 use crate::memory::{self, human};
-use crate::memory_plan::Planned;
+use crate::memory_plan::{Planned, RunMemory};
 use crate::parity::{Parity, Sample, Side};
-use crate::progress::{Progress, watch_interrupts};
-use crate::report::{Report, print_stopped};
+use crate::progress::{Progress, Shown, watch_interrupts};
+use crate::report::{Report, command, print_stopped};
 use crate::run_data::RunData;
 use crate::run_folder::{CONFIG_HASH, ROWS_HASHES, RowHashes, RunFolder};
 use crate::session::{self, Base};
@@ -239,19 +240,35 @@ impl Run<'_> {
         let held_out = data.eval.as_ref().map_or(&[][..], |eval| &eval.examples);
         session::refuse_long_rows(&model.spec, &overlay, held_out, "data.max_length")?;
         self.check_warmup()?;
+        if let (Some(patience), true) = (config.training.early_stopping_patience, held_out.is_empty()) {
+            bail!(
+                "training.early_stopping_patience is {patience}, and no row is held out to stop by: set data.eval, or a larger data.eval_fraction, \
+                 or remove the key"
+            );
+        }
         self.print_start(&model, &overlay, layout.len())?;
         let params = self.first_params(&model, &mut overlay)?;
         refuse_long_prelude(&model.spec, &overlay)?;
-        let integers = self.check_memory(&model, &overlay, &layout, self.computes_int8())?;
+        let mut memory = self.check_memory(&model, &overlay, &layout, self.computes_int8())?;
         let _lock = folder.prepare(&self.record, &self.rows, config, self.args)?;
         if self.method.keeps_start() && state::list(&folder.checkpoints())?.is_empty() {
             state::write_start(&folder.checkpoints(), &params)?;
         }
-        let (compute, choices) = self.choose_compute(&model, &overlay, &params, integers)?;
+        let (compute, choices) = self.choose_compute(&model, &overlay, &params, memory.integers)?;
         let int8 = compute.uses_int8();
         if int8 != self.computes_int8() {
-            self.check_memory(&model, &overlay, &layout, int8)?;
+            memory = self.check_memory(&model, &overlay, &layout, int8)?;
         }
+        folder.write_figures(&Figures {
+            command: command(),
+            steps: schedule(&config.training, data.train.examples.len()).total_steps as u64,
+            base_parameters: model.spec.parameters() as u64,
+            trainable_parameters: layout.len() as u64,
+            memory: memory.plan,
+            pass_tokens: memory.tokens,
+            train: data.train.report.clone(),
+            eval: data.eval.as_ref().map(|eval| eval.report.clone()),
+        })?;
         watch_interrupts()?;
 
         let eval = data.eval.as_ref().map_or(&[][..], |e| &e.examples);
@@ -268,7 +285,8 @@ impl Run<'_> {
         if self.args.resume {
             self.take_up(&mut trainer)?;
         }
-        let mut progress = Progress::new(&folder.metrics(), &trainer.progress)?;
+        let shown = Shown { chart: !self.args.json, tensorboard: training.report_to == ReportTo::Tensorboard };
+        let mut progress = Progress::new(folder, &trainer.progress, shown)?;
         if trainer.progress.initial_loss.is_none() && !eval.is_empty() {
             match trainer.score_untrained(&progress)? {
                 Some(mut evaluation) => {
@@ -296,7 +314,7 @@ impl Run<'_> {
         let progress = trainer.progress.clone();
         let mut params = std::mem::take(&mut trainer.params);
         drop(trainer);
-        if progress.best_loss.is_some() && progress.best_step != progress.total_steps {
+        if progress.best_loss.is_some() && progress.best_step != progress.step {
             state::read_best(&folder.checkpoints(), progress.best_step, &mut params)?;
         }
         if let Some((map, _)) = &latent {
@@ -323,8 +341,10 @@ impl Run<'_> {
             seconds: self.start.elapsed().as_secs_f64(),
         };
         report.write_card()?;
+        let outcome = report.to_json();
+        folder.write_outcome(&outcome, report.has_trained)?;
         if self.args.json {
-            report.print_json()?
+            print_json(&outcome)?
         } else {
             report.print()?
         }
@@ -527,7 +547,7 @@ impl Run<'_> {
 
     /// Says what the run will take with its base in 8 bits or in f32, and warns when that is more than is free. What becomes of the base's
     /// integers goes by that.
-    fn check_memory(&self, model: &Model, overlay: &Overlay, layout: &ParamLayout, int8: bool) -> Result<Integers> {
+    fn check_memory(&self, model: &Model, overlay: &Overlay, layout: &ParamLayout, int8: bool) -> Result<RunMemory> {
         let planned = self.planned(model, overlay, layout, int8);
         let memory = planned.memory();
         note!("memory   {}", memory.line(if self.config.method.saves_adapter() { "adapter" } else { "model" }));
@@ -541,7 +561,7 @@ impl Run<'_> {
         if let Some(available) = memory::available().filter(|available| memory.total() > *available) {
             note!("         ! only {} are free: {}", human(available), planned.ways()?.join(", or "));
         }
-        Ok(memory.integers)
+        Ok(memory)
     }
 
     /// Goes on from the newest checkpoint, if there is one yet.
@@ -610,16 +630,19 @@ impl Run<'_> {
             file.write(&out, &BaseModules::of(&checkpoint.spec))?;
             saved = file.method;
         }
-        let provenance = json!({
+        let mut provenance = json!({
             "run": self.record,
             "tokenizer_hash": tokenizer.content_hash(),
             "chat_template_hash": tokenizer.chat_template().map(|t| t.hash()),
             "compute": compute::summary(choices),
-            "steps": progress.total_steps,
-            "taken_from_step": if progress.best_loss.is_some() { progress.best_step } else { progress.total_steps },
+            "steps": progress.step,
+            "taken_from_step": if progress.best_loss.is_some() { progress.best_step } else { progress.step },
             "held_out_loss_before": progress.initial_loss,
             "held_out_loss_after": progress.best_loss,
         });
+        if progress.step < progress.total_steps {
+            provenance["planned_steps"] = json!(progress.total_steps);
+        }
         atomic::write(&out.join(session::PROVENANCE), format!("{provenance:#}\n").as_bytes())?;
         Ok((out, saved))
     }

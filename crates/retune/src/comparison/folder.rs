@@ -35,6 +35,11 @@ impl Folder {
         self.root.join("data/held-out.jsonl")
     }
 
+    /// The text that every variant may forget.
+    pub fn neutral_rows(&self) -> PathBuf {
+        self.root.join("data/neutral.jsonl")
+    }
+
     /// The output folder of a run.
     pub fn run(&self, slug: &str) -> PathBuf {
         self.root.join("runs").join(slug)
@@ -57,6 +62,11 @@ impl Folder {
 
     pub fn predictions(&self, slug: &str) -> PathBuf {
         self.root.join("predictions").join(format!("{slug}.jsonl"))
+    }
+
+    /// What was made of the neutral text.
+    pub fn neutral_predictions(&self, slug: &str) -> PathBuf {
+        self.root.join("predictions/neutral").join(format!("{slug}.jsonl"))
     }
 
     pub fn results(&self) -> PathBuf {
@@ -102,7 +112,7 @@ impl Folder {
         }
         // Before anything else is there: without it the folder is somebody else's.
         write_json(&self.plan(), plan)?;
-        for folder in ["data", "runs", "predictions"].map(|name| self.root.join(name)) {
+        for folder in ["data", "runs", "predictions/neutral"].map(|name| self.root.join(name)) {
             fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
         }
         Ok(lock)

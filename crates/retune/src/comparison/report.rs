@@ -1,23 +1,23 @@
-//! The report of a comparison: one page that needs nothing else, neither a network nor a script.
+//! The report of a comparison.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
+use minijinja::context;
 use minijinja::value::Value as Html;
-use minijinja::{AutoEscape, Environment, context};
+use retune_eval::bootstrap::Difference;
 use retune_formats::atomic;
 use retune_train::data::{Files, ReadOptions, read_rows};
 use serde::Serialize;
 use serde_json::Value;
 
-use super::answer::{duration, grouped};
+use super::answer::grouped;
 use super::folder::Folder;
-use super::plots::{self, Axis, Level, Mark, Shape, short};
 use super::results::{Results, Summary};
 use super::scores::{self, Flips, Measure, RowScore};
-use super::table::{self, NONE, with_interval};
-use crate::memory::human;
+use super::table::{self, with_interval};
+use crate::page::plots::{self, Axis, Level, Mark, Shape, short};
+use crate::page::{self, NONE, bytes_label, duration_label, flatten, loss_axis, model_name, plain, svg};
 
 const TEMPLATE: &str = include_str!("report.html");
 /// Rows shown that got worse, and that got better.
@@ -37,10 +37,6 @@ pub fn write(results: &Results, folder: &Folder) -> Result<()> {
 
 /// The page; `questions` are what the held-out rows ask, in their order.
 fn render(results: &Results, questions: &[String]) -> Result<String> {
-    let mut environment = Environment::new();
-    // Rows are anybody's words: nothing but the plots, whose texts are escaped where they are drawn, is taken as it is.
-    environment.set_auto_escape_callback(|_| AutoEscape::Html);
-    environment.add_template("report.html", TEMPLATE).context("the report's template is broken")?;
     let columns = table::columns(&results.variants);
     let titles: Vec<&str> = columns.iter().map(|(title, _)| *title).collect();
     let variants: Vec<Html> = results.variants.iter().enumerate().map(|(number, of)| {
@@ -56,25 +52,20 @@ fn render(results: &Results, questions: &[String]) -> Result<String> {
         variants,
         left_out => results.decided.left_out,
         failed => results.failed,
-        intervals => intervals(results)?,
+        intervals => intervals(results, "held-out loss, less the base's (further left is better)", |of| of.loss_against_base.as_ref())?,
         costs => costs(results)?,
         ranks => ranks(results)?,
         comparisons => comparisons(results, questions),
         flips_by => results.flips_by,
         curves => curves(results)?,
+        memory => memory(results)?,
+        forgetting => forgetting(results)?,
+        data => data(results)?,
         settings => settings(results),
         provenance => provenance(results),
         command => results.provenance.command,
     };
-    let template = environment.get_template("report.html")?;
-    template.render(page).context("the report cannot be written")
-}
-
-/// A Hub id as it is, of a path the last part.
-fn model_name(model: &str) -> String {
-    let is_id = !Path::new(model).exists() && model.matches('/').count() == 1;
-    let last = Path::new(model).file_name().filter(|_| !is_id);
-    last.map_or_else(|| model.to_owned(), |name| name.to_string_lossy().into_owned())
+    page::render(TEMPLATE, page)
 }
 
 /// What every held-out row asks.
@@ -83,37 +74,38 @@ fn questions(folder: &Folder) -> Result<Vec<String>> {
     Ok(file.rows.iter().map(|row| row.text.question().unwrap_or_default()).collect())
 }
 
-fn svg(text: String) -> Html {
-    Html::from_safe_string(text)
-}
-
-/// The differences from the base.
-fn intervals(results: &Results) -> Result<Option<Html>> {
-    let rows = results.variants.iter().enumerate().filter_map(|(number, of)| {
-        let against = of.loss_against_base.as_ref()?;
-        Some(plots::Row {
-            number,
-            name: of.name.clone(),
-            estimate: against.estimate,
-            low: against.low,
-            high: against.high,
-        })
+/// The differences from the base, of one kind.
+fn intervals(results: &Results, title: &str, of: fn(&Summary) -> Option<&Difference>) -> Result<Option<Html>> {
+    let rows = results.variants.iter().enumerate().filter_map(|(number, summary)| {
+        let &Difference { estimate, low, high, .. } = of(summary)?;
+        Some(plots::Row { number, name: summary.name.clone(), estimate, low, high })
     });
     let rows: Vec<plots::Row> = rows.collect();
-    if rows.is_empty() {
-        return Ok(None);
-    }
-    plots::intervals(&rows, "held-out loss, less the base's (further left is better)").map(svg).map(Some)
+    if rows.is_empty() { Ok(None) } else { plots::intervals(&rows, title).map(svg).map(Some) }
+}
+
+/// What each forgot of the neutral text.
+fn forgetting(results: &Results) -> Result<Option<Html>> {
+    let title = "loss on neutral text, less the base's (further left is better)";
+    let Some(plot) = intervals(results, title, |of| of.neutral_against_base.as_ref())? else { return Ok(None) };
+    let scored = results.variants.iter().enumerate().filter_map(|(number, of)| Some((number, of, of.neutral_loss?)));
+    let rows = scored.map(|(number, of, loss)| {
+        let against = with_interval(of.neutral_against_base.as_ref(), 3);
+        context! { number => number + 1, colour => plots::css(number), name => of.name, loss => format!("{loss:.4}"), against }
+    });
+    Ok(Some(context! { plot, rows => rows.collect::<Vec<Html>>() }))
+}
+
+/// What is in the training rows.
+fn data(results: &Results) -> Result<Option<Html>> {
+    let Some(report) = &results.training_data else { return Ok(None) };
+    Ok(Some(page::data("Rows trained on", report)?))
 }
 
 /// Levels of what has no cost to stand over.
 fn untrained(results: &Results) -> Vec<Level> {
     let of = |of: &Summary| Level { y: of.loss, name: of.name.clone() };
     results.variants.iter().filter(|of| !of.trains()).map(of).collect()
-}
-
-fn loss_axis() -> Axis {
-    Axis { title: "held-out loss".to_owned(), format: short, logarithmic: false }
 }
 
 /// Quality against each thing that it costs.
@@ -135,19 +127,11 @@ fn costs(results: &Results) -> Result<Vec<Html>> {
             continue;
         }
         plots::mark_frontier(&mut marks);
-        let shapes: Vec<Shape> = marks.iter().map(Shape::Mark).collect();
+        let shapes: Vec<Shape> = marks.into_iter().map(Shape::Mark).collect();
         let axis = Axis { title: title.to_owned(), format, logarithmic };
-        found.push(svg(plots::plot(&axis, &loss_axis(), &shapes, &untrained(results), true)?));
+        found.push(svg(plots::plot(&axis, &loss_axis("held-out loss"), &shapes, &untrained(results), true)?));
     }
     Ok(found)
-}
-
-fn bytes_label(bytes: f64) -> String {
-    if bytes <= 0.0 { "0".to_owned() } else { human(bytes as u64) }
-}
-
-fn duration_label(seconds: f64) -> String {
-    if seconds <= 0.0 { "0".to_owned() } else { duration(seconds) }
 }
 
 /// Variants that have a rank, where several do: a table, and a plot where ranks differ.
@@ -171,25 +155,15 @@ fn ranks(results: &Results) -> Result<Option<Html>> {
             .iter()
             .map(|(number, of, rank)| Mark { number: *number, x: *rank as f64, y: of.loss, on_frontier: false })
             .collect();
-        let shapes: Vec<Shape> = marks.iter().map(Shape::Mark).collect();
+        let shapes: Vec<Shape> = marks.into_iter().map(Shape::Mark).collect();
         let levels: Vec<Level> =
             results.full().map(|full| Level { y: full.loss, name: full.name.clone() }).into_iter().collect();
         let axis = Axis { title: "rank".to_owned(), format: short, logarithmic: true };
-        Some(svg(plots::plot(&axis, &loss_axis(), &shapes, &levels, false)?))
+        Some(svg(plots::plot(&axis, &loss_axis("held-out loss"), &shapes, &levels, false)?))
     } else {
         None
     };
     Ok(Some(context! { rows, plot }))
-}
-
-/// A setting as people write it.
-fn plain(value: &Value) -> String {
-    match value {
-        Value::String(text) => text.clone(),
-        Value::Array(items) => items.iter().map(plain).collect::<Vec<_>>().join(", "),
-        Value::Null => NONE.to_owned(),
-        other => other.to_string(),
-    }
 }
 
 /// The rows that changed from the base, and from full fine-tuning, to the variant that the answer names, or to the best where that is the base.
@@ -235,28 +209,28 @@ fn cut(text: &str) -> String {
     shown
 }
 
-/// Loss against steps, and against time.
+/// Loss against steps, tokens and time.
 fn curves(results: &Results) -> Result<Vec<Html>> {
-    let mut found = Vec::new();
-    let kinds: [(&str, plots::Format, bool); 2] = [("steps", short, false), ("time in steps", duration_label, true)];
-    for (title, format, by_time) in kinds {
+    page::curves(|place| {
         let shapes = results.variants.iter().enumerate().filter_map(|(number, of)| {
             // One seed stands for all.
             let curve = &of.runs.first()?.training.as_ref()?.curve;
-            let place = |point: &super::runs::Point| if by_time { point.seconds } else { point.step as f64 };
             let points = curve.iter().filter_map(|point| Some((place(point), point.loss?))).collect();
             let dots = curve.iter().filter_map(|point| Some((place(point), point.validation_loss?))).collect();
             Some(Shape::Line { number, points, dots })
         });
-        let shapes: Vec<Shape> = shapes.collect();
-        if shapes.is_empty() {
-            continue;
-        }
-        let axis = Axis { title: title.to_owned(), format, logarithmic: false };
-        let loss = Axis { title: "loss".to_owned(), ..loss_axis() };
-        found.push(svg(plots::plot(&axis, &loss, &shapes, &[], false)?));
-    }
-    Ok(found)
+        shapes.collect()
+    })
+}
+
+/// Memory by part of what was trained: of the seed that took the most.
+fn memory(results: &Results) -> Result<Option<Html>> {
+    let runs = results.variants.iter().filter_map(|of| {
+        let trainings = of.runs.iter().filter_map(|run| run.training.as_ref());
+        let training = trainings.max_by_key(|training| training.peak_rss_bytes)?;
+        (training.memory.total() > 0).then_some((of.name.as_str(), &training.memory, training.peak_rss_bytes))
+    });
+    page::memory(&runs.collect::<Vec<_>>())
 }
 
 /// A setting, and what each variant that trains has of it.
@@ -290,20 +264,6 @@ fn settings(results: &Results) -> Html {
         same.into_iter().filter_map(|(key, values)| Some(format!("{key}: {}", values.into_iter().next()??))).collect();
     let names: Vec<&str> = trained.iter().map(|of| of.name.as_str()).collect();
     context! { names, different, same => same.join(", ") }
-}
-
-fn flatten(prefix: &str, value: &Value, found: &mut Vec<(String, String)>) {
-    match value {
-        Value::Object(map) => {
-            for (key, value) in map {
-                let path = if prefix.is_empty() { key.clone() } else { format!("{prefix}.{key}") };
-                flatten(&path, value, found);
-            }
-        }
-        // What is not set is what it is for a variant that has no such key.
-        Value::Null => {}
-        value => found.push((prefix.to_owned(), plain(value))),
-    }
 }
 
 /// Where it comes from, by name.

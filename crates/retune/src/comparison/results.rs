@@ -2,6 +2,7 @@
 
 use anyhow::Result;
 use retune_eval::bootstrap::{CONFIDENCE, Difference, RESAMPLES};
+use retune_train::data::DataReport;
 use retune_train::plan::{BASE, Kind, Plan, Variant};
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -12,6 +13,7 @@ use super::folder::Folder;
 use super::rows::Rows;
 use super::runs::{Job, RunRecord, Training};
 use super::scores::{self, Flips, Measure, RowScores};
+use crate::run_folder::RunFolder;
 
 /// Where a comparison comes from.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -61,6 +63,9 @@ pub struct Summary {
     pub loss_against_best: Option<Difference>,
     /// And than the one that the answer names.
     pub loss_against_chosen: Option<Difference>,
+    /// On the neutral text, and what that is more than the base's: what was forgotten.
+    pub neutral_loss: Option<f64>,
+    pub neutral_against_base: Option<Difference>,
     pub flips_against_base: Option<Flips>,
     pub flips_against_full: Option<Flips>,
     pub trainable_parameters: u64,
@@ -73,6 +78,9 @@ pub struct Summary {
     /// What it made of each row.
     #[serde(skip)]
     pub rows: RowScores,
+    /// And of each passage of the neutral text.
+    #[serde(skip)]
+    neutral: RowScores,
 }
 
 /// All of it.
@@ -82,6 +90,8 @@ pub struct Results {
     pub data: Rows,
     pub variants: Vec<Summary>,
     pub failed: Vec<Failure>,
+    /// What is in the training rows, as the first run that trained on them found it.
+    pub training_data: Option<DataReport>,
     pub decided: Decided,
     /// What row by row is called better or worse by.
     pub flips_by: &'static str,
@@ -113,8 +123,12 @@ impl Summary {
             return Ok(None);
         }
         let jobs = Job::all(&[variant]);
-        let jobs = jobs.iter().filter(|job| runs.iter().any(|run| run.seed == job.seed));
-        let rows = scores::read(&jobs.map(|job| folder.predictions(&job.slug)).collect::<Vec<_>>())?;
+        let jobs = || jobs.iter().filter(|job| runs.iter().any(|run| run.seed == job.seed));
+        let rows = scores::read(&jobs().map(|job| folder.predictions(&job.slug)).collect::<Vec<_>>())?;
+        let neutral = match runs.iter().all(|run| run.scores.neutral_loss.is_some()) {
+            true => scores::read(&jobs().map(|job| folder.neutral_predictions(&job.slug)).collect::<Vec<_>>())?,
+            false => RowScores::new(),
+        };
         let count = runs.len() as f64;
         let mean = |value: &dyn Fn(&RunRecord) -> Option<f64>| {
             let values: Option<Vec<f64>> = runs.iter().map(value).collect();
@@ -147,6 +161,8 @@ impl Summary {
             share_of_full_gain: None,
             loss_against_best: None,
             loss_against_chosen: None,
+            neutral_loss: mean(&|run| run.scores.neutral_loss),
+            neutral_against_base: None,
             flips_against_base: None,
             flips_against_full: None,
             trainable_parameters: trainings().map(|of| of.trainable_parameters).max().unwrap_or(0),
@@ -155,11 +171,15 @@ impl Summary {
             seconds: trainings().map(|of: &Training| of.seconds).sum::<f64>() / count,
             runs,
             rows,
+            neutral,
         }))
     }
 
     fn compare(&mut self, others: &Others) {
         let Others { base, full, best, measure } = others;
+        if let Some(base) = base.as_ref().filter(|base| base.name != self.name && !self.neutral.is_empty()) {
+            self.neutral_against_base = scores::difference(Measure::Loss, &base.neutral, &self.neutral);
+        }
         let than = |other: &Option<Of>, measure| {
             let other = other.as_ref().filter(|other| other.name != self.name)?;
             scores::difference(measure, &other.rows, &self.rows)
@@ -187,6 +207,7 @@ struct Of {
     name: String,
     loss: f64,
     rows: RowScores,
+    neutral: RowScores,
 }
 
 struct Others {
@@ -214,7 +235,12 @@ impl Results {
         for variant in decided.variants(plan) {
             variants.extend(Summary::of(variant, records, folder)?);
         }
-        let of = |summary: &Summary| Of { name: summary.name.clone(), loss: summary.loss, rows: summary.rows.clone() };
+        let of = |summary: &Summary| Of {
+            name: summary.name.clone(),
+            loss: summary.loss,
+            rows: summary.rows.clone(),
+            neutral: summary.neutral.clone(),
+        };
         let base = variants.iter().find(|summary| summary.name == BASE).map(of);
         let full = variants.iter().find(|summary| summary.is_full()).map(of);
         let best = variants.iter().min_by(|a, b| a.loss.total_cmp(&b.loss)).map(of);
@@ -228,11 +254,15 @@ impl Results {
                 other.and_then(|chosen| scores::difference(Measure::Loss, &chosen.rows, &summary.rows));
         }
         let answer = answer::of(&variants, decided, data, &failed);
+        let jobs = Job::all(&decided.variants(plan));
+        let trained = jobs.iter().find(|job| job.trains() && folder.record(&job.slug).exists());
+        let figures = trained.map(|job| RunFolder { root: folder.run(&job.slug) }.figures()).transpose()?.flatten();
         Ok(Self {
             answer,
             data: data.clone(),
             variants,
             failed,
+            training_data: figures.map(|figures| figures.train),
             decided: decided.clone(),
             flips_by: measure.in_words(),
             bootstrap: json!({ "confidence": CONFIDENCE, "draws": RESAMPLES, "kind": "paired, percentile" }),

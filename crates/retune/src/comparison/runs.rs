@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use retune_train::data::{ColumnMap, DataFormat, Files, steps_per_epoch};
 use retune_train::plan::{Kind, Plan, Variant, slug};
 use retune_train::run_config::{DataConfig, RunConfig};
@@ -13,7 +13,11 @@ use serde_json::Value;
 use super::child::{self, Ended};
 use super::decide::Decided;
 use super::folder::{Folder, read_json, write_json};
+use super::neutral;
 use super::rows::Rows;
+use crate::memory_plan::MemoryPlan;
+use crate::metrics::{self, Point};
+use crate::run_folder::RunFolder;
 
 /// The part of the training rows by which a run chooses among its checkpoints: what it is scored by in the end must not. Not of few rows,
 /// where so few of them would choose by chance.
@@ -80,6 +84,9 @@ pub struct Scores {
     /// Of the answers, where rows were answered.
     pub rouge_l: Option<f64>,
     pub exact_match: Option<f64>,
+    /// On the neutral text; nothing where the weights are the base's, but for the base itself.
+    #[serde(default)]
+    pub neutral_loss: Option<f64>,
     /// Of the whole evaluation.
     pub seconds: f64,
 }
@@ -98,23 +105,12 @@ pub struct Training {
     pub compute: Value,
     /// The most memory that the process had.
     pub peak_rss_bytes: Option<u64>,
+    /// What was planned of it, part by part.
+    #[serde(default)]
+    pub memory: MemoryPlan,
     /// In steps alone, whatever interrupted them.
     pub seconds: f64,
     pub curve: Vec<Point>,
-}
-
-/// A step of a run, or a score of its validation rows.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Point {
-    pub step: u64,
-    /// Of the step's rows, smoothed over the steps before.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub loss: Option<f64>,
-    /// Of the validation rows.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub validation_loss: Option<f64>,
-    /// In steps so far.
-    pub seconds: f64,
 }
 
 /// How a job ended.
@@ -132,6 +128,8 @@ pub struct Runner<'a> {
     pub decided: &'a Decided,
     /// Tokens that the model was made for.
     pub context: usize,
+    /// Whether the model reads texts as they are, of which it may forget some.
+    pub reads_texts: bool,
     /// As the command line says.
     pub threads: Option<usize>,
 }
@@ -173,15 +171,22 @@ impl Runner<'_> {
             Kind::Base => (vec!["--model".to_owned(), model], None),
         };
         let begin = std::time::Instant::now();
-        let found = match self.evaluate(job, of, &mut said)? {
-            Ended::Done(found) => found,
-            Ended::Failed(error) => return Ok(Outcome::Failed(error)),
-            Ended::Interrupted => return Ok(Outcome::Interrupted),
+        let ended = self.evaluate(job, of.clone(), &mut said)?;
+        let neutral = match &ended {
+            Ended::Done(_) if self.reads_texts && !matches!(job.variant.kind, Kind::Examples(_)) => {
+                self.evaluate_neutral(job, of, &mut said)?
+            }
+            _ => Ended::Done(Value::Null),
+        };
+        let (found, neutral) = match (ended, neutral) {
+            (Ended::Done(found), Ended::Done(neutral)) => (found, neutral["loss"].as_f64()),
+            (Ended::Failed(error), _) | (_, Ended::Failed(error)) => return Ok(Outcome::Failed(error)),
+            (Ended::Interrupted, _) | (_, Ended::Interrupted) => return Ok(Outcome::Interrupted),
         };
         if found["loss"].as_f64().is_none() {
             return Ok(Outcome::Failed("no held-out row was scored".to_owned()));
         }
-        let scores = scores(&found, begin.elapsed().as_secs_f64(), self.rows.labels.is_some());
+        let scores = scores(&found, neutral, begin.elapsed().as_secs_f64(), self.rows.labels.is_some());
         let record = RunRecord { name: job.variant.name.clone(), seed: job.seed, scores, training };
         write_json(&self.folder.record(&job.slug), &record)?;
         // Nobody goes on with a finished run; full fine-tuning leaves three times its model there.
@@ -224,6 +229,9 @@ impl Runner<'_> {
             threads: None,
             ..of_variant.clone()
         };
+        if !validates {
+            config.training = config.training.without_early_stopping();
+        }
         let training = &mut config.training;
         training.seed = job.seed;
         training.max_steps = self.decided.steps.or(training.max_steps);
@@ -237,6 +245,7 @@ impl Runner<'_> {
     pub fn time(&self, job: &Job, config: &RunConfig, steps: usize) -> Result<Result<(f64, Vec<f64>), Ended>> {
         let probe = Job { slug: format!("{}-timing", job.slug), ..job.clone() };
         let mut config = self.run_config(&probe, config);
+        config.training = config.training.without_early_stopping();
         (config.data.eval_fraction, config.training.max_steps) = (0.0, Some(steps));
         let folder = self.folder.run(&probe.slug);
         // What a kill left of it is of no use.
@@ -244,7 +253,7 @@ impl Runner<'_> {
         let begin = std::time::Instant::now();
         let ended = self.train(&probe, config, |_| {})?;
         let seconds = begin.elapsed().as_secs_f64();
-        let lines = metrics(&folder).unwrap_or_default();
+        let lines = metrics::read(&RunFolder { root: folder.clone() }.metrics()).unwrap_or_default();
         let _ = fs::remove_dir_all(&folder);
         Ok(match ended {
             Ended::Done(_) => Ok((seconds, lines.iter().filter_map(|line| line["seconds"].as_f64()).collect())),
@@ -277,10 +286,23 @@ impl Runner<'_> {
         child::run(&args, &self.folder.log(&job.slug), said)
     }
 
+    /// Scores the neutral text.
+    fn evaluate_neutral(&self, job: &Job, of: Vec<String>, said: impl FnMut(&str)) -> Result<Ended> {
+        let mut args = self.arguments("eval");
+        args.extend(of);
+        let length = neutral::MAX_LENGTH.min(self.context);
+        let file = |path: &Path| path.display().to_string();
+        args.extend(["--data".to_owned(), file(&self.folder.neutral_rows())]);
+        args.extend(["--predictions".to_owned(), file(&self.folder.neutral_predictions(&job.slug))]);
+        args.extend(["--max-length".to_owned(), length.to_string(), "--json".to_owned()]);
+        child::run(&args, &self.folder.log(&job.slug), said)
+    }
+
     /// What a run's report and its metrics say.
     fn training(&self, job: &Job, report: &Value) -> Result<Training> {
         let number = |key: &str| report[key].as_u64().unwrap_or_default();
-        let curve = curve(&metrics(&self.folder.run(&job.slug))?);
+        let run = RunFolder { root: self.folder.run(&job.slug) };
+        let curve = metrics::curve(&metrics::read(&run.metrics())?);
         Ok(Training {
             trainable_parameters: number("trainable_parameters"),
             bytes: weight_bytes(Path::new(report["output"].as_str().unwrap_or_default())),
@@ -289,13 +311,14 @@ impl Runner<'_> {
             tokens: number("tokens"),
             compute: report["compute"].clone(),
             peak_rss_bytes: report["peak_rss_bytes"].as_u64(),
+            memory: run.figures()?.map(|figures| figures.memory).unwrap_or_default(),
             seconds: curve.last().map_or(0.0, |point| point.seconds),
             curve,
         })
     }
 }
 
-fn scores(found: &Value, seconds: f64, has_labels: bool) -> Scores {
+fn scores(found: &Value, neutral_loss: Option<f64>, seconds: f64, has_labels: bool) -> Scores {
     let number = |place: &str| found.pointer(place).and_then(Value::as_f64);
     let count = |key: &str| found[key].as_u64().unwrap_or_default();
     let of_labels = |place: &str| number(place).filter(|_| has_labels);
@@ -308,6 +331,7 @@ fn scores(found: &Value, seconds: f64, has_labels: bool) -> Scores {
         macro_f1: of_labels("/by_likelihood/macro_f1"),
         rouge_l: number("/generated/rougeL/fmeasure"),
         exact_match: number("/generated/exact_match"),
+        neutral_loss,
         seconds,
     }
 }
@@ -317,60 +341,4 @@ fn weight_bytes(folder: &Path) -> u64 {
     let entries = fs::read_dir(folder).into_iter().flatten().flatten();
     let weights = entries.filter(|entry| entry.path().extension().is_some_and(|extension| extension == "safetensors"));
     weights.filter_map(|entry| entry.metadata().ok()).map(|metadata| metadata.len()).sum()
-}
-
-/// The lines of a run's metrics.
-fn metrics(run: &Path) -> Result<Vec<Value>> {
-    let path = run.join("metrics.jsonl");
-    let text = fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
-    let line = |line| serde_json::from_str(line).with_context(|| format!("{} is damaged", path.display()));
-    text.lines().map(line).collect()
-}
-
-/// Points of a curve at most.
-const MOST_POINTS: usize = 200;
-/// What the steps before count for in a smoothed loss.
-const SMOOTHING: f64 = 0.9;
-
-fn curve(metrics: &[Value]) -> Vec<Point> {
-    let (mut sum, mut weight, mut seconds) = (0.0, 0.0, 0.0);
-    let mut points = Vec::new();
-    for line in metrics {
-        let step = line["step"].as_u64().unwrap_or_default();
-        seconds += line["seconds"].as_f64().unwrap_or_default();
-        if let Some(loss) = line["loss"].as_f64() {
-            // Divided by the weights, so that the first steps are not drawn towards 0 (as Adam corrects its means).
-            sum = SMOOTHING * sum + (1.0 - SMOOTHING) * loss;
-            weight = SMOOTHING * weight + (1.0 - SMOOTHING);
-            points.push(Point { step, loss: Some(sum / weight), validation_loss: None, seconds });
-        }
-        if let Some(loss) = line["eval_loss"].as_f64() {
-            points.push(Point { step, loss: None, validation_loss: Some(loss), seconds });
-        }
-    }
-    let every = points.len().div_ceil(MOST_POINTS).max(1);
-    let last = points.len().saturating_sub(1);
-    let kept = points.into_iter().enumerate();
-    let kept = kept.filter(|(at, point)| at % every == 0 || *at == last || point.validation_loss.is_some());
-    kept.map(|(_, point)| point).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use serde_json::json;
-
-    use super::*;
-
-    #[test]
-    fn a_curve_is_smoothed_and_keeps_every_validation() {
-        let mut lines = vec![json!({"step": 0, "eval_loss": 3.0, "eval_label_tokens": 9})];
-        lines.extend((1..=500).map(|step| json!({"step": step, "loss": 2.0, "seconds": 0.5})));
-        lines.push(json!({"step": 500, "eval_loss": 1.0, "eval_label_tokens": 9}));
-        let points = curve(&lines);
-        assert!((100..=MOST_POINTS + 2).contains(&points.len()), "{}", points.len());
-        assert!(points.iter().filter_map(|point| point.loss).all(|loss| (loss - 2.0).abs() < 1e-9));
-        let scored: Vec<_> = points.iter().filter_map(|point| Some((point.step, point.validation_loss?))).collect();
-        assert_eq!(scored, [(0, 3.0), (500, 1.0)]);
-        assert_eq!(points.last().map(|point| point.seconds), Some(250.0));
-    }
 }

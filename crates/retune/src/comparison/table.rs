@@ -8,9 +8,7 @@ use std::path::Path;
 use super::answer::{duration, grouped};
 use super::results::{Results, Summary};
 use crate::memory::human;
-
-/// What stands where there is no number.
-pub const NONE: &str = "–";
+use crate::page::NONE;
 
 /// A difference with its interval.
 pub fn with_interval(difference: Option<&Difference>, digits: usize) -> String {
@@ -89,6 +87,7 @@ pub fn write_csv(results: &Results, path: &Path) -> Result<()> {
         "macro_f1",
         "rouge_l",
         "exact_match",
+        "neutral_loss",
         "loss_against_base",
         "loss_against_base_low",
         "loss_against_base_high",
@@ -114,6 +113,7 @@ pub fn write_csv(results: &Results, path: &Path) -> Result<()> {
                 of(run.scores.macro_f1),
                 of(run.scores.rouge_l),
                 of(run.scores.exact_match),
+                of(run.scores.neutral_loss),
                 // Of all seeds together.
                 against(|difference| difference.estimate),
                 against(|difference| difference.low),

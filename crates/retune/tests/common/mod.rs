@@ -252,3 +252,33 @@ impl Random {
         (self.0 >> 33) as usize % end
     }
 }
+
+/// The elements of a page: every one that is opened is closed, in order, but for those that need no end.
+pub fn assert_well_formed(page: &str) {
+    let mut open: Vec<&str> = Vec::new();
+    let mut rest = page.strip_prefix("<!DOCTYPE html>").expect("it begins as a page does");
+    // Styles are no elements.
+    let (before, style) = rest.split_once("<style>").unwrap();
+    let (_, after) = style.split_once("</style>").unwrap();
+    let whole = format!("{before}{after}");
+    rest = &whole;
+    while let Some((_, tag)) = rest.split_once('<') {
+        let (tag, after) = tag.split_once('>').expect("a tag has an end");
+        rest = after;
+        if let Some(name) = tag.strip_prefix('/') {
+            assert_eq!(open.pop(), Some(name), "closed out of order before {:.60}", after);
+        } else if !tag.ends_with('/') {
+            open.push(tag.split_whitespace().next().unwrap());
+        }
+    }
+    assert!(open.is_empty(), "{open:?} are left open");
+}
+
+/// A page is well formed, and needs nothing but itself: no script, no address.
+pub fn assert_page(page: &str) {
+    assert_well_formed(page);
+    let own = page.replace("http://www.w3.org/2000/svg", "");
+    for word in ["<script", "http:", "https:", "src=", "@import", "url(", "javascript"] {
+        assert!(!own.contains(word), "{word} is in the page");
+    }
+}

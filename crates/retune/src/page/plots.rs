@@ -1,7 +1,7 @@
 //! The plots of a report, as SVG. They are as wide as a phone, so that their texts are as large there as those around them, and stand beside each
 //! other where there is room.
 //!
-//! What is drawn in `INK` and `GRID` takes the colours of the page, by rules in `report.html` that name these two.
+//! What is drawn in `INK` and `GRID` takes the colours of the page, by rules in `page.html` that name these two.
 
 use std::ops::Range;
 
@@ -31,13 +31,19 @@ pub fn colour(number: usize) -> RGBColor {
     COLOURS[number % COLOURS.len()]
 }
 
-/// The same for HTML.
+/// What is legible on it: black, but on the darkest.
+fn ink_on(number: usize) -> RGBColor {
+    if number % COLOURS.len() == 0 { WHITE } else { BLACK }
+}
+
+/// The same for HTML: a background, and what is legible on it.
 pub fn css(number: usize) -> String {
-    let RGBColor(r, g, b) = colour(number);
-    format!("#{r:02x}{g:02x}{b:02x}")
+    let (RGBColor(r, g, b), RGBColor(red, green, blue)) = (colour(number), ink_on(number));
+    format!("#{r:02x}{g:02x}{b:02x};color:#{red:02x}{green:02x}{blue:02x}")
 }
 
 /// A variant in a plot.
+#[derive(Clone, Copy)]
 pub struct Mark {
     /// Counted from 0.
     pub number: usize,
@@ -73,8 +79,10 @@ pub struct Level {
 }
 
 /// What a plot shows.
-pub enum Shape<'a> {
-    Mark(&'a Mark),
+pub enum Shape {
+    Mark(Mark),
+    /// A line that is alone, and has no number.
+    Course(Vec<(f64, f64)>),
     /// A number that stands at the end of a line of points.
     Line {
         number: usize,
@@ -91,6 +99,10 @@ pub fn plot(x: &Axis, y: &Axis, shapes: &[Shape], levels: &[Level], with_frontie
             Shape::Mark(mark) => {
                 xs.push(mark.x);
                 ys.push(mark.y);
+            }
+            Shape::Course(points) => {
+                xs.extend(points.iter().map(|point| point.0));
+                ys.extend(points.iter().map(|point| point.1));
             }
             Shape::Line { points, dots, .. } => {
                 xs.extend(points.iter().chain(dots).map(|point| point.0));
@@ -205,8 +217,12 @@ where
             chart.draw_series(LineSeries::new(frontier, INK.stroke_width(1))).map_err(failed)?;
         }
         for shape in shapes {
-            let Shape::Line { number, points, dots } = shape else { continue };
-            let colour = colour(*number);
+            let (number, points, dots) = match shape {
+                Shape::Mark(_) => continue,
+                Shape::Course(points) => (0, points, &[][..]),
+                Shape::Line { number, points, dots } => (*number, points, &dots[..]),
+            };
+            let colour = colour(number);
             chart.draw_series(LineSeries::new(points.clone(), colour.stroke_width(2))).map_err(failed)?;
             let dot = |at: &(f64, f64)| Circle::new(*at, 3, colour.filled());
             chart.draw_series(dots.iter().map(dot)).map_err(failed)?;
@@ -215,6 +231,7 @@ where
         let mut taken: Vec<(i32, i32)> = Vec::new();
         for shape in shapes {
             let (number, end, ringed, step) = match shape {
+                Shape::Course(_) => continue,
                 Shape::Mark(mark) => (mark.number, Some((mark.x, mark.y)), mark.on_frontier && with_frontier, (-18, 0)),
                 Shape::Line { number, points, dots } => {
                     (*number, points.last().or(dots.last()).copied(), false, (0, 16))
@@ -246,7 +263,7 @@ where
         root.draw(&Circle::new(at, 11, INK.stroke_width(2))).map_err(failed)?;
     }
     root.draw(&Circle::new(at, 8, colour(number).filled())).map_err(failed)?;
-    let style = TextStyle::from((FONT, 11)).color(&BLACK).pos(Pos::new(HPos::Center, VPos::Center));
+    let style = TextStyle::from((FONT, 13)).color(&ink_on(number)).pos(Pos::new(HPos::Center, VPos::Center));
     root.draw(&Text::new((number + 1).to_string(), at, style)).map_err(failed)
 }
 
@@ -301,6 +318,66 @@ pub fn intervals(rows: &[Row], title: &str) -> Result<String> {
     Ok(svg)
 }
 
+/// A bar of parts that stand one after another.
+pub struct Bar {
+    pub name: String,
+    pub parts: Vec<f64>,
+    /// Where a line crosses it.
+    pub mark: Option<f64>,
+}
+
+/// Bars below each other, each under its name; a part has the same colour in all.
+pub fn bars(bars: &[Bar], title: &str, format: Format) -> Result<String> {
+    let mut svg = String::new();
+    let ends = bars.iter().flat_map(|bar| [bar.parts.iter().sum(), bar.mark.unwrap_or(0.0)]);
+    let most: f64 = ends.fold(0.0, f64::max);
+    let xs = 0.0..if most > 0.0 { 1.05 * most } else { 1.0 };
+    let height = 62 + 36 * bars.len() as u32;
+    {
+        let root = SVGBackend::with_string(&mut svg, (SIZE.0, height)).into_drawing_area();
+        let mut builder = ChartBuilder::on(&root);
+        builder.margin(8).margin_right(16).x_label_area_size(40);
+        let mut chart = builder.build_cartesian_2d(xs, 0.0..bars.len().max(1) as f64).map_err(failed)?;
+        chart
+            .configure_mesh()
+            .disable_y_mesh()
+            .disable_y_axis()
+            .light_line_style(TRANSPARENT)
+            .bold_line_style(GRID)
+            .axis_style(INK)
+            .x_labels(4)
+            .x_label_formatter(&|value| format(*value))
+            .x_label_style(small())
+            .axis_desc_style(small())
+            .x_desc(title.to_owned())
+            .draw()
+            .map_err(failed)?;
+        for (place, bar) in bars.iter().enumerate() {
+            let (bottom, top) = ((bars.len() - place) as f64 - 0.92, (bars.len() - place) as f64 - 0.52);
+            let mut from = 0.0;
+            for (number, part) in bar.parts.iter().enumerate() {
+                let corners = [(from, bottom), (from + part, top)];
+                chart.draw_series([Rectangle::new(corners, colour(number).filled())]).map_err(failed)?;
+                from += part;
+            }
+            if let Some(mark) = bar.mark {
+                let line = vec![(mark, bottom - 0.06), (mark, top + 0.06)];
+                chart.draw_series(LineSeries::new(line, INK.stroke_width(2))).map_err(failed)?;
+            }
+            let (left, at) = chart.backend_coord(&(0.0, top));
+            let style = small().pos(Pos::new(HPos::Left, VPos::Bottom));
+            root.draw(&Text::new(bar.name.clone(), (left, at - 2), style)).map_err(failed)?;
+        }
+        root.present().map_err(failed)?;
+    }
+    Ok(svg)
+}
+
+/// A number of an axis whose numbers may be far below 1.
+pub fn scientific(value: f64) -> String {
+    if value.abs() >= 0.01 || value.abs() < 1e-12 { short(value) } else { format!("{value:.1e}").replace(".0e", "e") }
+}
+
 /// A number of an axis, with as many digits as tell its neighbours apart.
 pub fn short(value: f64) -> String {
     let size = value.abs();
@@ -345,6 +422,20 @@ mod tests {
     fn numbers_of_axes_are_short() {
         let texts = [0.0, 0.125, -0.5, 2.0, 12.5, 150.0, 9_000.0, 25_000.0, 134_000_000.0].map(short);
         assert_eq!(texts, ["0", "0.125", "-0.5", "2", "12.5", "150", "9000", "25k", "134M"]);
+        assert_eq!([0.0, 2e-4, 1.5e-5, 0.5].map(scientific), ["0", "2e-4", "1.5e-5", "0.5"]);
+    }
+
+    #[test]
+    fn the_parts_of_a_bar_are_as_long_as_what_they_stand_for() {
+        let bar = Bar { name: "one <&>".to_owned(), parts: vec![30.0, 10.0, 0.0], mark: Some(35.0) };
+        let svg = bars(&[bar], "bytes", short).unwrap();
+        let width = |number: usize| -> f64 {
+            let RGBColor(r, g, b) = colour(number);
+            let rect = svg.split("<rect ").find(|rect| rect.contains(&format!("#{r:02X}{g:02X}{b:02X}"))).unwrap();
+            rect.split("width=\"").nth(1).unwrap().split('"').next().unwrap().parse().unwrap()
+        };
+        assert!((width(0) / width(1) - 3.0).abs() < 0.1, "{svg}");
+        assert!(svg.contains("one &lt;&amp;&gt;"));
     }
 
     #[test]
@@ -354,8 +445,9 @@ mod tests {
             let svg = plot(&axis(logarithmic), &axis(false), &[], &[], true).unwrap();
             assert!(svg.starts_with("<svg ") && svg.contains("x &lt;&amp;&gt;"), "{svg}");
             let one = Mark { number: 9, x: 5.0, y: f64::NAN, on_frontier: false };
-            plot(&axis(logarithmic), &axis(false), &[Shape::Mark(&one)], &[], true).unwrap();
+            plot(&axis(logarithmic), &axis(false), &[Shape::Mark(one)], &[], true).unwrap();
         }
         intervals(&[], "nothing").unwrap();
+        bars(&[], "nothing", short).unwrap();
     }
 }
