@@ -109,8 +109,8 @@ impl Dots {
         for step in 0..=across {
             let part = if across == 0 { 1.0 } else { step as f64 / across as f64 };
             let row = (from.1 as f64 + part * (to.1 as f64 - from.1 as f64)).round() as usize;
-            // Half of a rise belongs to the column that it comes from.
-            for between in row.min(last)..=row.max(last) {
+            let rise = if row > last { last + 1..=row } else { row..=last.saturating_sub(1).max(row) };
+            for between in rise {
                 self.set((from.0 + step, between));
             }
             last = row;
@@ -138,8 +138,8 @@ mod tests {
         let drawn = chart.draw();
         let lines: Vec<Vec<char>> = drawn.lines().map(|line| line.chars().skip(LABEL + 1).collect()).collect();
         // It begins above on the left, ends below on the right, and has no gap.
-        assert!(lines[0][0] != '\u{2800}' && lines[4].len() == 17, "{drawn}");
-        for column in 0..17 {
+        assert!(lines[0][0] != '\u{2800}' && lines[4].len() == 18, "{drawn}");
+        for column in 0..18 {
             assert!(lines.iter().any(|line| line.get(column).is_some_and(|letter| *letter != '\u{2800}')), "{drawn}");
         }
         assert_eq!(lines[0].last(), Some(&SCORE));

@@ -40,7 +40,7 @@ fn a_finished_run_has_a_page_with_its_losses_memory_data_and_what_to_do_next() {
     assert_eq!(figure(&page, "adapter.r"), "4");
     assert_eq!(figure(&page, "training.eval_steps"), "5");
     for words in
-        ["Answers to held-out rows", "optimizer", "activations", "1 to ", "retune generate --model", "out/adapter"]
+        ["Answers to held-out rows", "optimizer", "activations", "1 to ", "retune generate --model", "out&#x2f;adapter"]
     {
         assert!(page.contains(words), "{words} is not in {page}");
     }

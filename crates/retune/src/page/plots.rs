@@ -24,7 +24,7 @@ const COLOURS: [RGBColor; 6] = [
     RGBColor(0x56, 0xb4, 0xe9),
 ];
 const FONT: &str = "sans-serif";
-const SMALL: u32 = 12;
+const SMALL: u32 = 13;
 
 /// The colour of the variant with this number, counted from 0.
 pub fn colour(number: usize) -> RGBColor {
@@ -185,9 +185,9 @@ where
             .y_desc(y.title.clone())
             .draw()
             .map_err(failed)?;
-        let (right, _) = chart.plotting_area().dim_in_pixel();
+        let (width, height) = chart.plotting_area().dim_in_pixel();
         let (left, top) = chart.plotting_area().get_base_pixel();
-        let right = left + right as i32;
+        let (right, bottom) = (left + width as i32, top + height as i32);
         for (number, level) in levels.iter().enumerate() {
             let is_inside = ys.contains(&level.y);
             let at = if is_inside { chart.backend_coord(&(xs_any, level.y)).1 } else { top + 14 * (number as i32 + 1) };
@@ -227,20 +227,22 @@ where
             let dot = |at: &(f64, f64)| Circle::new(*at, 3, colour.filled());
             chart.draw_series(dots.iter().map(dot)).map_err(failed)?;
         }
-        // Numbers last, so that no line runs over them. Those that would cover each other move: of marks to the side, of lines down.
+        // Numbers last, so that no line runs over them. Those that would cover each other move: of marks to the left, of lines up or down.
         let mut taken: Vec<(i32, i32)> = Vec::new();
         for shape in shapes {
-            let (number, end, ringed, step) = match shape {
+            let (number, end, ringed) = match shape {
                 Shape::Course(_) => continue,
-                Shape::Mark(mark) => (mark.number, Some((mark.x, mark.y)), mark.on_frontier && with_frontier, (-18, 0)),
-                Shape::Line { number, points, dots } => {
-                    (*number, points.last().or(dots.last()).copied(), false, (0, 16))
-                }
+                Shape::Mark(mark) => (mark.number, Some((mark.x, mark.y)), mark.on_frontier && with_frontier),
+                Shape::Line { number, points, dots } => (*number, points.last().or(dots.last()).copied(), false),
             };
-            let Some(mut at) = end.map(|end| chart.backend_coord(&end)) else { continue };
-            while taken.iter().any(|&(x, y)| (x - at.0).abs() < 16 && (y - at.1).abs() < 15) && at.0 > left {
-                at = (at.0 + step.0, at.1 + step.1);
-            }
+            let Some(end) = end.map(|end| chart.backend_coord(&end)) else { continue };
+            let is_free = |at: &(i32, i32)| !taken.iter().any(|&(x, y)| (x - at.0).abs() < 16 && (y - at.1).abs() < 15);
+            let is_inside = |at: &(i32, i32)| (left..=right).contains(&at.0) && (top..=bottom).contains(&at.1);
+            let places = (0..20).flat_map(|n| match shape {
+                Shape::Mark(_) => [(end.0 - 18 * n, end.1); 2],
+                _ => [(end.0, end.1 - 16 * n), (end.0, end.1 + 16 * n)],
+            });
+            let at = places.into_iter().find(|at| is_free(at) && is_inside(at)).unwrap_or(end);
             taken.push(at);
             number_at(&root, at, number, ringed)?;
         }
@@ -263,7 +265,8 @@ where
         root.draw(&Circle::new(at, 11, INK.stroke_width(2))).map_err(failed)?;
     }
     root.draw(&Circle::new(at, 8, colour(number).filled())).map_err(failed)?;
-    let style = TextStyle::from((FONT, 13)).color(&ink_on(number)).pos(Pos::new(HPos::Center, VPos::Center));
+    let ink = ink_on(number);
+    let style = TextStyle::from((FONT, 13)).color(&ink).pos(Pos::new(HPos::Center, VPos::Center));
     root.draw(&Text::new((number + 1).to_string(), at, style)).map_err(failed)
 }
 

@@ -222,7 +222,10 @@ impl RunPage {
             facts.push(("tokens trained on", grouped(last.tokens)));
             facts.push(("time in steps", duration(last.seconds)));
             if last.seconds > 0.0 {
-                facts.push(("speed", format!("{:.0} tokens a second", last.tokens as f64 / last.seconds)));
+                facts.push((
+                    "speed",
+                    format!("{} tokens a second", grouped((last.tokens as f64 / last.seconds) as u64)),
+                ));
             }
         }
         let peak = self.outcome.as_ref().and_then(|outcome| outcome["peak_rss_bytes"].as_u64());
