@@ -259,6 +259,13 @@ impl Run<'_> {
         if int8 != self.computes_int8() {
             memory = self.check_memory(&model, &overlay, &layout, int8)?;
         }
+        watch_interrupts()?;
+
+        let eval = data.eval.as_ref().map_or(&[][..], |e| &e.examples);
+        let training = &config.training;
+        // Steps do not read what is kept in 8 bits from the files any more.
+        self.base.checkpoint.release();
+        let passes = self.choose_passes(&model, &overlay, int8)?;
         folder.write_figures(&Figures {
             command: command(),
             steps: schedule(&config.training, data.train.examples.len()).total_steps as u64,
@@ -269,13 +276,6 @@ impl Run<'_> {
             train: data.train.report.clone(),
             eval: data.eval.as_ref().map(|eval| eval.report.clone()),
         })?;
-        watch_interrupts()?;
-
-        let eval = data.eval.as_ref().map_or(&[][..], |e| &e.examples);
-        let training = &config.training;
-        // Steps do not read what is kept in 8 bits from the files any more.
-        self.base.checkpoint.release();
-        let passes = self.choose_passes(&model, &overlay, int8)?;
         let trained = Trained { model: &model, overlay: &overlay, compute: &compute };
         let mut trainer =
             Trainer::new(trained, training, passes, config.data.shuffle, &data.train.examples, eval, params);
