@@ -127,7 +127,7 @@ pub fn rename(from: &Path, to: &Path) -> Result<(), Error> {
 #[derive(Debug)]
 pub struct Folder {
     temporary: PathBuf,
-    path: PathBuf,
+    goal: PathBuf,
     last: &'static str,
     committed: bool,
 }
@@ -144,7 +144,7 @@ impl Folder {
         }
         let created = fault::reach(Step::Create, &temporary).and_then(|()| fs::create_dir_all(&temporary));
         created.map_err(io_error("create", &temporary))?;
-        Ok(Self { temporary, path: path.to_owned(), last, committed: false })
+        Ok(Self { temporary, goal: path.to_owned(), last, committed: false })
     }
 
     /// Where its files are to be written.
@@ -157,18 +157,18 @@ impl Folder {
     /// # Errors
     /// [`Error::Io`].
     pub fn commit(mut self) -> Result<(), Error> {
-        if self.temporary.parent() == Some(&self.path) {
+        if self.temporary.parent() == Some(&self.goal) {
             let entries = fs::read_dir(&self.temporary).map_err(io_error("read", &self.temporary))?;
             let mut names: Vec<_> = entries.flatten().map(|entry| entry.file_name()).collect();
             names.sort_by_key(|name| name == self.last);
             for name in names {
-                rename(&self.temporary.join(&name), &self.path.join(&name))?;
+                rename(&self.temporary.join(&name), &self.goal.join(&name))?;
             }
             return sync_directory(&self.temporary);
         }
-        rename(&self.temporary, &self.path)?;
+        rename(&self.temporary, &self.goal)?;
         self.committed = true;
-        sync_directory(&self.path)
+        sync_directory(&self.goal)
     }
 }
 

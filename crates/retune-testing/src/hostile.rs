@@ -170,7 +170,7 @@ fn use_tokenizer(tokenizer: &Tokenizer) {
 }
 
 fn render(template: &ChatTemplate) {
-    let message = |role: &str, content: &str| Message { role: role.to_owned(), content: content.to_owned() };
+    let message = |role: &str, content: &str| Message::new(role, content);
     let messages =
         [message("system", "Be brief."), message("user", "Name a <b>colour</b>."), message("assistant", "Red")];
     for messages in [&messages[..], &messages[1..2], &[]] {

@@ -353,7 +353,7 @@ fn what_is_not_read_is_counted_or_refused() {
         .report
         .reading
         .taken;
-    let taken: Vec<_> = taken.iter().map(|taken| (taken.column.as_str(), taken.taken_as)).collect();
+    let taken: Vec<_> = taken.iter().map(|taken| (taken.column.as_str(), taken.taken_as.as_str())).collect();
     assert_eq!(taken, [("query", "instruction"), ("response", "output")]);
 }
 

@@ -1,6 +1,6 @@
 //! How far what was written is from what it was made of: both are run on the same rows, such as were not trained on where these can be found.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::Result;
 use retune_engine::compute::Compute;
@@ -10,7 +10,7 @@ use retune_engine::pass::Pass;
 use retune_engine::row_norms::RowNorms;
 use retune_engine::workspace::Workspace;
 use retune_engine::{Run, Saving};
-use retune_train::data::{ColumnMap, DataFormat, Example, Names, read_rows};
+use retune_train::data::{Example, Files, Names, ReadOptions, read_rows};
 use retune_train::run_config::DataConfig;
 use serde_json::{Value, json};
 
@@ -42,6 +42,7 @@ const FLAGS: Names = Names {
     format: "format",
     max_length: "the length of a row",
     overlong: None,
+    unknown_columns: None,
 };
 
 /// Rows on which models are compared.
@@ -59,16 +60,16 @@ impl Sample {
     /// A file that is given and cannot be read, a damaged record, a tokenizer that cannot take the rows.
     pub fn of(base: &Base, adapter: Option<&Path>, data: Option<&Path>) -> Result<Self> {
         if let Some(path) = data {
-            let mut file = read_rows(path, DataFormat::Auto, &ColumnMap::default(), &FLAGS)?;
+            let mut file = read_rows(&Files::from(path), &ReadOptions { names: &FLAGS, ..ReadOptions::AUTO })?;
             file.rows.truncate(MOST_ROWS);
-            let config = DataConfig::new(path.to_owned());
+            let config = DataConfig::new(Files::from(path));
             let rows = run_data::dataset(&file, &config, &FLAGS, base.tokenizer()?, &base.checkpoint.spec)?;
             return Ok(Self::chosen(rows.examples.iter(), format!("rows of {}", path.display())));
         }
         let record = adapter.map(session::provenance).transpose()?.flatten();
         match record.map(|record| held_out(base, &record)).transpose() {
-            Ok(Some(Some((rows, path)))) => {
-                Ok(Self::chosen(rows.iter(), format!("rows of {} that the run held out", path.display())))
+            Ok(Some(Some((rows, files)))) => {
+                Ok(Self::chosen(rows.iter(), format!("rows of {files} that the run held out")))
             }
             Ok(_) => Self::texts(base),
             Err(error) => {
@@ -121,17 +122,17 @@ impl Sample {
 }
 
 /// The rows that a run held out, and their file; nothing where the record does not say, or the file is gone.
-fn held_out(base: &Base, record: &Value) -> Result<Option<(Vec<Example>, PathBuf)>> {
+fn held_out(base: &Base, record: &Value) -> Result<Option<(Vec<Example>, Files)>> {
     let Ok(data) = serde_json::from_value::<DataConfig>(record["run"]["data"].clone()) else { return Ok(None) };
-    let path = data.eval.clone().unwrap_or_else(|| data.train.clone());
-    if !path.is_file() {
+    let files = data.eval.clone().unwrap_or_else(|| data.train.clone());
+    if !files.paths().iter().all(|path| path.exists()) {
         return Ok(None);
     }
     let seed = record["run"]["training"]["seed"].as_u64().unwrap_or(0);
     let HeldOut { file: Some(mut file), .. } = HeldOut::read(&data, seed)? else { return Ok(None) };
     file.rows.truncate(MOST_ROWS);
     let rows = run_data::held_out(file, &data, base.tokenizer()?, &base.checkpoint.spec)?;
-    Ok(rows.map(|rows| (rows.examples, path)))
+    Ok(rows.map(|rows| (rows.examples, files)))
 }
 
 /// A model with what stands on it.

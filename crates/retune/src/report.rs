@@ -1,13 +1,13 @@
 //! What a run says at its end: what it gained, where its result is, and what to do next.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::Result;
 use retune_adapter::Method;
 use retune_engine::calibrate::Choice;
 use retune_model::export::ExportType;
-use retune_train::data::{Files, Names, RowFormat, RowText, read_rows};
+use retune_train::data::{Names, RowFormat, RowText, read_rows};
 use retune_train::run_config::{DataConfig, RunConfig};
 use retune_train::state::Progress;
 use serde_json::{Value, json};
@@ -143,12 +143,9 @@ impl Report<'_> {
         }
         let Self { config, data, progress, .. } = self;
         let (training, train) = (&config.training, &data.train.report);
-        let name =
-            |path: &PathBuf| path.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
-        let file = |files: &Files| files.paths().iter().map(name).collect::<Vec<_>>().join(", ");
         let mut rows = vec![
             ("trained parameters", self.trained.to_string()),
-            ("data", format!("`{}`", file(&config.data.train))),
+            ("data", format!("`{}`", config.data.train.names())),
             (
                 "rows",
                 format!("{} with {} tokens, {} of them trained", train.examples, train.tokens, train.trained_tokens),
@@ -179,7 +176,7 @@ impl Report<'_> {
         ];
         if let (Some(eval), Some(before), Some(after)) = (&data.eval, progress.initial_loss, progress.best_loss) {
             let of = match &config.data.eval {
-                Some(path) => format!("`{}`, {} rows", file(path), eval.report.examples),
+                Some(files) => format!("`{}`, {} rows", files.names(), eval.report.examples),
                 None => format!("{} rows", eval.report.examples),
             };
             rows.push(("held out", of));
@@ -205,7 +202,7 @@ impl Report<'_> {
                 rows.push(("peak memory", human(peak)));
             }
         }
-        let summary = format!("It was trained on `{}`, with the settings below.", file(&config.data.train));
+        let summary = format!("It was trained on `{}`, with the settings below.", config.data.train.names());
         Card { method: self.saved, base_model: Some(&config.model), summary, rows }.write(self.result)
     }
 }

@@ -239,12 +239,12 @@ const ANSWERED: [&str; 6] = ["text", "sentence", "document", "article", "dialogu
 const ALONE: [&str; 5] = ["content", "document", "body", "article", "sentence"];
 
 /// A column that was taken for one that a format reads.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Taken {
     /// Its name in the file.
     pub column: String,
     /// The column it was taken for.
-    pub taken_as: &'static str,
+    pub taken_as: String,
 }
 
 /// The format of a file's rows, and the file's names for its columns.
@@ -352,7 +352,7 @@ impl Layout {
     fn take(&mut self, column: &'static str, name: &str) {
         // Every column of SYNONYMS is one of the map's.
         if name != column && self.columns.set(column, name, &Names::KEYS).is_ok() {
-            self.taken.push(Taken { column: name.to_owned(), taken_as: column });
+            self.taken.push(Taken { column: name.to_owned(), taken_as: column.to_owned() });
         }
     }
 

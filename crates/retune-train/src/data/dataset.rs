@@ -111,7 +111,7 @@ impl RowCount {
 }
 
 /// An answer that many rows have.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Class {
     pub answer: String,
     pub rows: usize,

@@ -55,6 +55,13 @@ impl Files {
     pub fn paths(&self) -> &[PathBuf] {
         &self.0
     }
+
+    /// Their names, without the folders they are in.
+    pub fn names(&self) -> String {
+        let name =
+            |path: &PathBuf| path.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
+        self.0.iter().map(name).collect::<Vec<_>>().join(", ")
+    }
 }
 
 impl fmt::Display for Files {

@@ -107,7 +107,7 @@ impl DataFile {
 }
 
 /// What there is to say of the reading of a file.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Reading {
     /// Columns that were taken for those that the format reads.
     pub taken: Vec<Taken>,
@@ -124,7 +124,7 @@ pub struct Reading {
 }
 
 /// A name and the rows in which it stands.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Counted {
     pub name: String,
     pub rows: RowCount,

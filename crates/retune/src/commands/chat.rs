@@ -150,7 +150,7 @@ impl<'a> Chat<'a> {
         let most = self.args.max_new_tokens.min(spec.context - used);
         let ids = answer(generation, self.tokenizer, most, true)?;
         outln!();
-        self.said.push(Message::new("assistant", &self.tokenizer.decode(&ids, true)));
+        self.said.push(Message::new("assistant", self.tokenizer.decode(&ids, true)));
         Ok(())
     }
 

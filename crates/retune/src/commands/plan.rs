@@ -35,7 +35,7 @@ const LEAST_RANK: u64 = 4;
 /// Prints the ways, and what to change where none fits.
 pub fn run(args: &PlanArgs) -> Result<()> {
     let config = RunConfig::load(&args.run.path, &args.run.overrides)?;
-    if args.memory_gb.is_some_and(|memory| !(memory > 0.0)) {
+    if args.memory_gb.is_some_and(|memory| memory.is_nan() || memory <= 0.0) {
         bail!("--memory-gb is {}; expected above 0", args.memory_gb.unwrap_or_default());
     }
     let checkpoint = open(&fetch::resolve(&config.model)?)?;
@@ -100,7 +100,7 @@ impl Rows {
     /// Those of the run's data, or rows of the greatest length.
     fn of(config: &RunConfig, checkpoint: &Checkpoint) -> Result<Self> {
         let data = &config.data;
-        let missing = [Some(&data.train), data.eval.as_ref()].into_iter().flatten().find(|path| !path.exists());
+        let missing = data.files().find(|path| !path.exists());
         let why = match (missing, checkpoint.tokenizer()) {
             (Some(path), _) => format!("{} is not there", path.display()),
             (None, Err(error)) => format!("there is no tokenizer ({error})"),

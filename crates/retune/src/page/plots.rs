@@ -33,7 +33,7 @@ pub fn colour(number: usize) -> RGBColor {
 
 /// What is legible on it: black, but on the darkest.
 fn ink_on(number: usize) -> RGBColor {
-    if number % COLOURS.len() == 0 { WHITE } else { BLACK }
+    if number.is_multiple_of(COLOURS.len()) { WHITE } else { BLACK }
 }
 
 /// The same for HTML: a background, and what is legible on it.

@@ -99,7 +99,7 @@ impl RunPage {
     pub fn render(&self) -> Result<String> {
         let memory_plan = self.figures.as_ref().map(|figures| &figures.memory);
         let bars = memory_plan.map(|plan| ("this run", plan, metrics::peak_memory(&self.metrics)));
-        let (changed, same) = self.settings();
+        let [changed, same] = self.settings();
         let page = context! {
             name => self.name(),
             subtitle => self.subtitle(),
@@ -125,17 +125,16 @@ impl RunPage {
     }
 
     fn subtitle(&self) -> String {
-        let file = |path: &Path| path.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
         let data = &self.config.data;
         let held_out = match &data.eval {
-            Some(path) => format!(", held out: {}", file(path)),
+            Some(files) => format!(", held out: {}", files.names()),
             None => String::new(),
         };
         format!(
             "{} with {}, trained on {}{held_out}.",
             model_name(&self.config.model),
             self.config.method.name,
-            file(&data.train)
+            data.train.names()
         )
     }
 
@@ -307,7 +306,7 @@ impl RunPage {
     }
 
     /// The settings that are not as they would be by default, and the others.
-    fn settings(&self) -> (Vec<(String, String)>, Vec<(String, String)>) {
+    fn settings(&self) -> [Vec<(String, String)>; 2] {
         let settings_of = |config: &RunConfig| {
             let mut found = Vec::new();
             // What cannot be said has no settings to compare with.
@@ -322,7 +321,7 @@ impl RunPage {
         let given = ["model", "output_dir", "method", "data.train"];
         let is_usual = |setting: &(String, String)| usual.contains(setting) && !given.contains(&setting.0.as_str());
         let (same, changed) = settings_of(&self.config).into_iter().partition(is_usual);
-        (changed, same)
+        [changed, same]
     }
 
     fn provenance(&self) -> Vec<(&'static str, String)> {
