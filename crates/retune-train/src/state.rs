@@ -73,11 +73,19 @@ pub fn write(
     tensors.extend(optimizer.state());
     create(directory)?;
     write_file(&path, &tensors, progress)?;
-    let checkpoints = list(directory)?;
-    for old in checkpoints.iter().rev().skip(keep.max(1)) {
+    keep_newest(directory, keep)?;
+    Ok(path)
+}
+
+/// Removes all checkpoints but the newest `keep`.
+///
+/// # Errors
+/// A file that cannot be removed.
+pub fn keep_newest(directory: &Path, keep: usize) -> Result<(), Error> {
+    for old in list(directory)?.iter().rev().skip(keep.max(1)) {
         fs::remove_file(old).map_err(|error| Error::Io { path: old.clone(), error })?;
     }
-    Ok(path)
+    Ok(())
 }
 
 /// Writes the parameters with the best held-out loss so far.

@@ -278,7 +278,7 @@ fn train_ends_with_what_was_gained_and_commands_that_work() {
     assert_eq!(report.matches("held-out row ").count(), 3, "{report}");
     assert!(report.contains("adapter        my run/adapter (") && report.contains("peak memory"), "{report}");
     let commands: Vec<&str> = next.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
-    assert_eq!(commands.len(), 3, "{next}");
+    assert_eq!(commands.len(), 4, "{next}");
     for command in commands {
         let mut shell = std::process::Command::new("/bin/sh");
         shell.args(["-c", command]).current_dir(folder.path("")).env("HF_HUB_OFFLINE", "1");

@@ -10,7 +10,6 @@
 
 mod common;
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -280,19 +279,29 @@ fn files_of_numbers_and_answers() {
     .withstands_faults();
 }
 
+/// A value without times and memory, and without the size of a folder whose card says them.
+fn lasting(value: Value) -> Value {
+    match value {
+        Value::Object(map) => {
+            let passing = |key: &str| key.contains("second") || ["bytes", "peak_rss_bytes", "sentences"].contains(&key);
+            let kept = map.into_iter().filter(|(key, _)| !passing(key));
+            Value::Object(kept.map(|(key, value)| (key, lasting(value))).collect())
+        }
+        Value::Array(items) => Value::Array(items.into_iter().map(lasting).collect()),
+        other => other,
+    }
+}
+
 /// What of a run's folder is the same each time: not how long it took.
 fn lasting_of_run(path: &Path, bytes: &[u8]) -> Vec<u8> {
     match path.file_name().unwrap().to_str().unwrap() {
         "README.md" => Vec::new(),
         "metrics.jsonl" => {
             let lines = bytes.split(|byte| *byte == b'\n').filter(|line| !line.is_empty());
-            let lines = lines.map(|line| {
-                let mut line: BTreeMap<String, Value> = serde_json::from_slice(line).unwrap();
-                line.retain(|key, _| !key.contains("second"));
-                format!("{line:?}\n")
-            });
+            let lines = lines.map(|line| format!("{}\n", lasting(serde_json::from_slice(line).unwrap())));
             lines.collect::<String>().into_bytes()
         }
+        "result.json" => lasting(serde_json::from_slice(bytes).unwrap()).to_string().into_bytes(),
         _ => bytes.to_owned(),
     }
 }
@@ -319,21 +328,6 @@ fn training_runs() {
 
 /// What of a comparison's folder is the same each time: not how long it took, nor what depends on that, nor what its runs said.
 fn lasting_of_comparison(path: &Path, bytes: &[u8]) -> Vec<u8> {
-    fn lasting(value: Value) -> Value {
-        match value {
-            Value::Object(map) => {
-                let passing = |key: &str| key.contains("seconds") || ["peak_rss_bytes", "sentences"].contains(&key);
-                Value::Object(
-                    map.into_iter()
-                        .filter(|(key, _)| !passing(key))
-                        .map(|(key, value)| (key, lasting(value)))
-                        .collect(),
-                )
-            }
-            Value::Array(items) => Value::Array(items.into_iter().map(lasting).collect()),
-            other => other,
-        }
-    }
     match path.extension().and_then(|extension| extension.to_str()) {
         Some("json") => lasting(serde_json::from_slice(bytes).unwrap()).to_string().into_bytes(),
         Some("jsonl") if path.ends_with("metrics.jsonl") => lasting_of_run(path, bytes),

@@ -11,14 +11,14 @@ use serde_json::{Value, json};
 fn a_plan_says_what_train_says() {
     let folder = Folder::with_run();
     for more in [&[][..], &["--set", "base.storage=nf4-double"], &["--set", "method=full", "--set", "adapter=null"]] {
-        let planned = folder.succeeds(&joined(&[&["plan", "run.yaml"], more])).stdout;
-        let short = ["train", "run.yaml", "--overwrite", "--set", "training.max_steps=1"];
-        let messages = folder.succeeds(&joined(&[&short, more])).stderr;
+        let short = ["run.yaml", "--set", "training.max_steps=1"];
+        let planned = folder.succeeds(&joined(&[&["plan"], &short, more])).stdout;
+        let messages = folder.succeeds(&joined(&[&["train", "--overwrite"], &short, more])).stderr;
         let row = planned.lines().find_map(|line| line.strip_prefix("as the run file says")).unwrap();
         let said = messages.lines().find_map(|line| line.strip_prefix("memory ")).unwrap();
         let columns: Vec<&str> = row.split("  ").map(str::trim).filter(|column| !column.is_empty()).collect();
         let [total, base, int8, trained, optimizer, activations, ..] = columns[..] else { panic!("{row}") };
-        assert_eq!(said.trim().split(" planned").next().unwrap(), total);
+        assert_eq!(said.trim().split(" planned").next().unwrap(), total, "{planned}\n{messages}");
         for part in [
             format!("base {base},"),
             format!("in int8 {int8},"),

@@ -63,6 +63,7 @@ fn what_cannot_be_scored_is_refused() {
     folder.write("rows.jsonl", "{\"right\": \"a\", \"sad\": \"a\"}\n");
     folder.write("nested.jsonl", "{\"right\": \"a\", \"said\": \"b\"}\n{\"right\": [\"a\"], \"said\": \"a\"}\n");
     folder.write("empty.jsonl", "\n");
+    folder.write("rows.txt", "{}\n");
     let refuses = |file: &str, more: &[&str], words: &[&str]| {
         folder.refuses(&joined(&[&["score", "--file", file], &COLUMNS, more]), words);
     };

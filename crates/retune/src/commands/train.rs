@@ -569,6 +569,8 @@ impl Run<'_> {
         match state::list(&self.folder.checkpoints())?.last() {
             Some(checkpoint) => {
                 trainer.resume(checkpoint)?;
+                // A kill may have come between a checkpoint and the end of the one that it replaces.
+                state::keep_newest(&self.folder.checkpoints(), self.config.training.save_total_limit)?;
                 note!("going on after step {}", trainer.progress.step);
             }
             None => note!("no checkpoint yet: starting from the beginning"),
