@@ -2,7 +2,7 @@
 
 The Parquet files hold what chats.jsonl and pairs.jsonl say, each in its own types. Needs pandas, polars, pyarrow and datasets 5.
 """
-import json, os, sys
+import json, sys, tempfile
 import datasets, pandas as pd, polars as pl, pyarrow as pa, pyarrow.parquet as pq
 
 out = sys.argv[1]
@@ -27,7 +27,7 @@ lines("pairs.jsonl", pairs)
 # Keys that every message has, as columns of structs: nothing where a message has none.
 datasets.Dataset.from_list(chats).to_parquet(f"{out}/chats_structs.parquet")
 # Messages of unequal keys, which datasets 5 keeps as JSON text that only the column's type and the features say.
-datasets.load_dataset("json", data_files=f"{out}/chats.jsonl", split="train", cache_dir="/tmp/rows_cache").to_parquet(f"{out}/chats_json.parquet")
+datasets.load_dataset("json", data_files=f"{out}/chats.jsonl", split="train", cache_dir=tempfile.mkdtemp()).to_parquet(f"{out}/chats_json.parquet")
 pd.DataFrame(texts).to_parquet(f"{out}/pairs_pandas.parquet")
 pl.DataFrame(texts).write_parquet(f"{out}/pairs_polars.parquet")
 for width, text, items in [("wide", pa.large_string(), pa.large_list), ("narrow", pa.string(), pa.list_)]:

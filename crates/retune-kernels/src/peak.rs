@@ -149,16 +149,16 @@ mod x86 {
         |i| _mm256_set1_epi8(i as i8),
         |sum, a, b| _mm256_dpbusd_avx_epi32(sum, a, b)
     );
-    // As the kernel does it, sign and all.
+    // As the kernel does it: two products of bytes are added in 16 bits. Both depend on the sum, or the compiler would do them once.
     register_loop!(
         two_step_dots_256,
         "avx2",
-        64,
+        128,
         |i| _mm256_set1_epi32(i),
         |i| _mm256_set1_epi8(i as i8),
         |sum, a, b| {
-            let pairs = _mm256_maddubs_epi16(a, _mm256_sign_epi8(b, sum));
-            _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
+            let [first, second] = [_mm256_maddubs_epi16(sum, b), _mm256_maddubs_epi16(a, sum)];
+            _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_add_epi16(first, second), _mm256_set1_epi16(1)))
         }
     );
 }

@@ -176,7 +176,7 @@ pub struct MergeReport {
 ///
 /// # Errors
 /// A directory that is not empty, a soft prompt, a base without tokenizer, values that are not finite or beyond the range
-/// of the type, and what the system refuses. Nothing is left behind then.
+/// of the type, and what the system refuses. Nothing is left behind then, but for files that already have their names in a folder that was there.
 pub fn write(
     checkpoint: &Checkpoint,
     overlay: &Overlay,

@@ -168,7 +168,7 @@ fn take(name: &str, matrix: &Matrix, tensors: &mut BTreeMap<String, RawTensor>) 
 ///
 /// # Errors
 /// As [`weights`]; a directory that is not empty, a base without tokenizer, values beyond the range of the type, and what the system refuses.
-/// Nothing is left behind then.
+/// Nothing is left behind then, but for files that already have their names in a folder that was there.
 pub fn write(
     checkpoint: &Checkpoint,
     encoding: Encoding,

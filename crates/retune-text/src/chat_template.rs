@@ -301,12 +301,14 @@ fn indent(
     filters::indent(text, width, first, blank, options)
 }
 
-/// Refuses a text to be filled in that pads further than it may: it says so by a number after a `%` or within braces.
+/// Refuses a text to be filled in that pads further than it may: it says so by a number right after a `%`, or behind the colon within braces.
 fn check_padding(text: &Value) -> Result<(), minijinja::Error> {
     let Some(text) = text.as_str() else { return Ok(()) };
-    let mut widths = text.split(['%', '{']).skip(1).map(|field| {
-        let field = field.split('}').next().unwrap_or_default();
-        let runs = field.split(|c: char| !c.is_ascii_digit()).filter(|run| !run.is_empty());
+    let ends = |c: char| !c.is_ascii_digit() && !"#+-. ".contains(c);
+    let percent = text.split('%').skip(1).map(|field| field.split(ends).next().unwrap_or_default());
+    let braces = text.split('{').skip(1).filter_map(|field| field.split('}').next()?.split_once(':'));
+    let mut widths = percent.chain(braces.map(|(_, spec)| spec)).map(|spec| {
+        let runs = spec.split(|c: char| !c.is_ascii_digit()).filter(|run| !run.is_empty());
         runs.map(|run| run.parse().unwrap_or(usize::MAX)).max().unwrap_or(0)
     });
     widths.try_for_each(check_width)

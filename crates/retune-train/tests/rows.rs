@@ -377,6 +377,24 @@ const TOOLS: &str = "{% if tools %}<|im_start|>tools\n{{ tools | tojson }}<|im_e
     {% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
 
 #[test]
+fn a_row_that_is_cut_off_leaves_the_texts_of_others_alone() {
+    let bytes = b"{\"text\": \"cut off\n{\"text\": \"Avengers: Infinity War\"}\n{\"text\": \"a\", \"score\": NaN}\n{\"text\": \"NaN is no number\"}\n";
+    let skip = ReadOptions { on_bad_row: OnBadRow::Skip, ..ReadOptions::AUTO };
+    let (rows, data) = build("rows.jsonl", bytes, None, &skip).unwrap();
+    assert_eq!(data.report.reading.skipped, RowCount { count: 1, first_lines: vec![1] });
+    let texts = ["Avengers: Infinity War", "a", "NaN is no number"];
+    assert_eq!(rows, texts.map(|text| row(&format!("{{\"text\": \"{text}\"}}"))));
+}
+
+#[test]
+fn a_column_input_that_is_asked_is_asked_once() {
+    let expected = row(r#"{"instruction": "Which tree?", "output": "Larch"}"#);
+    for (asked, answer) in [("input", "response"), ("input", "label"), ("Input", "target")] {
+        assert_eq!(row(&format!("{{\"{asked}\": \"Which tree?\", \"{answer}\": \"Larch\"}}")), expected);
+    }
+}
+
+#[test]
 fn tools_calls_and_thoughts_reach_the_template_or_are_said_not_to() {
     let line = r#"{"messages": [{"role": "user", "content": "Tide?"}, {"role": "assistant", "content": null, "tool_calls": [{"id": "c1", "type": "function", "function": {"name": "tide", "arguments": {"port": "Brest"}}}]}, {"role": "tool", "tool_call_id": "c1", "content": "6 m"}, {"role": "assistant", "content": "6 metres.", "reasoning_content": "I see."}], "tools": [{"type": "function", "function": {"name": "tide", "description": "d"}}]}"#;
     let as_text = line.replace(

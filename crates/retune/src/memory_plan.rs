@@ -12,7 +12,7 @@ use retune_engine::workspace::Workspace;
 use retune_model::export::ExportType;
 use retune_train::data::Example;
 use retune_train::run_config::{ActivationCheckpointing, Int8Copy, RunConfig};
-use retune_train::trainer::{Passes, largest_pass};
+use retune_train::trainer::{Passes, largest_pass, schedule};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -121,7 +121,9 @@ impl Planned<'_> {
         let parameters = 4 * layout.len() as u64;
         let checkpoint = parameters + config.training.optim.state_bytes(layout) as u64;
         // A new one is whole before the oldest goes.
-        let count = config.training.save_total_limit as u64 + 1;
+        let steps = schedule(&config.training, self.train.len()).total_steps as u64;
+        let saves = steps.div_ceil(config.training.save_steps.max(1) as u64).max(1);
+        let count = (config.training.save_total_limit as u64).saturating_add(1).min(saves);
         let best = if self.eval.is_empty() { 0 } else { parameters };
         let checkpoints = count * checkpoint + best + 4 * self.start() as u64;
         let values = overlay.layout.len() as u64;

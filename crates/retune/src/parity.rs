@@ -10,11 +10,12 @@ use retune_engine::pass::Pass;
 use retune_engine::row_norms::RowNorms;
 use retune_engine::workspace::Workspace;
 use retune_engine::{Run, Saving};
-use retune_train::data::{Example, Files, Names, ReadOptions, read_rows};
+use retune_train::data::{Dataset, Example, Files, Names, ReadOptions, read_rows};
 use retune_train::run_config::DataConfig;
 use serde_json::{Value, json};
 
-use crate::run_data::{self, HeldOut};
+use crate::run_data::{self, HeldOut, rows_hash};
+use crate::run_folder::ROWS_HASHES;
 use crate::session::{self, Base};
 
 /// Prose, a question, code, another language, numbers.
@@ -121,18 +122,19 @@ impl Sample {
     }
 }
 
-/// The rows that a run held out, and their file; nothing where the record does not say, or the file is gone.
+/// The rows that a run held out, and their file; nothing where the record does not say, or the file is gone or another.
 fn held_out(base: &Base, record: &Value) -> Result<Option<(Vec<Example>, Files)>> {
     let Ok(data) = serde_json::from_value::<DataConfig>(record["run"]["data"].clone()) else { return Ok(None) };
     let files = data.eval.clone().unwrap_or_else(|| data.train.clone());
-    if !files.paths().iter().all(|path| path.exists()) {
+    if !files.paths().iter().all(|path| path.is_file() || path.is_dir()) {
         return Ok(None);
     }
     let seed = record["run"]["training"]["seed"].as_u64().unwrap_or(0);
-    let HeldOut { file: Some(mut file), .. } = HeldOut::read(&data, seed)? else { return Ok(None) };
-    file.rows.truncate(MOST_ROWS);
+    let HeldOut { file: Some(file), .. } = HeldOut::read(&data, seed)? else { return Ok(None) };
     let rows = run_data::held_out(file, &data, base.tokenizer()?, &base.checkpoint.spec)?;
-    Ok(rows.map(|rows| (rows.examples, files)))
+    // A file that has changed since is split otherwise, and rows that were trained on may be among these.
+    let is_same = |rows: &Dataset| record["run"][ROWS_HASHES[1]].as_str() == Some(rows_hash(&rows.examples).as_str());
+    Ok(rows.filter(is_same).map(|rows| (rows.examples, files)))
 }
 
 /// A model with what stands on it.

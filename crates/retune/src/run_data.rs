@@ -4,8 +4,9 @@ use anyhow::Result;
 use retune_engine::spec::ModelSpec;
 use retune_text::tokenizer::Tokenizer;
 use retune_train::Error;
-use retune_train::data::{DataFile, Dataset, Encoder, Names, read_rows, split};
+use retune_train::data::{DataFile, Dataset, Encoder, Example, Names, read_rows, split};
 use retune_train::run_config::{DataConfig, RunConfig};
+use sha2::{Digest, Sha256};
 
 /// Both data sets; no held-out one when none was asked for.
 pub struct RunData {
@@ -77,4 +78,28 @@ pub fn held_out(
 
 fn is_nothing(error: &anyhow::Error) -> bool {
     matches!(error.downcast_ref(), Some(Error::NothingToTrain { .. }))
+}
+
+/// A hash of the tokens trained on and of which of them are targets.
+pub fn rows_hash(examples: &[Example]) -> String {
+    let mut hash = Sha256::new();
+    examples.iter().for_each(|example| hash_row(example, &mut hash));
+    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// A short one of one row.
+pub fn row_hash(example: &Example) -> u32 {
+    let mut hash = Sha256::new();
+    hash_row(example, &mut hash);
+    hash.finalize().iter().take(4).fold(0, |all, byte| all << 8 | u32::from(*byte))
+}
+
+fn hash_row(example: &Example, hash: &mut impl Digest) {
+    if !example.source.is_empty() {
+        hash.update((example.source.len() as u64).to_le_bytes());
+        example.source.iter().for_each(|id| hash.update(id.to_le_bytes()));
+    }
+    hash.update((example.ids.len() as u64).to_le_bytes());
+    example.ids.iter().for_each(|id| hash.update(id.to_le_bytes()));
+    example.trained.iter().for_each(|&trained| hash.update([u8::from(trained)]));
 }

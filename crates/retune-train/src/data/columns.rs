@@ -344,7 +344,9 @@ impl Layout {
             _ => only_text(fields, synonyms(column)),
         };
         let found = found.or_else(|| fields.keys().map(String::as_str).find(|name| name.eq_ignore_ascii_case(column)));
-        let Some(found) = found else { return false };
+        // One column is not two.
+        let is_taken = |name: &str| self.columns.entries().into_iter().any(|(_, taken)| taken == Some(name));
+        let Some(found) = found.filter(|name| !is_taken(name)) else { return false };
         self.take(column, found);
         true
     }

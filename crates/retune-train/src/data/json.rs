@@ -100,7 +100,7 @@ impl Json<'_> {
     }
 
     /// Row by row, so that every row has its line.
-    fn array(&self, text: &str) -> Result<Vec<Record>, Error> {
+    fn array(&mut self, text: &str) -> Result<Vec<Record>, Error> {
         let mut records = Vec::new();
         let mut line = 1;
         let mut rest = skip_space(text, &mut line);
@@ -117,7 +117,10 @@ impl Json<'_> {
                 None => return Err(self.syntax(line, "the array ends without `]`".to_owned(), JSON)),
             };
             let (row, after) = rest.split_at_checked(values.byte_offset()).unwrap_or((rest, ""));
-            records.push(self.record(line, value)?);
+            match self.record(line, value) {
+                Ok(record) => records.push(record),
+                Err(error) => (self.on_bad_row)(error)?,
+            }
             line += newlines(row);
             rest = skip_space(after, &mut line);
             closed = rest.strip_prefix(']');
@@ -207,7 +210,8 @@ fn first_value(text: &str) -> Option<(Value, usize)> {
     value.is_object().then_some((value, start + length))
 }
 
-/// The pieces of a JSON text that stand outside its strings, each with where it starts.
+/// The pieces of a JSON text that stand outside its strings, each with where it starts. A string that is not closed ends with its line: what
+/// follows is another row.
 fn outside_strings(text: &str) -> impl Iterator<Item = (usize, &str)> {
     let mut at = 0;
     std::iter::from_fn(move || {
@@ -219,7 +223,7 @@ fn outside_strings(text: &str) -> impl Iterator<Item = (usize, &str)> {
         let mut escaped = false;
         let string = text.get(at..).unwrap_or_default();
         let end = string.bytes().position(|byte| {
-            let ends = byte == b'"' && !escaped;
+            let ends = byte == b'\n' || (byte == b'"' && !escaped);
             escaped = byte == b'\\' && !escaped;
             ends
         });

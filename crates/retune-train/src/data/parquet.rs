@@ -107,7 +107,8 @@ impl Column<'_> {
             Field::Str(text) => text.into(),
             Field::Bytes(bytes) => match std::str::from_utf8(bytes.data()) {
                 Ok(text) => text.into(),
-                Err(_) => Value::Null,
+                // It is there all the same, and is counted or refused.
+                Err(_) => serde_json::json!({ "bytes": bytes.data().len() }),
             },
             Field::Group(row) => {
                 // A struct has all its keys in every row; one that holds nothing is one that the row did not have.

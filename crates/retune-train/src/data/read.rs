@@ -349,7 +349,14 @@ impl Reader<'_> {
                 variables.insert("tools".to_owned(), tools.clone());
             }
         }
-        if let Some(Value::Object(others)) = record.fields.get(VARIABLES) {
+        if let Some(value) = record.fields.get(VARIABLES).filter(|value| says_something(value)) {
+            const EXPECTED: &str = "an object of variables for the chat template, or the JSON text of one, none of them messages or add_generation_prompt";
+            let decoded = value.as_str().and_then(list_in_text);
+            let others = decoded.as_ref().unwrap_or(value).as_object();
+            let others = others.filter(|others| !RESERVED.iter().any(|name| others.contains_key(*name)));
+            let Some(others) = others else {
+                return Err(self.column_type(record, VARIABLES.to_owned(), describe(value), EXPECTED));
+            };
             variables.extend(others.iter().map(|(name, value)| (name.clone(), value.clone())));
         }
         Ok(Conversation { messages: turns, variables })
@@ -379,7 +386,9 @@ impl Reader<'_> {
 
     fn instruction(&self, record: &Record, found: &mut Found) -> Result<RowText, Error> {
         let instruction = self.string(record, "instruction")?;
-        let input = self.optional_text(record, "input")?.unwrap_or_default();
+        // A column `input` may be what is asked, with nothing beside it.
+        let is_asked = self.layout.columns.name("input") == self.layout.columns.name("instruction");
+        let input = if is_asked { None } else { self.optional_text(record, "input")? }.unwrap_or_default();
         let output = self.string(record, "output")?;
         let mut turns = Vec::new();
         let name = self.layout.columns.name("history");
@@ -552,6 +561,8 @@ impl Reader<'_> {
 
 /// A column of further variables for the chat template.
 pub(super) const VARIABLES: &str = "chat_template_kwargs";
+/// Variables that are the row's own, by which it is known what is learnt.
+const RESERVED: [&str; 2] = ["messages", "add_generation_prompt"];
 
 #[cfg(test)]
 mod tests {

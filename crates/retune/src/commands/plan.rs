@@ -146,12 +146,24 @@ fn ladder(config: &RunConfig) -> Result<Vec<(String, RunConfig, Vec<String>)>> {
         false => {
             let method = MethodName::default();
             let settings = Settings((method.read)(json!({}))?);
-            let adapter = RunConfig { method, adapter: Some(settings), ..config.clone() };
-            (adapter, vec![format!("method={}", method.name)])
+            let export = Default::default();
+            let of_export = config.export.dtype.given().map(|_| "export.dtype=auto".to_owned());
+            let adapter = RunConfig { method, adapter: Some(settings), export, ..config.clone() };
+            (adapter, [format!("method={}", method.name)].into_iter().chain(of_export).collect())
         }
     };
     let of_full = match config.method.saves_adapter() {
-        true => vec!["method=full".to_owned(), "adapter=null".to_owned()],
+        true => {
+            // What is said of a frozen base has no place beside it.
+            let differs = [
+                (true, "method=full"),
+                (true, "adapter=null"),
+                (config.adapter_init.is_some(), "adapter_init=null"),
+                (!config.base.storage.is_as_is(), "base.storage=as-is"),
+                (config.base.compute == Compute::Int8, "base.compute=auto"),
+            ];
+            differs.into_iter().filter(|(differs, _)| *differs).map(|(_, setting)| setting.to_owned()).collect()
+        }
         false => Vec::new(),
     };
     let mut ways = vec![("full fine-tuning".to_owned(), whole, of_full)];

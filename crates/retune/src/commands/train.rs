@@ -35,7 +35,7 @@ use crate::memory_plan::{Planned, RunMemory};
 use crate::parity::{Parity, Sample, Side};
 use crate::progress::{Progress, Shown, watch_interrupts};
 use crate::report::{Report, command, print_stopped};
-use crate::run_data::RunData;
+use crate::run_data::{RunData, row_hash, rows_hash};
 use crate::run_folder::{CONFIG_HASH, ROWS_HASHES, RowHashes, RunFolder};
 use crate::session::{self, Base};
 use crate::{End, compute, fetch, storage};
@@ -133,6 +133,10 @@ fn start(args: &TrainArgs, mut config: RunConfig, start: Instant) -> Result<End>
     let held_out = data.eval.as_ref().map_or(&[][..], |eval| &eval.examples);
     let rows = RowHashes { train: hashes(&data.train.examples), eval: hashes(held_out) };
     record["isa"] = json!(retune_kernels::isa::isa().to_string());
+    let bits = retune_kernels::isa::int8_isa().bits();
+    if bits != 8 && config.method.saves_adapter() && compute::limit(config.base.compute).is_some() {
+        record["int8_bits"] = json!(bits);
+    }
     let folder = RunFolder { root: config.output_dir.clone() };
     Run { start, args, config, folder, base, data, method, initial, record, rows }.train()
 }
@@ -151,32 +155,6 @@ fn tensors_hash(file: &AdapterFile) -> String {
 fn text_hash(text: &str) -> String {
     use sha2::{Digest, Sha256};
     Sha256::digest(text).iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
-/// A hash of the tokens trained on and of which of them are targets.
-fn rows_hash(examples: &[Example]) -> String {
-    use sha2::{Digest, Sha256};
-    let mut hash = Sha256::new();
-    examples.iter().for_each(|example| hash_row(example, &mut hash));
-    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
-/// A short one of one row.
-fn row_hash(example: &Example) -> u32 {
-    use sha2::{Digest, Sha256};
-    let mut hash = Sha256::new();
-    hash_row(example, &mut hash);
-    hash.finalize().iter().take(4).fold(0, |all, byte| all << 8 | u32::from(*byte))
-}
-
-fn hash_row(example: &Example, hash: &mut impl sha2::Digest) {
-    if !example.source.is_empty() {
-        hash.update((example.source.len() as u64).to_le_bytes());
-        example.source.iter().for_each(|id| hash.update(id.to_le_bytes()));
-    }
-    hash.update((example.ids.len() as u64).to_le_bytes());
-    example.ids.iter().for_each(|id| hash.update(id.to_le_bytes()));
-    example.trained.iter().for_each(|&trained| hash.update([u8::from(trained)]));
 }
 
 /// Refuses to go on from an adapter that means other things by the same tensors.

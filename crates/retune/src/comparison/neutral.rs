@@ -2,8 +2,8 @@
 
 use serde_json::json;
 
-/// Passages of Lincoln, Austen, Dickens, Melville, Carroll, Darwin, the Declaration of Independence, Doyle, Twain and Smith, all of them in the public
-/// domain, with an empty line between them. They are well known, so that a base that was trained on anything knows them.
+/// Passages after Lincoln, Austen, Dickens, Melville, Carroll, Darwin, the Declaration of Independence, Doyle, Twain and Smith, all of them in the public
+/// domain, some of them shortened, with an empty line between them. They are well known, so that a base that was trained on anything knows them.
 const TEXT: &str = include_str!("neutral.txt");
 /// Tokens of a passage at most.
 pub const MAX_LENGTH: usize = 512;
