@@ -180,7 +180,7 @@ impl ExportDtype {
 #[serde(rename_all = "snake_case")]
 #[cfg_attr(feature = "clap", derive(clap::ValueEnum), value(rename_all = "snake_case"))]
 pub enum Compute {
-    /// 8-bit integers (of 7 bits on AVX2) where the machine multiplies them at least twice as fast and the error measured on the run's own
+    /// 8-bit integers (of 7 bits on AVX2) where the machine multiplies them clearly faster than f32 and the error measured on the run's own
     /// data is small, layer by layer; f32 elsewhere.
     #[default]
     Auto,

@@ -7,6 +7,7 @@ use std::ops::Range;
 
 use anyhow::{Result, anyhow};
 use plotters::coord::ranged1d::{AsRangedCoord, Ranged, ValueFormatter};
+use plotters::coord::types::RangedCoordf64;
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
@@ -290,20 +291,7 @@ pub fn intervals(rows: &[Row], title: &str) -> Result<String> {
         let mut builder = ChartBuilder::on(&root);
         builder.margin(8).margin_right(16).x_label_area_size(40);
         let mut chart = builder.build_cartesian_2d(xs, 0.0..rows.len() as f64).map_err(failed)?;
-        chart
-            .configure_mesh()
-            .disable_y_mesh()
-            .disable_y_axis()
-            .light_line_style(TRANSPARENT)
-            .bold_line_style(GRID)
-            .axis_style(INK)
-            .x_labels(5)
-            .x_label_formatter(&|value| short(*value))
-            .x_label_style(small())
-            .axis_desc_style(small())
-            .x_desc(title.to_owned())
-            .draw()
-            .map_err(failed)?;
+        mesh_of_rows(&mut chart, 5, &|value| short(*value), title)?;
         let zero = vec![(0.0, 0.0), (0.0, rows.len() as f64)];
         chart.draw_series(LineSeries::new(zero, INK.stroke_width(1))).map_err(failed)?;
         let (left, _) = chart.plotting_area().get_base_pixel();
@@ -319,6 +307,29 @@ pub fn intervals(rows: &[Row], title: &str) -> Result<String> {
         root.present().map_err(failed)?;
     }
     Ok(svg)
+}
+
+/// The lines and numbers of a plot whose rows stand below each other, each under its name.
+fn mesh_of_rows(
+    chart: &mut ChartContext<'_, SVGBackend<'_>, Cartesian2d<RangedCoordf64, RangedCoordf64>>,
+    labels: usize,
+    format: &dyn Fn(&f64) -> String,
+    title: &str,
+) -> Result<()> {
+    chart
+        .configure_mesh()
+        .disable_y_mesh()
+        .disable_y_axis()
+        .light_line_style(TRANSPARENT)
+        .bold_line_style(GRID)
+        .axis_style(INK)
+        .x_labels(labels)
+        .x_label_formatter(&format)
+        .x_label_style(small())
+        .axis_desc_style(small())
+        .x_desc(title.to_owned())
+        .draw()
+        .map_err(failed)
 }
 
 /// A bar of parts that stand one after another.
@@ -341,20 +352,7 @@ pub fn bars(bars: &[Bar], title: &str, format: Format) -> Result<String> {
         let mut builder = ChartBuilder::on(&root);
         builder.margin(8).margin_right(16).x_label_area_size(40);
         let mut chart = builder.build_cartesian_2d(xs, 0.0..bars.len().max(1) as f64).map_err(failed)?;
-        chart
-            .configure_mesh()
-            .disable_y_mesh()
-            .disable_y_axis()
-            .light_line_style(TRANSPARENT)
-            .bold_line_style(GRID)
-            .axis_style(INK)
-            .x_labels(4)
-            .x_label_formatter(&|value| format(*value))
-            .x_label_style(small())
-            .axis_desc_style(small())
-            .x_desc(title.to_owned())
-            .draw()
-            .map_err(failed)?;
+        mesh_of_rows(&mut chart, 4, &|value| format(*value), title)?;
         for (place, bar) in bars.iter().enumerate() {
             let (bottom, top) = ((bars.len() - place) as f64 - 0.92, (bars.len() - place) as f64 - 0.52);
             let mut from = 0.0;
